@@ -1,0 +1,1 @@
+"""Recovering: a cut model learns from the model it was cut from."""

@@ -1,0 +1,1 @@
+"""Measuring: how much the model loses without a layer, a channel, a head."""

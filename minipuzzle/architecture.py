@@ -1,0 +1,138 @@
+"""An architecture: the layers of a model and the tensors around them, read from config.json and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, CacheSpec, LayerSpec, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """How a family names the tensors around its layers. ``mixers`` maps a layer kind to (mixer prefix, norm name)."""
+
+    layer_prefix: str  # with {layer_idx}
+    mixers: Mapping[str, tuple[str, str]]
+    embeddings: str
+    final_norm: str
+    head: str
+
+    def layer(self, layer_idx: int) -> str:
+        """Prefix of all tensors of one layer."""
+        return self.layer_prefix.format(layer_idx=layer_idx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedTensor:
+    """A tensor of a model with its full name on disk, the sizes its axes have there, and where it belongs."""
+
+    name: str
+    spec: TensorSpec
+    sizes: Mapping[str, int]
+    layer_idx: int | None  # None: embeddings, final norm or head
+    part: str  # layer kind, or "embeddings", "final_norm", "head"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each dimension."""
+        return self.spec.shape(self.sizes)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole tensor."""
+        return self.spec.num_elements(self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Layers of a model from first to last, plus embeddings, final norm and LM head."""
+
+    model_type: str
+    layers: tuple[LayerSpec, ...]
+    hidden: int
+    vocabulary: int
+    tied_embeddings: bool
+    names: TensorNames
+
+    @property
+    def pattern(self) -> str:
+        """One symbol a layer, as in Nemotron-H's ``hybrid_override_pattern``."""
+        return "".join(LAYER_KINDS[layer.kind].symbol for layer in self.layers)
+
+    @property
+    def layer_counts(self) -> dict[str, int]:
+        """Layers of each kind, in the registry's order; kinds that do not occur are left out."""
+        counts = Counter(layer.kind for layer in self.layers)
+        return {kind: counts[kind] for kind in LAYER_KINDS if counts[kind]}
+
+    def layer_indices(self, kind: str) -> tuple[int, ...]:
+        """Positions of the layers of one kind."""
+        return tuple(idx for idx, layer in enumerate(self.layers) if layer.kind == kind)
+
+    def width(self, axis: str) -> int | None:
+        """The size of an axis if all layers that have it agree; None if no layer has it or they differ."""
+        if axis == "hidden":
+            return self.hidden
+        found = {layer.sizes[axis] for layer in self.layers if axis in layer.sizes}
+        return found.pop() if len(found) == 1 else None
+
+    def layer_tensors(self, layer_idx: int) -> Iterator[PlacedTensor]:
+        """The tensors of one layer, its input norm first."""
+        layer = self.layers[layer_idx]
+        mixer_prefix, norm_name = self.names.mixers[layer.kind]
+        norm = TensorSpec(name=norm_name, dims=(HIDDEN,), rms_groups=1)
+        mixer = LAYER_KINDS[layer.kind].tensors(layer)
+        prefix = self.names.layer(layer_idx)
+        for spec, path in ((norm, prefix), *((spec, prefix + mixer_prefix) for spec in mixer)):
+            yield PlacedTensor(
+                name=path + spec.name, spec=spec, sizes=layer.sizes, layer_idx=layer_idx, part=layer.kind
+            )
+
+    def outer_tensors(self) -> Iterator[PlacedTensor]:
+        """Embeddings, final norm and LM head (none of its own where it is tied to the embeddings)."""
+        sizes = {"hidden": self.hidden, "vocabulary": self.vocabulary}
+        table = ((("vocabulary",),), HIDDEN)
+        outer = [("embeddings", self.names.embeddings, table, 0), ("final_norm", self.names.final_norm, (HIDDEN,), 1)]
+        if not self.tied_embeddings:
+            outer.append(("head", self.names.head, table, 0))
+        for part, name, dims, rms_groups in outer:
+            spec = TensorSpec(name=name, dims=dims, rms_groups=rms_groups)
+            yield PlacedTensor(name=name, spec=spec, sizes=sizes, layer_idx=None, part=part)
+
+    def tensors(self) -> Iterator[PlacedTensor]:
+        """Every tensor of the model, layers in order, then what lies around them."""
+        for layer_idx in range(len(self.layers)):
+            yield from self.layer_tensors(layer_idx)
+        yield from self.outer_tensors()
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(tensor.num_elements for tensor in self.tensors())
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """Parameters by layer kind and for embeddings, final norm and head."""
+        parameters: Counter[str] = Counter()
+        for tensor in self.tensors():
+            parameters[tensor.part] += tensor.num_elements
+        return dict(parameters)
+
+    def caches(self) -> Iterator[CacheSpec]:
+        """What all layers keep while generating."""
+        for layer in self.layers:
+            yield from LAYER_KINDS[layer.kind].caches(layer)
+
+    def fingerprint(self) -> str:
+        """A short hash of everything that shapes the weights."""
+        description = [
+            self.model_type,
+            self.hidden,
+            self.vocabulary,
+            self.tied_embeddings,
+            [[layer.kind, sorted(layer.sizes.items()), sorted(layer.options)] for layer in self.layers],
+        ]
+        return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]

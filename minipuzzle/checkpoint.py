@@ -1,0 +1,273 @@
+"""Hugging Face checkpoint folders: read lazily, checked from their headers, written in shards.
+
+Only safetensors are read. Everything that headers can tell (missing or truncated shards, names, shapes) is checked
+before any weight is read; NaN and infinite values are caught as each tensor is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from minipuzzle.architecture import Architecture
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.families import Family, family_of
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+# Files that make a folder of weights usable and that no command of ours changes.
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+)
+_HEADER_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor lies on disk."""
+
+    shard: Path
+    dtype: str  # safetensors' name of it, e.g. BF16
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises: MinipuzzleError for a missing file, broken JSON or anything but an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MinipuzzleError(f"{path} does not exist", "check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MinipuzzleError(f"{path} is not valid JSON: {error}", "restore the file from its source") from None
+    if not isinstance(value, dict):
+        raise MinipuzzleError(f"{path} holds a JSON {type(value).__name__}, not an object", "check the path")
+    return value
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
+    """Entries of one safetensors file, after checking that all its bytes are there.
+
+    Raises: MinipuzzleError for a missing, truncated or malformed file.
+    """
+    hint = "download or copy the file again"
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+            if header_bytes > min(_MAX_HEADER_BYTES, file_bytes):
+                raise MinipuzzleError(f"{path} is truncated or not a safetensors file", hint)
+            header = json.loads(file.read(header_bytes))
+    except FileNotFoundError:
+        raise MinipuzzleError(f"{path} does not exist", "a shard of the checkpoint is missing: " + hint) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise MinipuzzleError(f"{path} has an unreadable safetensors header", hint) from None
+    entries, end = {}, 0
+    for name, fields in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end_of_tensor = fields["data_offsets"]
+        entries[name] = TensorEntry(
+            shard=path, dtype=fields["dtype"], shape=tuple(fields["shape"]), num_bytes=end_of_tensor - begin
+        )
+        end = max(end, end_of_tensor)
+    expected_bytes = _HEADER_LENGTH_BYTES + header_bytes + end
+    if file_bytes != expected_bytes:
+        raise MinipuzzleError(f"{path} is truncated: {file_bytes:,} bytes of {expected_bytes:,}", hint)
+    return entries
+
+
+class Checkpoint:
+    """A checkpoint folder: its configuration, its architecture and, on demand, its tensors."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
+        self.folder = folder
+        self.config = config
+        self.entries = entries
+        self.family: Family = family_of(config)
+        self.architecture: Architecture = self.family.read(config)
+        self._open_shards: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read a folder's config.json and the headers of all its shards.
+
+        Raises: MinipuzzleError if anything is missing, truncated or outside the folder.
+        """
+        if not folder.is_dir():
+            raise MinipuzzleError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
+        config = read_json(folder / "config.json")
+        return cls(folder, MappingProxyType(config), MappingProxyType(_read_entries(folder)))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are an FP8 or FP4 export rather than plain floating point."""
+        return "quantization_config" in self.config
+
+    def require_plain_weights(self) -> None:
+        """Check names and shapes of all tensors against the architecture; exports with scales are refused.
+
+        Raises: MinipuzzleError naming the first tensor that is missing, unexpected or misshapen.
+        """
+        if self.is_quantized:
+            raise MinipuzzleError(
+                f"{self.folder} is a quantised export, which cannot be measured, cut or trained",
+                "use the checkpoint it was exported from; `minipuzzle evaluate` reads exports",
+            )
+        expected = {tensor.name: tensor.shape for tensor in self.architecture.tensors()}
+        hint = "config.json and the weights do not belong together"
+        for name in expected.keys() - self.entries.keys():
+            raise MinipuzzleError(f"{self.folder}: tensor {name} is missing", hint)
+        for name in self.entries.keys() - expected.keys():
+            raise MinipuzzleError(f"{self.folder}: tensor {name} is unexpected", hint)
+        for name, shape in expected.items():
+            found = self.entries[name].shape
+            if found != shape:
+                raise MinipuzzleError(f"{self.folder}: {name} has shape {list(found)}, not {list(shape)}", hint)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor in its stored precision.
+
+        Raises: MinipuzzleError if it holds NaN or infinite values.
+        """
+        import torch
+        from safetensors import safe_open
+
+        shard = self.entries[name].shard
+        if shard not in self._open_shards:
+            self._open_shards[shard] = safe_open(shard, framework="pt")
+        tensor: torch.Tensor = self._open_shards[shard].get_tensor(name)
+        # FP8 has no isfinite kernel; its codes were checked when they were written.
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
+            raise MinipuzzleError(f"{name} in {shard} holds NaN or infinite values", "restore the checkpoint")
+        return tensor
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that changes with the configuration, with any header, and with sampled blocks of every shard.
+
+        Hashing 100 GB in full would take longer than many a command; 16 blocks of 64 KiB a shard do not.
+        """
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for shard in sorted({entry.shard for entry in self.entries.values()}):
+            _hash_sampled_blocks(shard, digest)
+        return digest.hexdigest()[:16]
+
+
+def _read_entries(folder: Path) -> dict[str, TensorEntry]:
+    index_path = folder / INDEX_FILE
+    if not index_path.exists():
+        return read_safetensors_header(folder / SINGLE_FILE)
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise MinipuzzleError(f"{index_path} has no weight_map", "restore the file from its source")
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        path = folder / shard_name
+        if path.parent.resolve() != folder.resolve():
+            raise MinipuzzleError(
+                f"{index_path} points outside its folder: {shard_name!r}", "do not use this checkpoint"
+            )
+        shards[shard_name] = read_safetensors_header(path)
+    for name, shard_name in weight_map.items():
+        if name not in shards[shard_name]:
+            raise MinipuzzleError(f"{shard_name} does not hold {name}, which the index promises", "restore the shard")
+    return {name: shards[shard_name][name] for name, shard_name in weight_map.items()}
+
+
+def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_bytes: int = 65536) -> None:
+    file_bytes = path.stat().st_size
+    digest.update(f"{path.name}:{file_bytes}".encode())
+    with path.open("rb") as file:
+        for block_idx in range(num_blocks):
+            file.seek(max(0, (file_bytes - block_bytes) * block_idx // (num_blocks - 1)))
+            digest.update(file.read(block_bytes))
+
+
+class ShardWriter:
+    """Writes tensors into safetensors shards as they come, holding at most one shard in memory."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._written: list[tuple[Path, list[str]]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Queue one tensor; a full shard is written at once."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self.max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += num_bytes
+
+    def finish(self) -> None:
+        """Write the last shard, give shards their final names, and write the index if there are several."""
+        self._flush()
+        if len(self._written) == 1:
+            self._written[0][0].rename(self.folder / SINGLE_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, (path, names) in enumerate(self._written, start=1):
+            final_name = f"model-{number:05d}-of-{len(self._written):05d}.safetensors"
+            path.rename(self.folder / final_name)
+            weight_map |= dict.fromkeys(names, final_name)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        write_json(self.folder / INDEX_FILE, index)
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        if not self._pending:
+            return
+        path = self.folder / f"shard-{len(self._written)}.unfinished"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._written.append((path, list(self._pending)))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object the way people and diffs like to read it. Infinity and NaN, which are not JSON, fail."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Carry the tokenizer, generation settings and licence along."""
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,1 @@
+"""One thin file a command: options in, core functions called, result printed."""

@@ -1,0 +1,42 @@
+"""User-facing errors: what is wrong, how to mend it, and the exit code that scripts can rely on."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes, stable across releases."""
+
+    DONE = 0
+    USER_ERROR = 1
+    USAGE = 2  # click's own code for wrong options
+    INFEASIBLE = 3
+    INPUT_CHANGED = 4
+    INTERRUPTED = 130
+
+
+class MinipuzzleError(Exception):
+    """A mistake the user can mend. Printed as problem and hint, without a traceback.
+
+    Bugs are not MinipuzzleErrors: they hit asserts and keep their traceback.
+    """
+
+    exit_code = ExitCode.USER_ERROR
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.hint = hint
+
+
+class InfeasibleBudgetError(MinipuzzleError):
+    """No architecture within the search bounds fits the budget."""
+
+    exit_code = ExitCode.INFEASIBLE
+
+
+class InputChangedError(MinipuzzleError):
+    """An interrupted run cannot resume, because one of its inputs is no longer the same."""
+
+    exit_code = ExitCode.INPUT_CHANGED

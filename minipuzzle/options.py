@@ -1,0 +1,142 @@
+"""Options that several commands share, so that they look and behave the same everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.memory import PRECISIONS, Deployment
+from minipuzzle.units import parse_count
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class CountType(click.ParamType):
+    """A count such as 4096, 128k or 1M."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse, turning a malformed count into click's usage error."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_count(value)
+        except MinipuzzleError as error:
+            self.fail(f"{error.problem}; {error.hint}", param, ctx)
+
+
+COUNT = CountType()
+FOLDER_OR_FILE = click.Path(path_type=Path)
+
+
+def model_argument(name: str = "model", metavar: str = "MODEL") -> Callable[[Function], Function]:
+    """A checkpoint folder."""
+    return click.argument(name, metavar=metavar, type=FOLDER_OR_FILE)
+
+
+def data_option(*, required: bool = True) -> Callable[[Function], Function]:
+    """Text to measure or train on; may be given several times."""
+    return click.option(
+        "--data",
+        "data",
+        type=FOLDER_OR_FILE,
+        multiple=True,
+        required=required,
+        help="Text: .txt, .md, .jsonl with a 'text' field, or a folder of these. Repeatable.",
+    )
+
+
+def json_option(function: Function) -> Function:
+    """Machine-readable results on standard output; people's tables and progress stay away."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")(
+        function
+    )
+
+
+def dry_run_option(function: Function) -> Function:
+    """Check everything and say what would happen."""
+    return click.option(
+        "--dry-run", is_flag=True, help="Check all inputs, print what would be done and what it needs, and stop."
+    )(function)
+
+
+def out_option(kind: str = "folder") -> Callable[[Function], Function]:
+    """Where the result goes."""
+    return click.option(
+        "-o", "--out", "out", type=FOLDER_OR_FILE, required=True, help=f"Output {kind}; appears only when complete."
+    )
+
+
+def overwrite_option(function: Function) -> Function:
+    """Replace an earlier output of ours."""
+    return click.option(
+        "--overwrite", is_flag=True, help="Replace an output folder that minipuzzle wrote; never any other."
+    )(function)
+
+
+def device_option(function: Function) -> Function:
+    """Where to compute."""
+    return click.option("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one, else cpu.")(
+        function
+    )
+
+
+def default_device(device: str | None) -> str:
+    """The device asked for, or the best one there is.
+
+    Raises: MinipuzzleError for a device that torch cannot use.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MinipuzzleError(f"device {device!r} cannot be used: {error}", "try --device cpu") from None
+    return device
+
+
+def deployment_options(function: Function) -> Function:
+    """The serving conditions that memory is counted for; passed on as one ``deployment``."""
+
+    @wraps(function)
+    def with_deployment(**params: Any) -> Any:
+        deployment = Deployment(
+            context_tokens=params.pop("context"),
+            batch=params.pop("batch"),
+            weights=params.pop("weights"),
+            embeddings=params.pop("embeddings"),
+            head=params.pop("head"),
+            kv_cache=params.pop("kv_cache"),
+            ssm_state=params.pop("ssm_state"),
+        )
+        return function(deployment=deployment, **params)
+
+    precision = click.Choice(list(PRECISIONS))
+    shown = {"show_default": True}
+    options = (
+        click.option("--context", type=COUNT, default=8192, help="Context in tokens, e.g. 128k or 1M.", **shown),
+        click.option("--batch", type=click.IntRange(min=1), default=1, help="Sequences served at once.", **shown),
+        click.option("--weights", type=precision, default="bf16", help="Precision of linear weights.", **shown),
+        click.option("--embeddings", type=precision, default="bf16", help="Precision of the embeddings.", **shown),
+        click.option("--head", type=precision, default="bf16", help="Precision of the LM head.", **shown),
+        click.option("--kv-cache", type=precision, default="bf16", help="Precision of the KV cache.", **shown),
+        click.option("--ssm-state", type=precision, default="fp32", help="Precision of the SSM state.", **shown),
+    )
+    decorated: Any = with_deployment
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def echo_json(value: Any) -> None:
+    """Print a result for machines."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,79 @@
+"""Parsing and printing of sizes and counts. Printed memory is always GiB = 2**30 bytes."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from minipuzzle.errors import MinipuzzleError
+
+GIB = 2**30
+MIB = 2**20
+
+_SIZE_SUFFIXES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 2**40,
+}
+_COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+
+
+def _split_number(text: str, what: str, example: str) -> tuple[Decimal, str]:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise MinipuzzleError(f"{text!r} is not a {what}", f"write it like {example}")
+    return Decimal(match[1]), match[2].upper()
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as ``31.7GiB``, ``500MB`` or ``4096B``.
+
+    Raises: MinipuzzleError for a missing or unknown unit; a bare number is refused because its unit is a guess.
+    """
+    number, suffix = _split_number(text, "memory size", "31.7GiB, 500MiB or 32GB")
+    if suffix not in _SIZE_SUFFIXES:
+        raise MinipuzzleError(f"{text!r} has no known unit of memory", "use GiB, MiB, GB or MB, e.g. 31.7GiB")
+    return int(number * _SIZE_SUFFIXES[suffix])
+
+
+def parse_budget_bytes(text: str, source_bytes: int) -> int:
+    """Bytes in an absolute size, or in a share of ``source_bytes`` such as ``75%``."""
+    if not text.strip().endswith("%"):
+        return parse_bytes(text)
+    number, suffix = _split_number(text.strip()[:-1], "percentage", "75%")
+    if suffix or not 0 < number <= 100:
+        raise MinipuzzleError(f"{text!r} is not a share of the source model", "use a percentage from 1% to 100%")
+    return int(source_bytes * number / 100)
+
+
+def parse_count(text: str) -> int:
+    """A whole count such as ``4096``, ``128k`` (128 000), ``1M`` (10**6) or ``1Mi`` (2**20)."""
+    number, suffix = _split_number(text, "count", "4096, 128k, 1M or 1Mi")
+    if suffix not in _COUNT_SUFFIXES:
+        raise MinipuzzleError(f"{text!r} has no known suffix", "use k, M, B (decimal) or Ki, Mi (binary)")
+    count = number * _COUNT_SUFFIXES[suffix]
+    if count != count.to_integral_value():
+        raise MinipuzzleError(f"{text!r} is not a whole number", "use a count such as 4096 or 128k")
+    return int(count)
+
+
+def format_gib(num_bytes: int) -> str:
+    """Memory for people: GiB, with enough digits that small models do not print as 0.00."""
+    gib = num_bytes / GIB
+    digits = 2 if gib >= 1 else 4
+    return f"{gib:.{digits}f} GiB"
+
+
+def format_count(count: int) -> str:
+    """A count for people: ``8.89 B``, ``3.96 M`` or ``512``."""
+    for scale, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= scale:
+            return f"{count / scale:.2f} {suffix}"
+    return str(count)

@@ -1,0 +1,33 @@
+"""Metadata and dependencies of MiniPuzzle; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "minipuzzle/__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None
+
+setup(
+    name="minipuzzle",
+    version=VERSION[1],
+    description="Make large language models smaller: measure, search, cut, distil, export",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["minipuzzle", "minipuzzle.commands", "minipuzzle.export", "importance", "distill"],
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.18",
+        "nvidia-modelopt>=0.47",
+        "safetensors>=0.6",
+        "numpy>=1.26",
+        "click>=8.1",
+        "rich>=13",
+        "matplotlib>=3.8",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.15", "mypy>=2"]},
+    entry_points={"console_scripts": ["minipuzzle = minipuzzle.cli:main"]},
+)
