@@ -17,7 +17,7 @@ from minipuzzle.units import parse_count
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class CountType(click.ParamType):
+class CountType(click.ParamType[int]):
     """A count such as 4096, 128k or 1M."""
 
     name = "count"
@@ -121,15 +121,26 @@ def deployment_options(function: Function) -> Function:
         return function(deployment=deployment, **params)
 
     precision = click.Choice(list(PRECISIONS))
-    shown = {"show_default": True}
     options = (
-        click.option("--context", type=COUNT, default=8192, help="Context in tokens, e.g. 128k or 1M.", **shown),
-        click.option("--batch", type=click.IntRange(min=1), default=1, help="Sequences served at once.", **shown),
-        click.option("--weights", type=precision, default="bf16", help="Precision of linear weights.", **shown),
-        click.option("--embeddings", type=precision, default="bf16", help="Precision of the embeddings.", **shown),
-        click.option("--head", type=precision, default="bf16", help="Precision of the LM head.", **shown),
-        click.option("--kv-cache", type=precision, default="bf16", help="Precision of the KV cache.", **shown),
-        click.option("--ssm-state", type=precision, default="fp32", help="Precision of the SSM state.", **shown),
+        click.option(
+            "--context", type=COUNT, default=8192, help="Context in tokens, e.g. 128k or 1M.", show_default=True
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), default=1, help="Sequences served at once.", show_default=True
+        ),
+        click.option(
+            "--weights", type=precision, default="bf16", help="Precision of linear weights.", show_default=True
+        ),
+        click.option(
+            "--embeddings", type=precision, default="bf16", help="Precision of the embeddings.", show_default=True
+        ),
+        click.option("--head", type=precision, default="bf16", help="Precision of the LM head.", show_default=True),
+        click.option(
+            "--kv-cache", type=precision, default="bf16", help="Precision of the KV cache.", show_default=True
+        ),
+        click.option(
+            "--ssm-state", type=precision, default="fp32", help="Precision of the SSM state.", show_default=True
+        ),
     )
     decorated: Any = with_deployment
     for option in reversed(options):
