@@ -1,0 +1,72 @@
+"""Tiny random checkpoints in a folder, as users have them: config.json, model.safetensors, a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minipuzzle.checkpoint import SINGLE_FILE, write_json
+from minipuzzle.families import FAMILIES
+
+VOCABULARY = 272  # 3 special tokens, 256 bytes, and a few unused rows as real models have them
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1 and 2, as in the tiny config
+
+
+def tiny_config(pattern: str = "M-M*-M-", **config_changes: Any) -> dict[str, Any]:
+    """The tiny Nemotron-H config.json with a layer pattern and any other field changed."""
+    layers = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    return {**FAMILIES["nemotron_h"].tiny_config, "vocab_size": VOCABULARY, **layers, **config_changes}
+
+
+def write_tiny_checkpoint(folder: Path, *, pattern: str = "M-M*-M-", seed: int = 0, **config_changes: Any) -> Path:
+    """A random model and a byte-level tokenizer in ``folder``; the same arguments give the same weights.
+
+    Norms, biases, D and A_log are made uneven, so that a test that forgets one of them fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(pattern, **config_changes)
+    write_json(folder / "config.json", config)
+    tensors = random_tensors(config, seed)
+    stored_dtype = getattr(torch, config["dtype"])
+    save_file({n: t.to(stored_dtype) for n, t in tensors.items()}, folder / SINGLE_FILE, metadata={"format": "pt"})
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random float32 weights of a config under their names on disk, each of a size at which every layer matters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        hf_config = AutoConfig.for_model(config["model_type"], **settings)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log") or parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+            else:
+                parameter *= 4  # transformers' initial layers are close to the identity
+            module_prefix = FAMILIES["nemotron_h"].modules.module_prefix
+            disk_name = name.replace(module_prefix, FAMILIES["nemotron_h"].modules.disk_prefix, 1)
+            tensors[disk_name] = parameter.detach().clone()
+    return tensors
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows every byte and merges none, in transformers' format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = (*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: idx for idx, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    pad, bos, eos = SPECIAL_TOKENS
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos).save_pretrained(
+        folder
+    )
