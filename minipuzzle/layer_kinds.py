@@ -70,7 +70,8 @@ class CacheSpec:
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What all layers of one kind have in common. ``unit_groups`` maps an axis to the axis whose groups it may not
-    leave: as many ``ssm_head`` must survive in each ``ssm_group``, or B and C would be shared wrongly."""
+    leave: as many ``ssm_head`` must survive in each ``ssm_group``, or B and C would be shared wrongly.
+    ``inner_norm_energy`` names the measured mean squares under the norm inside the mixer, where there is one."""
 
     name: str
     symbol: str
@@ -78,6 +79,7 @@ class LayerKind:
     caches: Callable[[LayerSpec], tuple[CacheSpec, ...]]
     prunable_axes: tuple[str, ...]
     unit_groups: Mapping[str, str] = field(default_factory=dict)
+    inner_norm_energy: str = ""
 
 
 def dimension_length(dimension: Dimension, sizes: Mapping[str, int]) -> int:
@@ -177,6 +179,7 @@ _KINDS = (
         caches=_mamba_caches,
         prunable_axes=("ssm_head", "ssm_head_channel"),
         unit_groups={"ssm_head": "ssm_group"},
+        inner_norm_energy="ssm",
     ),
     LayerKind(
         name="attention",

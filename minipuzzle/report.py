@@ -1,0 +1,126 @@
+"""Results for people (rich tables) and for machines (plain dictionaries for --json), from the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from minipuzzle.architecture import Architecture
+from minipuzzle.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.memory import Deployment, memory_breakdown
+from minipuzzle.plan import Plan
+from minipuzzle.search import Candidate
+from minipuzzle.units import format_count, format_gib
+
+PATTERN_COLUMNS = 60
+
+
+def architecture_summary(architecture: Architecture, deployment: Deployment) -> dict[str, Any]:
+    """Layers, widths, parameters and memory terms of an architecture."""
+    breakdown = memory_breakdown(architecture, deployment)
+    return {
+        "model_type": architecture.model_type,
+        "pattern": architecture.pattern,
+        "num_layers": len(architecture.layers),
+        "layers": architecture.layer_counts,
+        "widths": {axis: width for axis in PRUNABLE_AXES if (width := architecture.width(axis)) is not None},
+        "num_parameters": architecture.num_parameters,
+        "parameters": architecture.parameters_by_part(),
+        "deployment": asdict(deployment),
+        "memory_bytes": breakdown.total_bytes,
+        "memory_terms": [asdict(term) for term in breakdown.terms],
+    }
+
+
+def print_architecture(architecture: Architecture, deployment: Deployment) -> None:
+    """Print what a model is made of and what it needs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{architecture.model_type}[/], {len(architecture.layers)} layers", highlight=False)
+    console.print(f"pattern  {colored_pattern(architecture)}", highlight=False)
+    widths = ((axis, architecture.width(axis)) for axis in PRUNABLE_AXES)
+    console.print("widths   " + ", ".join(f"{axis} {width}" for axis, width in widths if width), highlight=False)
+    parameters = Table("part", "layers", "parameters", "share", title="Parameters", title_justify="left")
+    counts, total = architecture.layer_counts, architecture.num_parameters
+    for part, count in architecture.parameters_by_part().items():
+        parameters.add_row(part, str(counts.get(part, "")), format_count(count), f"{count / total:.1%}")
+    parameters.add_row("[bold]total", str(len(architecture.layers)), f"[bold]{format_count(total)}", "100%")
+    breakdown = memory_breakdown(architecture, deployment)
+    memory = Table("term", "precision", "memory", title="Memory", title_justify="left")
+    for term in breakdown.terms:
+        memory.add_row(term.name, term.precision, format_gib(term.num_bytes))
+    memory.add_row("[bold]total", "", f"[bold]{format_gib(breakdown.total_bytes)}")
+    for table in (parameters, memory):
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+    console.print(f"[dim]at {deployment.describe()}; without activations and engine buffers", highlight=False)
+
+
+def colored_pattern(architecture: Architecture, dropped: Sequence[int] = ()) -> str:
+    """The pattern string in rich markup, one colour a kind, dropped layers struck out."""
+    colors = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow"}
+    pieces = []
+    for layer_idx, layer in enumerate(architecture.layers):
+        style = "dim strike" if layer_idx in dropped else colors.get(layer.kind, "white")
+        pieces.append(f"[{style}]{LAYER_KINDS[layer.kind].symbol}[/]")
+    return "".join(pieces)
+
+
+def plan_summary(source: Architecture, plan: Plan, deployment: Deployment) -> dict[str, Any]:
+    """A plan and what is left of the model, for --json."""
+    return {
+        "dropped_layers": list(plan.dropped_layers(source)),
+        "kept_layers": list(plan.kept_layers),
+        **architecture_summary(plan.apply(source), deployment),
+        "source_memory_bytes": memory_breakdown(source, deployment).total_bytes,
+        "source_num_parameters": source.num_parameters,
+    }
+
+
+def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int], deployment: Deployment) -> None:
+    """Print a cut as a difference against its source."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"source   {colored_pattern(source, dropped)}", highlight=False)
+    console.print(f"cut      {colored_pattern(target)}", highlight=False)
+    table = Table("", "source", "cut", "left")
+    for kind, count in source.layer_counts.items():
+        left = target.layer_counts.get(kind, 0)
+        table.add_row(f"{kind} layers", str(count), str(left), f"{left / count:.0%}")
+    for axis in PRUNABLE_AXES:
+        before, after = source.width(axis), target.width(axis)
+        if before and after:
+            table.add_row(axis, str(before), str(after), f"{after / before:.0%}")
+    parameters = source.num_parameters, target.num_parameters
+    table.add_row("parameters", *(format_count(count) for count in parameters), f"{parameters[1] / parameters[0]:.1%}")
+    memory = [memory_breakdown(architecture, deployment).total_bytes for architecture in (source, target)]
+    table.add_row("[bold]memory", *(format_gib(size) for size in memory), f"[bold]{memory[1] / memory[0]:.1%}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    console.print(f"[dim]memory at {deployment.describe()}", highlight=False)
+
+
+def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
+    """Print the best candidates of a search."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("candidate", "parameters", "memory", "predicted loss", title_justify="left")
+    table.title = f"{len(candidates)} best of {num_found} candidates that fit and that no other one dominates"
+    for candidate in candidates:
+        table.add_row(
+            candidate.describe(),
+            format_count(candidate.num_parameters),
+            format_gib(candidate.memory_bytes),
+            f"{candidate.predicted_loss:.4g}",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)

@@ -1,0 +1,144 @@
+"""From rankings to a plan: which layers and units stay, once their numbers are given.
+
+Layers are ranked inside their kind, units inside their layer (and group). Ties go against the later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from minipuzzle.architecture import Architecture
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.layer_kinds import LAYER_KINDS, kind_of_axis
+from minipuzzle.plan import WHOLE_MODEL, Plan
+from minipuzzle.scores import FINAL, Array, Scores
+
+
+def keep_best_layers(source: Architecture, layer_scores: Array, counts: Mapping[str, int]) -> tuple[int, ...]:
+    """Indices of the layers that stay: of each kind as many of the best as ``counts`` says, all where it is silent.
+
+    Raises: MinipuzzleError if more layers of a kind are asked for than there are.
+    """
+    kept: list[int] = []
+    for kind, available in source.layer_counts.items():
+        wanted = counts.get(kind, available)
+        if not 0 <= wanted <= available:
+            raise MinipuzzleError(f"cannot keep {wanted} {kind} layers: the model has {available}", "lower --keep")
+        indices = source.layer_indices(kind)
+        best_first = sorted(indices, key=lambda idx: (-layer_scores[idx], idx))
+        kept += best_first[:wanted]
+    return tuple(sorted(kept))
+
+
+def keep_best_units(unit_scores: Array, num_kept: int, num_groups: int = 1) -> tuple[int, ...]:
+    """Ascending indices of the best units, as many from each of ``num_groups`` equal groups.
+
+    Raises: MinipuzzleError if the units cannot be divided so.
+    """
+    if num_kept % num_groups or unit_scores.size % num_groups or not 0 < num_kept <= unit_scores.size:
+        raise MinipuzzleError(
+            f"cannot keep {num_kept} of {unit_scores.size} units in {num_groups} equal groups",
+            "choose a width that the groups divide",
+        )
+    by_group = unit_scores.reshape(num_groups, -1)
+    best_first = np.argsort(-by_group, axis=1, kind="stable")[:, : num_kept // num_groups]
+    offsets = np.arange(num_groups)[:, None] * by_group.shape[1]
+    return tuple(int(unit) for unit in np.sort((best_first + offsets).ravel()))
+
+
+def make_plan(
+    source: Architecture,
+    scores: Scores,
+    *,
+    counts: Mapping[str, int],
+    widths: Mapping[str, int],
+    metric: str,
+    notes: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan that keeps the best layers and units for given numbers of them.
+
+    Raises: MinipuzzleError if scores are missing or numbers impossible.
+    """
+    kept_layers = keep_best_layers(source, layer_scores(scores, metric), counts)
+    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    for axis, width in widths.items():
+        if width != source.width(axis):
+            kept_units[axis] = _keep_units_of_axis(source, scores, axis, width, kept_layers)
+    without_scales = Plan(
+        source_fingerprint=source.fingerprint(), kept_layers=kept_layers, kept_units=kept_units, notes=notes or {}
+    )
+    return Plan(
+        source_fingerprint=without_scales.source_fingerprint,
+        kept_layers=kept_layers,
+        kept_units=kept_units,
+        norm_scales=norm_scales(source, scores, without_scales),
+        notes=without_scales.notes,
+    )
+
+
+def layer_scores(scores: Scores, metric: str) -> Array:
+    """Layer scores by one metric.
+
+    Raises: MinipuzzleError if it was not measured.
+    """
+    if metric not in scores.layer:
+        raise MinipuzzleError(f"the scores hold no layer metric {metric!r}", f"they hold {', '.join(scores.layer)}")
+    return scores.layer[metric]
+
+
+def _keep_units_of_axis(
+    source: Architecture, scores: Scores, axis: str, width: int, kept_layers: tuple[int, ...]
+) -> dict[str, tuple[int, ...]]:
+    if axis == "hidden":
+        return {WHOLE_MODEL: keep_best_units(scores.unit_scores(axis, 0), width)}
+    kind = kind_of_axis(axis)
+    assert kind is not None
+    chosen = {}
+    for layer_idx in kept_layers:
+        layer = source.layers[layer_idx]
+        if layer.kind == kind.name:
+            num_groups = layer.sizes[kind.unit_groups[axis]] if axis in kind.unit_groups else 1
+            chosen[str(layer_idx)] = keep_best_units(scores.unit_scores(axis, layer_idx), width, num_groups)
+    return chosen
+
+
+def norm_scales(source: Architecture, scores: Scores, plan: Plan) -> dict[str, tuple[float, ...]]:
+    """Factors for the weights of RMS norms whose channels are cut: sqrt of kept over all mean square, per group.
+
+    An RMS norm divides by the root of the mean square over its group; leaving channels out changes that mean, and
+    with it the scale of those that stay. With silent channels the factor is sqrt(old width / new width).
+    """
+    from minipuzzle.surgery import kept_positions
+
+    scales = {}
+    for layer_idx in plan.kept_layers:
+        kind = source.layers[layer_idx].kind
+        for placed in source.layer_tensors(layer_idx):
+            if not placed.spec.rms_groups:
+                continue
+            axes = {axis for segment in placed.spec.dims[0] for axis in segment}
+            kept_units = {axis: units for axis in axes if (units := plan.units(axis, layer_idx)) is not None}
+            positions = kept_positions(placed.spec.dims[0], placed.sizes, kept_units)
+            if positions is not None:
+                owner = "hidden" if axes == {"hidden"} else LAYER_KINDS[kind].inner_norm_energy
+                energy = scores.energy(f"{owner}.{layer_idx}")
+                scales[placed.name] = _energy_scales(energy, positions, placed.spec.rms_groups)
+    hidden_units = plan.units("hidden", None)
+    if hidden_units is not None:
+        scales[source.names.final_norm] = _energy_scales(scores.energy(f"hidden.{FINAL}"), np.array(hidden_units), 1)
+    return scales
+
+
+def _energy_scales(energy: Array, kept: np.ndarray[Any, Any], num_groups: int) -> tuple[float, ...]:
+    group_size = energy.size // num_groups
+    all_mean = energy.astype(np.float64).reshape(num_groups, group_size).mean(axis=1)
+    factors = []
+    for group in range(num_groups):
+        in_group = kept[kept // group_size == group]
+        kept_mean = float(energy[in_group].astype(np.float64).mean())
+        # A group that was silent in calibration has nothing to restore.
+        factors.append(float(np.sqrt(kept_mean / all_mean[group])) if all_mean[group] > 0 else 1.0)
+    return tuple(factors)
