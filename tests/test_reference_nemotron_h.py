@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference_nemotron_h import reference_forward
-from tiny_models import VOCABULARY, write_tiny_checkpoint
 
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.models import load_model
+from tests.reference_nemotron_h import reference_forward
+from tests.tiny_models import VOCABULARY, write_tiny_checkpoint
 
 CHUNK = 16  # of the tiny config
 
