@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from minipuzzle.checkpoint import SINGLE_FILE, write_json
 from minipuzzle.families import FAMILIES
@@ -33,6 +34,14 @@ def write_tiny_checkpoint(folder: Path, *, pattern: str = "M-M*-M-", seed: int =
     stored_dtype = getattr(torch, config["dtype"])
     save_file({n: t.to(stored_dtype) for n, t in tensors.items()}, folder / SINGLE_FILE, metadata={"format": "pt"})
     write_byte_tokenizer(folder)
+    return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Rewrite a checkpoint after ``change`` has edited its tensors, which it gets by their names on disk."""
+    tensors = load_file(folder / SINGLE_FILE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     return folder
 
 
