@@ -43,7 +43,6 @@ COMPANION_FILES = (
 )
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +255,7 @@ class ShardWriter:
             return
         path = self.folder / f"shard-{len(self._written)}.unfinished"
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only the owner read; servers run as others
         self._written.append((path, list(self._pending)))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

@@ -139,3 +139,9 @@ def evaluation_windows(tokenizer: Any, documents: Sequence[str], *, sequence_len
     if not inputs:
         raise MinipuzzleError("the evaluation text has fewer than two tokens", "give more --data")
     return EvaluationWindows(token_ids=torch.tensor(inputs), labels=torch.tensor(labels), num_bytes=num_bytes)
+
+
+def windows_of_tokens(tokenizer: Any, token_ids: torch.Tensor) -> EvaluationWindows:
+    """Evaluation windows from sampled ones, ``[samples, tokens]``: every token but the first is predicted."""
+    num_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in token_ids)
+    return EvaluationWindows(token_ids=token_ids[:, :-1], labels=token_ids[:, 1:], num_bytes=num_bytes)

@@ -1,0 +1,34 @@
+"""Write docs/commands.md from the commands' own --help; with --check, fail if the file is out of date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from click.testing import CliRunner
+
+from minipuzzle.cli import COMMANDS, main
+
+PAGE = Path(__file__).parent / "commands.md"
+HELP_COLUMNS = "100"
+
+
+def render() -> str:
+    """The page: one section a command, its help as printed."""
+    runner = CliRunner(env={"COLUMNS": HELP_COLUMNS, "TERMINAL_WIDTH": HELP_COLUMNS})
+    sections = ["# Commands", "", "Written by `make docs` from the commands' own `--help`.", ""]
+    for arguments in ([], *([command] for command in COMMANDS)):
+        title = " ".join(["minipuzzle", *arguments])
+        result = runner.invoke(main, [*arguments, "--help"], prog_name="minipuzzle", catch_exceptions=False)
+        sections += [f"## {title}", "", "```", result.output.rstrip(), "```", ""]
+    return "\n".join(sections)
+
+
+if __name__ == "__main__":
+    page = render()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
+        click.echo("docs/commands.md is out of date: run `make docs`", err=True)
+        sys.exit(1)

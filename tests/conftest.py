@@ -1,0 +1,32 @@
+"""Fixtures that many tests share. Everything is built in seconds and nothing is mocked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minipuzzle.checkpoint import Checkpoint
+from tests.tiny_models import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random seven-layer hybrid with a tokenizer. Tests read it and never write to it."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def tiny_checkpoint(tiny_folder: Path) -> Checkpoint:
+    """The tiny folder, opened."""
+    return Checkpoint.open(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few kilobytes of English in JSONL."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box"]
+    lines = [" ".join(words[(start * step) % len(words)] for step in range(1, 60)) for start in range(1, 30)]
+    path.write_text("".join(f'{{"text": "{line}."}}\n' for line in lines), encoding="utf-8")
+    return path
