@@ -1,0 +1,204 @@
+"""Scores of channels and heads, and the energies under the norms, from one forward pass over the calibration data.
+
+Forward hooks on transformers' modules see the activations and reduce them at once: to means over each sequence, whose
+squares are summed over the samples (the L2 norm over samples of arXiv 2408.11796 and 2504.11409), or to mean squares.
+
+Shape suffixes: B batch, T tokens, H hidden, F ffn, I ssm inner channels, N ssm heads, P channels a head, G key-value
+groups, W columns of a group in o_proj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import linear, silu
+
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.layer_kinds import LayerSpec
+from minipuzzle.progress import Advance, no_progress
+from minipuzzle.scores import FINAL
+from minipuzzle.streaming import LayerStack
+
+UNIT_DEFINITIONS: Mapping[str, str] = {
+    "ffn": "input of down_proj: mean over the sequence of |a|, L2 over samples",
+    "ffn_contribution": "mean over all tokens of |a|, times the norm of the neuron's column of down_proj",
+    "ssm_head": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and channels",
+    "ssm_head_channel": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and heads",
+    "kv_group": "norm of the group's contribution through o_proj: mean over the sequence, L2 over samples",
+    "hidden": "outputs of the block norms and the final norm: mean over the sequence of |x|, L2 over samples, summed",
+}
+ENERGY_DEFINITIONS: Mapping[str, str] = {
+    "ssm": "input of the gated norm after the gate: mean square over all tokens",
+    "hidden": "input of the block's norm or of the final norm: mean square over all tokens",
+}
+Array = NDArray[np.float32]
+Observe = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]  # a forward hook
+SLICE_COPIES = 6  # of the hidden states of a slice, alive at once at the worst moment (the final norm)
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    """Running float64 sums over samples, under the keys of the score file (``hidden`` still by norm).
+
+    ``squares``: of the means over each sequence. ``means``, ``energies``: of such means and mean squares themselves.
+    """
+
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
+    energies: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def add(sums: dict[str, torch.Tensor], key: str, values_BU: torch.Tensor) -> None:
+        """Add the values of some samples to the sum under a key."""
+        added = values_BU.double().sum(0).cpu()
+        sums[key] = sums[key] + added if key in sums else added
+
+
+def score_channels(
+    stack: LayerStack,
+    token_ids_BT: torch.Tensor,
+    *,
+    slice_samples: int | None = None,
+    advance: Advance = no_progress,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Unit scores and norm energies, under the keys of a score file (``minipuzzle.scores``).
+
+    Definitions: UNIT_DEFINITIONS and ENERGY_DEFINITIONS. ``slice_samples``: samples at a time (default: as many as
+    fit); the slicing changes nothing but rounding. Progress: one step for each layer and sample.
+
+    Raises: MinipuzzleError if a value is not a finite number.
+    """
+    num_samples, num_tokens = token_ids_BT.shape
+    slice_samples = slice_samples or samples_per_slice(stack, num_samples, num_tokens)
+    sums = _Sums()
+    with _hooks(stack, sums):
+        for token_ids in torch.split(token_ids_BT, slice_samples):
+            hidden_BTH = stack.embed(token_ids)
+            for layer_idx in range(stack.num_layers):
+                stack.apply(layer_idx, hidden_BTH, out=hidden_BTH)
+                advance(len(token_ids))
+            stack.final_norm(hidden_BTH)
+    units = _units(sums, num_samples)
+    energies = {key: _float32(total / num_samples) for key, total in sums.energies.items()}
+    _require_finite({**units, **energies})
+    return units, energies
+
+
+def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int) -> int:
+    """Samples whose hidden states fit beside the weights and a layer at work; one always does."""
+    bytes_per_sample = SLICE_COPIES * num_tokens * stack.architecture.hidden * stack.dtype.itemsize
+    return max(1, min(num_samples, (stack.free_bytes - stack.activation_bytes(num_tokens)) // bytes_per_sample))
+
+
+def _units(sums: _Sums, num_samples: int) -> dict[str, Array]:
+    norms = {key: total.sqrt() for key, total in sums.squares.items()}
+    hidden = torch.stack([norm for key, norm in norms.items() if key.startswith("hidden.")]).sum(0)
+    return {
+        **{key: _float32(norm) for key, norm in norms.items() if not key.startswith("hidden.")},
+        **{key: _float32(total / num_samples) for key, total in sums.means.items()},
+        "hidden": _float32(hidden),
+    }
+
+
+def _float32(values: torch.Tensor) -> Array:
+    return values.numpy().astype(np.float32)
+
+
+def _require_finite(measured: Mapping[str, Array]) -> None:
+    for key, values in measured.items():
+        if not np.isfinite(values).all():
+            raise MinipuzzleError(
+                f"{key} has values that are not finite numbers: the activations overflow",
+                "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
+            )
+
+
+@contextmanager
+def _hooks(stack: LayerStack, sums: _Sums) -> Iterator[None]:
+    """Observe the modules of all layers, and the final norm, while the block runs."""
+    handles = [stack.final_norm_module.register_forward_hook(_observe_norm(sums, FINAL))]
+    for layer_idx, spec in enumerate(stack.architecture.layers):
+        mixer_prefix, norm_name = stack.architecture.names.mixers[spec.kind]
+        observers = {norm_name: _observe_norm(sums, layer_idx)}
+        observers |= {mixer_prefix + name: hook for name, hook in _OBSERVERS[spec.kind](sums, layer_idx, spec).items()}
+        for tensor_name, observe in observers.items():
+            module = stack.layer(layer_idx).get_submodule(tensor_name.removesuffix(".weight"))
+            handles.append(module.register_forward_hook(observe))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean_size(x_BTU: torch.Tensor) -> torch.Tensor:
+    """Mean over the sequence of the absolute value, in float32 at least."""
+    return x_BTU.abs().mean(dim=1, dtype=torch.promote_types(x_BTU.dtype, torch.float32))
+
+
+def _mean_square(x_BTU: torch.Tensor) -> torch.Tensor:
+    return x_BTU.to(torch.promote_types(x_BTU.dtype, torch.float32)).square().mean(dim=1)
+
+
+def _observe_norm(sums: _Sums, norm: int | str) -> Observe:
+    def observe(_module: nn.Module, args: tuple[torch.Tensor, ...], normed_BTH: torch.Tensor) -> None:
+        sums.add(sums.squares, f"hidden.{norm}", _mean_size(normed_BTH).square())
+        sums.add(sums.energies, f"hidden.{norm}", _mean_square(args[0]))
+
+    return observe
+
+
+def _observe_mlp(sums: _Sums, layer_idx: int, _spec: LayerSpec) -> dict[str, Observe]:
+    def observe_down_proj(module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        size_BF = _mean_size(args[0])
+        sums.add(sums.squares, f"ffn.{layer_idx}", size_BF.square())
+        column_norms_F = module.get_parameter("weight").norm(dim=0)
+        sums.add(sums.means, f"ffn_contribution.{layer_idx}", size_BF * column_norms_F)
+
+    return {"down_proj.weight": observe_down_proj}
+
+
+def _observe_attention(sums: _Sums, layer_idx: int, spec: LayerSpec) -> dict[str, Observe]:
+    group_width = spec.sizes["queries_per_group"] * spec.sizes["head_dim"]
+
+    def observe_o_proj(module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        inputs_BTW = torch.split(args[0], group_width, dim=-1)
+        weights_HW = torch.split(module.get_parameter("weight"), group_width, dim=-1)
+        sizes = [
+            linear(input_BTW, weight_HW).norm(dim=-1, dtype=torch.promote_types(input_BTW.dtype, torch.float32)).mean(1)
+            for input_BTW, weight_HW in zip(inputs_BTW, weights_HW, strict=True)
+        ]
+        sums.add(sums.squares, f"kv_group.{layer_idx}", torch.stack(sizes, dim=-1).square())
+
+    return {"o_proj.weight": observe_o_proj}
+
+
+def _observe_mamba(sums: _Sums, layer_idx: int, spec: LayerSpec) -> dict[str, Observe]:
+    num_heads, num_channels = spec.sizes["ssm_head"], spec.sizes["ssm_head_channel"]
+    inner = num_heads * num_channels
+
+    def observe_in_proj(_module: nn.Module, _args: tuple[torch.Tensor, ...], zxbcdt: torch.Tensor) -> None:
+        x_BTI = zxbcdt[..., inner : 2 * inner]
+        squares_BNP = _mean_size(x_BTI).square().view(-1, num_heads, num_channels)
+        sums.add(sums.squares, f"ssm_head.{layer_idx}", squares_BNP.sum(2))
+        sums.add(sums.squares, f"ssm_head_channel.{layer_idx}", squares_BNP.sum(1))
+
+    def observe_gated_norm(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        y_BTI, gate_BTI = args
+        precision = torch.promote_types(y_BTI.dtype, torch.float32)
+        sums.add(sums.energies, f"ssm.{layer_idx}", _mean_square(y_BTI.to(precision) * silu(gate_BTI.to(precision))))
+
+    return {"in_proj.weight": observe_in_proj, "norm.weight": observe_gated_norm}
+
+
+_OBSERVERS: Mapping[str, Callable[[_Sums, int, LayerSpec], dict[str, Observe]]] = {
+    "mlp": _observe_mlp,
+    "attention": _observe_attention,
+    "mamba": _observe_mamba,
+}

@@ -1,0 +1,127 @@
+"""The score of every layer: how far the LM head's input moves when the layer's residual branch contributes zero.
+
+Without layer j nothing below j changes. So one stream of hidden states is kept for the full model and one for each
+removed layer below the current one; layer i is loaded once and applied to all i + 1 of them as one batch. A model of L
+layers costs L (L + 1) / 2 layer applications a slice of the calibration data, and one read of the weights, where
+removing layers one by one costs L * L and L.
+
+Shape suffixes: S streams (0 is the full model, j + 1 lacks layer j), B batch, T tokens, C a chunk of them, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from importance.metrics import HeadInputMetrics, chunk_tokens, logit_bytes, next_token_labels
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.progress import Advance, no_progress
+from minipuzzle.streaming import LayerStack, largest_activation_bytes
+
+
+def reserved_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, memory_bytes: int) -> int:
+    """The least that scoring layers needs beside the weights: all streams of one sample, one layer at work on one
+    sequence, and the logits of one chunk."""
+    return (
+        sample_bytes(checkpoint, num_tokens, dtype)
+        + largest_activation_bytes(checkpoint, num_tokens, dtype)
+        + head_bytes(checkpoint, num_tokens, dtype, memory_bytes)
+    )
+
+
+def sample_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype) -> int:
+    """Memory of all streams of one sample."""
+    architecture = checkpoint.architecture
+    return (len(architecture.layers) + 1) * num_tokens * architecture.hidden * dtype.itemsize
+
+
+def head_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, memory_bytes: int) -> int:
+    """Memory that the metrics take: the logits of a chunk, its normed streams, and the head in float32."""
+    architecture = checkpoint.architecture
+    chunk = chunk_tokens(architecture.vocabulary, num_tokens, memory_bytes)
+    wide_head = 0 if dtype.itemsize >= 4 else architecture.vocabulary * architecture.hidden * 4
+    return logit_bytes(architecture.vocabulary, chunk) + sample_bytes(checkpoint, 3 * chunk, dtype) + wide_head
+
+
+def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int) -> int:
+    """Samples whose streams fit beside the weights, a layer at work and the metrics; one always does."""
+    beside = stack.activation_bytes(num_tokens)
+    beside += head_bytes(stack.checkpoint, num_tokens, stack.dtype, stack.memory_bytes)
+    fitting = (stack.free_bytes - beside) // sample_bytes(stack.checkpoint, num_tokens, stack.dtype)
+    return max(1, min(num_samples, fitting))
+
+
+def num_steps(num_layers: int, num_samples: int) -> int:
+    """Steps of progress that ``score_layers`` reports: applications of a layer, or of the head, to one sequence."""
+    return num_samples * (num_layers * (num_layers + 1) // 2 + num_layers + 1)
+
+
+def score_layers(
+    stack: LayerStack,
+    token_ids_BT: torch.Tensor,
+    *,
+    slice_samples: int | None = None,
+    advance: Advance = no_progress,
+) -> dict[str, NDArray[np.float64]]:
+    """All metrics of LAYER_METRICS for each layer, ``[num_layers]``.
+
+    ``slice_samples``: samples at a time (default: as many as fit). The slicing changes nothing but rounding.
+
+    Raises: MinipuzzleError if a score is not a finite number.
+    Source: arXiv 2504.03624, section 3.2, for ``mse``.
+    """
+    num_samples, num_tokens = token_ids_BT.shape
+    slice_samples = slice_samples or samples_per_slice(stack, num_samples, num_tokens)
+    metrics = HeadInputMetrics(stack.num_layers)
+    for token_ids in torch.split(token_ids_BT, slice_samples):
+        streams_SBTH = _run_streams(stack, token_ids, advance)
+        _compare_streams(stack, streams_SBTH, token_ids, metrics, advance)
+    scores = metrics.result()
+    _require_finite(scores)
+    return scores
+
+
+def _run_streams(stack: LayerStack, token_ids_BT: torch.Tensor, advance: Advance) -> torch.Tensor:
+    """Hidden states before the final norm, of the full model and without each layer, ``[layers + 1, B, T, H]``."""
+    embedded_BTH = stack.embed(token_ids_BT)
+    streams_SBTH = embedded_BTH.new_empty(stack.num_layers + 1, *embedded_BTH.shape)
+    streams_SBTH[0] = embedded_BTH
+    for layer_idx in range(stack.num_layers):
+        streams_SBTH[layer_idx + 1] = streams_SBTH[0]  # passes this layer by
+        running = streams_SBTH[: layer_idx + 1]
+        stack.apply(layer_idx, running, out=running)
+        advance(len(running) * len(token_ids_BT))
+    return streams_SBTH
+
+
+def _compare_streams(
+    stack: LayerStack,
+    streams_SBTH: torch.Tensor,
+    token_ids_BT: torch.Tensor,
+    metrics: HeadInputMetrics,
+    advance: Advance,
+) -> None:
+    labels_BT = next_token_labels(token_ids_BT).to(streams_SBTH.device)
+    head_VH = stack.head_weight()
+    if not head_VH.is_cuda:
+        head_VH = head_VH.to(torch.promote_types(head_VH.dtype, torch.float32))
+    num_tokens = token_ids_BT.shape[1]
+    chunk = chunk_tokens(stack.architecture.vocabulary, num_tokens, stack.memory_bytes)
+    for sample_idx in range(len(token_ids_BT)):
+        for start in range(0, num_tokens, chunk):
+            normed_SCH = stack.final_norm(streams_SBTH[:, sample_idx, start : start + chunk])
+            metrics.add(normed_SCH[0], normed_SCH[1:], head_VH, labels_BT[sample_idx, start : start + chunk])
+        advance(len(streams_SBTH))
+
+
+def _require_finite(scores: Mapping[str, NDArray[np.float64]]) -> None:
+    for metric, values in scores.items():
+        for layer_idx in np.flatnonzero(~np.isfinite(values)):
+            raise MinipuzzleError(
+                f"the {metric} score of layer {layer_idx} is {values[layer_idx]}: the hidden states overflow",
+                "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
+            )

@@ -1,0 +1,165 @@
+"""Guarantee: a layer's score is what the LM head's input does when that layer alone is skipped.
+
+It equals removing the layer from the whole transformers model and comparing with plain formulas in float64, for every
+metric and for irregular patterns; it does not depend on how the samples are sliced or on how much of the model fits in
+memory; and it costs L (L + 1) / 2 layer applications and one read of the weights a slice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from importance.layers import reserved_bytes, score_layers
+from importance.metrics import HeadInputMetrics, next_token_labels
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.models import load_model, parts_of
+from minipuzzle.scores import LAYER_METRICS
+from minipuzzle.streaming import FINAL_NORM, LayerStack, resident_weight_bytes
+from tests.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
+
+Scores = dict[str, NDArray[np.float64]]
+Tensors = dict[str, torch.Tensor]
+SAMPLES, TOKENS = 3, 37
+
+
+def random_tokens(samples: int = SAMPLES, tokens: int = TOKENS) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(7))
+
+
+def scores_by_naive_removal(checkpoint: Checkpoint, token_ids: torch.Tensor) -> Scores:
+    """Run the whole model once for every removed layer and compare, in float64 and without any sharing."""
+    model = load_model(checkpoint)
+    parts = parts_of(model, checkpoint.family)
+
+    def head_input(skipped: int | None) -> torch.Tensor:
+        hidden = parts.embeddings(token_ids)
+        for layer_idx, layer in enumerate(parts.layers):
+            hidden = hidden if layer_idx == skipped else layer(hidden)
+        return parts.final_norm(hidden).double()
+
+    with torch.no_grad():
+        full = head_input(None)
+        each = [
+            plain_metrics(full, head_input(j), parts.head.weight.double(), token_ids) for j in range(len(parts.layers))
+        ]
+    return {metric: np.array([scores[metric] for scores in each]) for metric in LAYER_METRICS}
+
+
+def plain_metrics(full: torch.Tensor, altered: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
+    log_p, log_q = F.log_softmax(full @ head.T, -1), F.log_softmax(altered @ head.T, -1)
+
+    def loss(log_probabilities: torch.Tensor) -> torch.Tensor:
+        return F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    return {
+        "mse": F.mse_loss(altered, full).item(),
+        "nmse": ((altered - full).square().sum() / full.square().sum()).item(),
+        "cosine": (1 - F.cosine_similarity(altered, full, dim=-1)).mean().item(),
+        "kl": F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean().item(),
+        "delta_loss": (loss(log_q) - loss(log_p)).item(),
+    }
+
+
+def assert_same_scores(found: Scores, wanted: Scores, relative: float) -> None:
+    assert found.keys() == wanted.keys() == LAYER_METRICS.keys()
+    for metric, values in wanted.items():
+        # A rise of the loss may be near zero while the losses are not; its error is relative to the typical rise.
+        absolute = relative * np.abs(values).mean() if metric == "delta_loss" else 0
+        np.testing.assert_allclose(found[metric], values, rtol=relative, atol=absolute, err_msg=metric)
+
+
+@pytest.mark.parametrize("pattern", ["M-M*-M-", "M---MM---M*-", "*", "-M"])
+def test_a_score_is_what_removing_that_layer_alone_does(tmp_path: Path, pattern: str) -> None:
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, pattern=pattern))
+    found = score_layers(LayerStack(checkpoint), random_tokens())
+    assert_same_scores(found, scores_by_naive_removal(checkpoint, random_tokens()), relative=1e-5)
+    assert all((found[metric] > 0).all() for metric in ("mse", "nmse", "cosine", "kl"))
+
+
+def test_a_layer_that_adds_nothing_scores_zero(tmp_path: Path) -> None:
+    def silence(tensors: Tensors) -> None:
+        tensors["backbone.layers.2.mixer.out_proj.weight"].zero_()
+        tensors["backbone.layers.3.mixer.o_proj.weight"].zero_()
+
+    checkpoint = Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), silence))
+    for metric, values in score_layers(LayerStack(checkpoint), random_tokens()).items():
+        assert np.flatnonzero(values == 0).tolist() == [2, 3], metric
+
+
+def open_stack(checkpoint: Checkpoint, *, fits: bool) -> LayerStack:
+    """A stack that may keep the whole model, or one that lacks a single byte for that."""
+    reserved = reserved_bytes(checkpoint, TOKENS, torch.float32, 0)
+    wanted = resident_weight_bytes(checkpoint.architecture, torch.float32) + reserved
+    stack = LayerStack(checkpoint, device_memory_bytes=wanted if fits else wanted - 1, reserved_bytes=reserved)
+    assert stack.is_resident == fits
+    return stack
+
+
+@pytest.mark.parametrize("slice_samples", [1, 2, SAMPLES])
+@pytest.mark.parametrize("fits", [True, False])
+def test_slicing_and_memory_do_not_change_the_scores(
+    tiny_checkpoint: Checkpoint, slice_samples: int, fits: bool
+) -> None:
+    wanted = score_layers(LayerStack(tiny_checkpoint), random_tokens(), slice_samples=SAMPLES)
+    stack = open_stack(tiny_checkpoint, fits=fits)
+    found = score_layers(stack, random_tokens(), slice_samples=slice_samples)
+    assert_same_scores(found, wanted, relative=1e-6)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_cost_is_half_a_square_and_one_read_a_slice(tiny_checkpoint: Checkpoint, fits: bool) -> None:
+    num_layers, num_slices = len(tiny_checkpoint.architecture.layers), 3
+    stack = open_stack(tiny_checkpoint, fits=fits)
+    score_layers(stack, random_tokens(), slice_samples=1)
+    assert stack.counters.layer_applications == num_slices * num_layers * (num_layers + 1) // 2
+    final_norm_bytes = stack.stored_bytes(FINAL_NORM)  # small: it stays in memory
+    reads = 1 if fits else num_slices
+    assert (
+        stack.counters.weight_bytes_read == reads * (tiny_checkpoint.weight_bytes - final_norm_bytes) + final_norm_bytes
+    )
+
+
+def test_one_part_at_a_time_means_one(tiny_checkpoint: Checkpoint) -> None:
+    stack = open_stack(tiny_checkpoint, fits=False)
+    hidden = stack.embed(random_tokens())
+    for layer_idx in range(stack.num_layers):
+        hidden = stack.apply(layer_idx, hidden)
+        loaded = [i for i in range(stack.num_layers) if not any(p.is_meta for p in stack.layer(i).parameters())]
+        assert loaded == [layer_idx]
+
+
+def test_too_little_memory_is_refused_with_the_amount_that_is_needed(tiny_checkpoint: Checkpoint) -> None:
+    with pytest.raises(MinipuzzleError, match=r"needs 0\.\d+ GiB .* but 0\.0000 GiB may be used"):
+        LayerStack(tiny_checkpoint, device_memory_bytes=1000)
+
+
+def test_an_overflow_is_an_error_and_not_a_score(tmp_path: Path) -> None:
+    def inflate(tensors: Tensors) -> None:
+        tensors["backbone.layers.1.mixer.up_proj.weight"].mul_(1e25)
+
+    stack = LayerStack(Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), inflate)))
+    with pytest.raises(MinipuzzleError, match="score of layer"):
+        score_layers(stack, random_tokens())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_metrics_keep_their_digits_from_tiny_to_huge_changes(size: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    full, change = (torch.randn(2, 50, 16, generator=generator) for _ in range(2))
+    head, ids = torch.randn(300, 16, generator=generator), torch.randint(300, (2, 50), generator=generator)
+    metrics = HeadInputMetrics(1)
+    altered = full + size * change
+    for sample in range(2):  # in uneven chunks
+        labels = next_token_labels(ids)[sample]
+        for chunk in (slice(0, 33), slice(33, 50)):
+            metrics.add(full[sample, chunk], altered[None, sample, chunk], head, labels[chunk])
+    wanted = plain_metrics(full.double(), altered.double(), head.double(), ids)
+    found = {metric: values.item() for metric, values in metrics.result().items()}
+    assert found == pytest.approx(wanted, rel=2e-4 if size < 0.01 else 1e-5)
