@@ -1,0 +1,230 @@
+"""Quality of a model on text: loss, bits per byte, accuracy, and how far it is from a teacher.
+
+Shape suffixes: B windows of a batch, T tokens of a window, N tokens that count, C tokens of a chunk, H hidden,
+V vocabulary. ``[N, V]`` never exists whole: LM heads are applied to C tokens at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minipuzzle.corpus import IGNORE, EvaluationWindows, document_tokens
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.families import Family
+from minipuzzle.models import ModelParts, parts_of
+from minipuzzle.progress import Advance, no_progress
+
+_CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
+_MAX_LOSS_NATS = 700.0  # exp of more overflows float64; no sane model is near
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Quality of one model on one set of windows.
+
+    Units: ``loss`` and ``kl`` nats per predicted token; ``bits_per_byte`` bits per UTF-8 byte of the predicted text;
+    ``next_token_accuracy`` and ``top1_agreement`` shares of 1; ``model_seconds`` without the teacher's.
+    ``kl`` is forward: sum of teacher * (log teacher - log model). It and ``top1_agreement`` are None without a teacher.
+    """
+
+    loss: float
+    bits_per_byte: float
+    next_token_accuracy: float
+    num_tokens: int
+    num_bytes: int
+    model_seconds: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(self.loss)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted tokens per second of the model's own time, measured."""
+        return self.num_tokens / self.model_seconds
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """All figures by name."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "next_token_accuracy": self.next_token_accuracy,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(kw_only=True)
+class _Sums:
+    loss: float = 0.0
+    num_correct: int = 0
+    kl: float = 0.0
+    num_agreed: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    family: Family,
+    windows: EvaluationWindows,
+    *,
+    against: nn.Module | None = None,
+    against_family: Family | None = None,
+    batch: int = 4,
+    device: str = "cpu",
+    advance: Advance = no_progress,
+) -> Evaluation:
+    """Measure a model on windows, and its distance from a teacher that shares its vocabulary if one is given.
+
+    Each trunk runs once a batch. Logits are float32, sums float64; padding counts nowhere. ``advance`` is called with
+    the number of windows done. ``against_family`` is needed only where the teacher is of another family.
+
+    Raises: MinipuzzleError if the model's loss is not a finite number.
+    """
+    student = _Scored(parts_of(model, family))
+    teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
+    sums = _Sums()
+    for start in range(0, len(windows.token_ids), batch):
+        token_ids_BT = windows.token_ids[start : start + batch].to(device)
+        labels_BT = windows.labels[start : start + batch].to(device)
+        _add_batch(sums, student, teacher, token_ids_BT, labels_BT)
+        advance(len(token_ids_BT))
+    return _finish(sums, windows.num_bytes, has_teacher=teacher is not None)
+
+
+def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of several sets of windows together, weighted by their tokens."""
+    sums = _Sums()
+    for part in evaluations:
+        sums.loss += part.loss * part.num_tokens
+        sums.num_correct += round(part.next_token_accuracy * part.num_tokens)
+        sums.kl += (part.kl or 0.0) * part.num_tokens
+        sums.num_agreed += round((part.top1_agreement or 0.0) * part.num_tokens)
+        sums.num_tokens += part.num_tokens
+        sums.seconds += part.model_seconds
+    has_teacher = all(part.kl is not None for part in evaluations)
+    return _finish(sums, sum(part.num_bytes for part in evaluations), has_teacher=has_teacher)
+
+
+def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) -> list[str]:
+    """The first documents that hold about ``max_tokens`` tokens; the last is cut so that its bytes stay known."""
+    kept: list[str] = []
+    remaining_tokens = max_tokens
+    for text in documents:
+        num_tokens = len(document_tokens(tokenizer, text))
+        if num_tokens >= remaining_tokens:
+            return [*kept, text[: max(1, len(text) * remaining_tokens // num_tokens)]]
+        kept.append(text)
+        remaining_tokens -= num_tokens
+    return kept
+
+
+def head_chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Consecutive slices of tokens whose logits together fit a fixed memory."""
+    chunk_tokens = max(1, _CHUNK_LOGITS // vocabulary)
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+def divergence_sums(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Tensor) -> tuple[float, int]:
+    """Sum over tokens of KL(teacher || student) in nats, and the number of tokens on whose best next token they agree.
+
+    Shapes: both float32 [tokens, vocabulary].
+    """
+    teacher_logp_CV, student_logp_CV = teacher_logits_CV.log_softmax(-1), student_logits_CV.log_softmax(-1)
+    terms_CV = teacher_logp_CV.exp() * (teacher_logp_CV - student_logp_CV)
+    agreed_C = teacher_logits_CV.argmax(-1) == student_logits_CV.argmax(-1)
+    return float(_sum_float64(terms_CV)), int(agreed_C.sum())
+
+
+def _sum_float64(values: torch.Tensor) -> torch.Tensor:
+    # MPS has no float64; there the sum is finished on the host.
+    if values.device.type == "mps":
+        return values.sum(-1).cpu().double().sum()
+    return values.sum(dtype=torch.float64)
+
+
+class _Scored:
+    """A model's parts with its head in float32, made once: a bfloat16 product would bury small divergences."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        self.parts = parts
+        self.weight_VH = parts.head.weight.float()
+        self.bias_V = None if parts.head.bias is None else parts.head.bias.float()
+
+    def hidden(self, token_ids_BT: torch.Tensor, counts_BT: torch.Tensor) -> torch.Tensor:
+        """What the head sees of the tokens that count, ``[N, H]``."""
+        return self.parts.logits_input(token_ids_BT)[counts_BT]
+
+    def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of some tokens."""
+        return F.linear(hidden_CH.float(), self.weight_VH, self.bias_V)
+
+
+def _add_batch(
+    sums: _Sums, student: _Scored, teacher: _Scored | None, token_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+) -> None:
+    counts_BT = labels_BT != IGNORE
+    labels_N = labels_BT[counts_BT]
+    student_hidden_NH = _timed(sums, labels_N.device, lambda: student.hidden(token_ids_BT, counts_BT))
+    teacher_hidden_NH = teacher.hidden(token_ids_BT, counts_BT) if teacher else None
+    for chunk in head_chunks(len(labels_N), student.weight_VH.shape[0]):
+        labels_C = labels_N[chunk]
+        logits_CV = _timed(sums, labels_C.device, lambda chunk=chunk: student.logits(student_hidden_NH[chunk]))
+        sums.loss += float(_sum_float64(F.cross_entropy(logits_CV, labels_C, reduction="none")))
+        sums.num_correct += int((logits_CV.argmax(-1) == labels_C).sum())
+        if teacher is not None and teacher_hidden_NH is not None:
+            kl, num_agreed = divergence_sums(teacher.logits(teacher_hidden_NH[chunk]), logits_CV)
+            sums.kl += kl
+            sums.num_agreed += num_agreed
+    sums.num_tokens += len(labels_N)
+
+
+def _timed(sums: _Sums, device: torch.device, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+    _wait_for(device)
+    start = time.perf_counter()
+    result = compute()
+    _wait_for(device)
+    sums.seconds += time.perf_counter() - start
+    return result
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _finish(sums: _Sums, num_bytes: int, *, has_teacher: bool) -> Evaluation:
+    loss = sums.loss / sums.num_tokens
+    if not loss < _MAX_LOSS_NATS:  # also true for NaN
+        raise MinipuzzleError(
+            f"the model's loss is {loss} nats/token: it computes NaN, infinite or senseless values",
+            "check the weights, or try --dtype float32",
+        )
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=sums.loss / math.log(2) / num_bytes,
+        next_token_accuracy=sums.num_correct / sums.num_tokens,
+        num_tokens=sums.num_tokens,
+        num_bytes=num_bytes,
+        model_seconds=sums.seconds,
+        kl=sums.kl / sums.num_tokens if has_teacher else None,
+        top1_agreement=sums.num_agreed / sums.num_tokens if has_teacher else None,
+    )
