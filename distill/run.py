@@ -1,0 +1,241 @@
+"""Distillation from checkpoint folders to a checkpoint folder: checks, loading, the loop, and writing the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.checkpointing import Progress, remove_training_state
+from distill.data import PackedWindows
+from distill.estimate import MemoryEstimate, estimate_memory
+from distill.loop import distill
+from distill.settings import DistillSettings, OnStep, ignore_step
+from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, read_json, write_json
+from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.models import load_model, load_tokenizer, parts_of
+from minipuzzle.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files, output_folder
+
+GIVE_TEACHER = "give the model it was cut from with --teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRequest:
+    """A student, the teacher it was cut from, the text, and what to do with them."""
+
+    student: Checkpoint
+    teacher: Checkpoint
+    data: tuple[Path, ...]
+    settings: DistillSettings
+    out: Path
+    validation: tuple[Path, ...] = ()
+    device: str = "cpu"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A request that passed every check that needs no weights, with its text in tokens."""
+
+    request: DistillRequest
+    train_windows: PackedWindows
+    validation_windows: EvaluationWindows | None
+    memory: MemoryEstimate
+
+    @property
+    def epochs(self) -> float:
+        """How often the training text is seen."""
+        settings = self.request.settings
+        return self.train_windows.epochs(settings.total_steps * settings.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillResult:
+    """What a finished run did. Validation KL: nats per token at temperature 1; None without validation text."""
+
+    out: Path
+    steps: int
+    tokens: int
+    epochs: float
+    skipped_steps: int
+    train_seconds: float
+    validation_kl_before: float | None
+    validation_kl_after: float | None
+
+    @property
+    def remaining_kl_fraction(self) -> float | None:
+        """Share of the validation KL that is left; None without validation text."""
+        if self.validation_kl_before is None or self.validation_kl_after is None:
+            return None
+        return self.validation_kl_after / max(self.validation_kl_before, 1e-30)
+
+
+def find_teacher(student_folder: Path) -> Path:
+    """The teacher's folder that a cut checkpoint remembers in its minipuzzle.json.
+
+    Raises: MinipuzzleError if it remembers none, or that folder is gone or holds another model.
+    """
+    path = student_folder / PROVENANCE_FILE
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record.get("teacher"), str):
+        raise MinipuzzleError(f"{student_folder} does not say what its teacher is", GIVE_TEACHER)
+    folder = Path(record["teacher"])
+    if not folder.is_dir():
+        raise MinipuzzleError(f"the teacher of {student_folder} is no longer at {folder}", GIVE_TEACHER)
+    if Checkpoint.open(folder).fingerprint != record.get("teacher_fingerprint"):
+        raise MinipuzzleError(f"{folder} is no longer the model that {student_folder} was cut from", GIVE_TEACHER)
+    return folder
+
+
+def prepare_run(request: DistillRequest) -> PreparedRun:
+    """Check everything that can be checked without weights, and tokenise the text.
+
+    Raises: MinipuzzleError naming what does not fit.
+    """
+    settings = request.settings
+    check_target_folder(request.out, overwrite=request.overwrite)
+    for checkpoint in (request.student, request.teacher):
+        checkpoint.require_plain_weights()
+    if request.student.family is not request.teacher.family:
+        raise MinipuzzleError("student and teacher are of different families", GIVE_TEACHER)
+    tokenizer = _shared_tokenizer(request.student, request.teacher)
+    train_windows = PackedWindows.from_texts(
+        tokenizer, read_documents(request.data), sequence_length=settings.sequence_length, seed=settings.seed
+    )
+    validation_windows = None
+    if request.validation:
+        texts = read_documents(request.validation)
+        validation_windows = evaluation_windows(tokenizer, texts, sequence_length=settings.sequence_length)
+    return PreparedRun(
+        request=request,
+        train_windows=train_windows,
+        validation_windows=validation_windows,
+        memory=estimate_memory(request.student.architecture, request.teacher.architecture, settings, request.device),
+    )
+
+
+def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> DistillResult:
+    """Distil and write the output folder; an interrupted run of the same request is continued.
+
+    Raises: InputChangedError if an interrupted run in the way had other inputs or settings.
+    """
+    request = prepared.request
+    with output_folder(request.out, provenance_of(request), overwrite=request.overwrite) as folder:
+        student_model, progress = _train(prepared, folder, on_step)
+        write_result(student_model, request.student, folder)
+        # Last, because until now a run that is killed can still continue from it.
+        remove_training_state(folder)
+    return DistillResult(
+        out=request.out,
+        steps=progress.step,
+        tokens=progress.step * request.settings.tokens_per_step,
+        epochs=prepared.epochs,
+        skipped_steps=progress.skipped_steps,
+        train_seconds=progress.train_seconds,
+        validation_kl_before=progress.validation_kl_before,
+        validation_kl_after=progress.validation_kl_after,
+    )
+
+
+def distill_checkpoint(
+    *,
+    student: Checkpoint,
+    teacher: Checkpoint,
+    data: Sequence[Path],
+    settings: DistillSettings,
+    out: Path,
+    validation: Sequence[Path] = (),
+    device: str = "cpu",
+    overwrite: bool = False,
+    on_step: OnStep = ignore_step,
+) -> DistillResult:
+    """Check, distil and write ``out``: what ``minipuzzle distill`` does, for callers in Python.
+
+    Raises: MinipuzzleError for inputs that do not fit together, InputChangedError as in ``run_prepared``.
+    """
+    request = DistillRequest(
+        student=student,
+        teacher=teacher,
+        data=tuple(data),
+        settings=settings,
+        out=out,
+        validation=tuple(validation),
+        device=device,
+        overwrite=overwrite,
+    )
+    return run_prepared(prepare_run(request), on_step=on_step)
+
+
+def provenance_of(request: DistillRequest) -> dict[str, Any]:
+    """What the output remembers, and what an interrupted run must share with its continuation."""
+    return {
+        "command": "distill",
+        "student": str(request.student.folder.resolve()),
+        "student_fingerprint": request.student.fingerprint,
+        "teacher": str(request.teacher.folder.resolve()),
+        "teacher_fingerprint": request.teacher.fingerprint,
+        "data_fingerprint": fingerprint_files(list(request.data)),
+        "validation_fingerprint": fingerprint_files(list(request.validation)) if request.validation else None,
+        "settings": request.settings.shaping(),
+    }
+
+
+def write_result(student_model: nn.Module, student: Checkpoint, folder: Path) -> None:
+    """Write a trained student as a Hugging Face checkpoint in the precision in which it was stored before."""
+    # The output never ties head and embeddings, so that all engines read it alike.
+    architecture = replace(student.architecture, tied_embeddings=False)
+    write_json(folder / "config.json", student.family.write(student.config, architecture))
+    copy_companions(student.folder, folder)
+    weights = student_model.state_dict()
+    writer = ShardWriter(folder)
+    for tensor in architecture.tensors():
+        stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
+        weight = weights[student.family.modules.module_name(tensor.name)]
+        writer.add(tensor.name, weight.detach().to("cpu", _TORCH_DTYPES[stored.dtype]))
+    writer.finish()
+
+
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _train(prepared: PreparedRun, folder: Path, on_step: OnStep) -> tuple[nn.Module, Progress]:
+    request = prepared.request
+    device, compute_dtype = request.device, getattr(torch, request.settings.dtype)
+    student_model = load_model(request.student, dtype=torch.float32, device=device)
+    _untie(student_model, request.student)
+    progress = distill(
+        teacher_model=load_model(request.teacher, dtype=compute_dtype, device=device),
+        student_model=student_model,
+        family=request.student.family,
+        data=prepared.train_windows,
+        settings=request.settings,
+        folder=folder,
+        validation=prepared.validation_windows,
+        device=device,
+        on_step=on_step,
+    )
+    return student_model, progress
+
+
+def _untie(model: nn.Module, checkpoint: Checkpoint) -> None:
+    if checkpoint.architecture.tied_embeddings:
+        head = parts_of(model, checkpoint.family).head
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def _shared_tokenizer(student: Checkpoint, teacher: Checkpoint) -> Any:
+    """The one tokenizer of both models; logits of different vocabularies cannot be compared."""
+    sizes = student.architecture.vocabulary, teacher.architecture.vocabulary
+    if sizes[0] != sizes[1]:
+        raise MinipuzzleError(
+            f"the student's vocabulary has {sizes[0]:,} entries, the teacher's {sizes[1]:,}", GIVE_TEACHER
+        )
+    tokenizer, other = load_tokenizer(student.folder), load_tokenizer(teacher.folder)
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise MinipuzzleError("the tokenizers of student and teacher give tokens different numbers", GIVE_TEACHER)
+    return tokenizer

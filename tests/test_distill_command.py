@@ -1,0 +1,239 @@
+"""``minipuzzle distill`` turns checkpoint folders into a checkpoint folder, and refuses what does not fit together.
+
+The output is a complete model for transformers, and an interrupted command continues only on the same inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from distill.run import distill_checkpoint, find_teacher
+from distill.settings import DistillSettings, StepRecord
+from minipuzzle.checkpoint import Checkpoint, read_json, write_json
+from minipuzzle.cli import main
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.outputs import PROVENANCE_FILE
+from tests.tiny_models import write_tiny_checkpoint
+
+OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A smaller model that remembers its teacher, stored in bfloat16 as most models are."""
+    folder = write_tiny_checkpoint(tmp_path / "student", pattern="M-M*-", dtype="bfloat16")
+    teacher = Checkpoint.open(tiny_folder)
+    record = {"command": "prune", "teacher": str(tiny_folder), "teacher_fingerprint": teacher.fingerprint}
+    write_json(folder / PROVENANCE_FILE, record)
+    return folder
+
+
+def command(student: Path, text_file: Path, out: Path, *more: str) -> list[str]:
+    return ["distill", str(student), "--data", str(text_file), "-o", str(out), *OPTIONS, *more]
+
+
+def invoke(student: Path, text_file: Path, out: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, command(student, text_file, out, *more))
+
+
+def test_the_result_is_a_complete_model_for_transformers(student: Path, text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    result = invoke(student, text_file, out, "--validation", str(text_file))
+    assert result.exit_code == 0, result.output
+    assert "KL to the teacher" in result.output
+    assert not (out / "state").exists() and not out.with_name("out.partial").exists()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 6
+    Checkpoint.open(out).require_plain_weights()
+    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert next(model.parameters()).dtype == torch.bfloat16
+    prompt = AutoTokenizer.from_pretrained(out)("the quick brown fox jumps", return_tensors="pt")["input_ids"]
+    model = model.float().eval()
+    generated = [
+        model.generate(prompt, max_new_tokens=40, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    ]
+    assert torch.equal(*generated)
+
+
+def test_the_result_moved_towards_the_teacher_and_remembers_everything(
+    student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    out = tmp_path / "out"
+    result = invoke(student, text_file, out, "--validation", str(text_file), "--json", "--seed", "3")
+    figures = json.loads(result.stdout)
+    assert figures["validation_kl_after"] < 0.95 * figures["validation_kl_before"]
+    assert figures["steps"] == 6 and figures["tokens"] == 384
+    record = read_json(out / PROVENANCE_FILE)
+    assert record["command"] == "distill"
+    assert record["settings"]["seed"] == 3 and record["settings"]["tokens"] == 384
+    assert record["teacher_fingerprint"] == Checkpoint.open(tiny_folder).fingerprint
+    assert record["student_fingerprint"] == Checkpoint.open(student).fingerprint
+    assert find_teacher(out) == tiny_folder  # so that the result can be distilled further
+    before, after = (load_file(folder / "model.safetensors") for folder in (student, out))
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    # Each part learns; a one-dimensional weight may stay within bfloat16's rounding.
+    assert all(not torch.equal(before[name], after[name]) for name in before if before[name].ndim > 1)
+
+
+def distil_in_python(student: Path, teacher: Path, text_file: Path, out: Path, stop_after: int | None = None) -> None:
+    def crash(record: StepRecord) -> None:
+        if record.step == stop_after:
+            raise RuntimeError("crash")
+
+    settings = DistillSettings(tokens=384, sequence_length=32, batch_sequences=2, learning_rate=3e-3)
+    distill_checkpoint(
+        student=Checkpoint.open(student),
+        teacher=Checkpoint.open(teacher),
+        data=[text_file],
+        settings=replace(settings, save_every=2),
+        out=out,
+        on_step=crash,
+    )
+
+
+def crash_after_three_steps(student: Path, teacher: Path, text_file: Path, out: Path) -> None:
+    with pytest.raises(RuntimeError, match="crash"):
+        distil_in_python(student, teacher, text_file, out, stop_after=3)
+    assert not out.exists() and out.with_name("out.partial").is_dir()
+
+
+def test_the_same_command_continues_a_crashed_run_bit_for_bit(
+    student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    distil_in_python(student, tiny_folder, text_file, whole)
+    crash_after_three_steps(student, tiny_folder, text_file, out)
+    result = invoke(student, text_file, out)
+    assert result.exit_code == 0, result.output
+    for name in ("model.safetensors", "config.json", "tokenizer.json", PROVENANCE_FILE):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_terminated_command_leaves_a_partial_folder_that_the_same_command_finishes(
+    student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(student, text_file, out, "--tokens", "64k")  # the later --tokens wins
+    process = subprocess.Popen([sys.executable, "-m", "minipuzzle.cli", *arguments], stderr=subprocess.PIPE)
+    metrics = tmp_path / "out.partial" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 130, stderr.decode()
+    saved = [path.name for path in (tmp_path / "out.partial" / "state").iterdir()]
+    assert len(saved) == 1 and int(saved[0].removeprefix("step-")) > 2
+    assert os.path.lexists(out) is False
+
+
+@pytest.mark.parametrize("changed", ["data", "settings", "student", "teacher"])
+def test_a_crashed_run_does_not_continue_on_other_inputs(
+    student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path, changed: str
+) -> None:
+    out, text, more = tmp_path / "out", tmp_path / "text.jsonl", []
+    shutil.copyfile(text_file, text)
+    crash_after_three_steps(student, tiny_folder, text, out)
+    if changed == "data":
+        text.write_text(text.read_text() + '{"text": "one more line"}\n')
+    elif changed == "settings":
+        more = ["--temperature", "2"]
+    elif changed == "student":
+        write_tiny_checkpoint(student, pattern="M-M*-", seed=9, dtype="bfloat16")
+    else:
+        other = write_tiny_checkpoint(tmp_path / "other", seed=9)
+        more = ["--teacher", str(other)]
+    result = invoke(student, text, out, *more)
+    assert result.exit_code == 4, result.output
+    assert changed in result.stderr
+
+
+@pytest.mark.parametrize("broken", ["no record", "moved", "changed"])
+def test_a_teacher_that_cannot_be_found_is_asked_for(
+    student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path, broken: str
+) -> None:
+    record: dict[str, Any] = read_json(student / PROVENANCE_FILE)
+    if broken == "no record":
+        (student / PROVENANCE_FILE).unlink()
+    elif broken == "moved":
+        write_json(student / PROVENANCE_FILE, {**record, "teacher": str(tmp_path / "gone")})
+    else:
+        write_json(student / PROVENANCE_FILE, {**record, "teacher_fingerprint": "0" * 16})
+    result = invoke(student, text_file, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "--teacher" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+    assert invoke(student, text_file, tmp_path / "out", "--teacher", str(tiny_folder)).exit_code == 0
+
+
+def test_another_vocabulary_is_refused_before_weights_are_read(student: Path, text_file: Path, tmp_path: Path) -> None:
+    larger = write_tiny_checkpoint(tmp_path / "larger", vocab_size=300)
+    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(larger))
+    assert result.exit_code == 1
+    assert "272" in result.stderr and "300" in result.stderr
+    renumbered = write_tiny_checkpoint(tmp_path / "renumbered")
+    tokenizer = json.loads((renumbered / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (renumbered / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(renumbered))
+    assert result.exit_code == 1
+    assert "different numbers" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(student: Path, text_file: Path, tmp_path: Path) -> None:
+    result = invoke(student, text_file, tmp_path / "out", "--dry-run", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["steps"] == 6 and facts["tokens"] == 384
+    assert facts["epochs"] == pytest.approx(384 / (32 * ((facts["data_tokens"] - 1) // 32)))
+    assert facts["student_bytes"] == 16 * Checkpoint.open(student).architecture.num_parameters
+    assert "dry run" in invoke(student, text_file, tmp_path / "out", "--dry-run").output
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--learning-rate", "-1"), ("--temperature", "0"), ("--ce-weight", "2"), ("--batch", "0")]
+)
+def test_a_value_out_of_range_is_named(student: Path, text_file: Path, tmp_path: Path, option: str, value: str) -> None:
+    result = invoke(student, text_file, tmp_path / "out", option, value)
+    assert result.exit_code == 1
+    assert option.strip("-").replace("-", " ") in result.stderr
+
+
+def test_a_student_with_tied_head_is_written_untied(text_file: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    tied = write_tiny_checkpoint(tmp_path / "tied", pattern="M-")
+    tensors = load_file(tied / "model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({n: t for n, t in tensors.items() if n != "lm_head.weight"}, tied / "model.safetensors")
+    write_json(tied / "config.json", {**read_json(tied / "config.json"), "tie_word_embeddings": True})
+    out = tmp_path / "out"
+    result = invoke(tied, text_file, out, "--teacher", str(tiny_folder))
+    assert result.exit_code == 0, result.output
+    Checkpoint.open(out).require_plain_weights()
+    written = load_file(out / "model.safetensors")
+    assert not torch.equal(written["lm_head.weight"], written["backbone.embeddings.weight"])
+
+
+def test_a_missing_folder_is_an_error_of_the_user(text_file: Path, tmp_path: Path) -> None:
+    result = invoke(tmp_path / "nowhere", text_file, tmp_path / "out")
+    assert result.exit_code == 1
+    with pytest.raises(MinipuzzleError, match="nowhere"):
+        Checkpoint.open(tmp_path / "nowhere")
