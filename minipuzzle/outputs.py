@@ -40,6 +40,16 @@ def check_target_folder(target: Path, *, overwrite: bool) -> None:
     _check_parent_writable(target)
 
 
+def check_target_file(target: Path) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises: MinipuzzleError if the path is a folder or its parent is not writable.
+    """
+    _check_parent_writable(target)
+    if target.is_dir():
+        raise MinipuzzleError(f"{target} is a folder", "give a file name")
+
+
 def _check_parent_writable(target: Path) -> None:
     probe = target.with_name(f".{target.name}.minipuzzle-probe")
     try:
@@ -91,9 +101,7 @@ def _open_partial(partial: Path, record: dict[str, Any]) -> None:
 @contextmanager
 def output_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; rename it over ``target`` once the block ends without an error."""
-    _check_parent_writable(target)
-    if target.is_dir():
-        raise MinipuzzleError(f"{target} is a folder", "give a file name")
+    check_target_file(target)
     partial = target.with_name(target.name + ".partial")
     try:
         yield partial

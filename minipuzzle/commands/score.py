@@ -1,0 +1,234 @@
+"""``minipuzzle score``: measure how much the model loses without each layer, channel and head."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.options import (
+    COUNT,
+    data_option,
+    default_device,
+    device_option,
+    dry_run_option,
+    echo_json,
+    json_option,
+    model_argument,
+    out_option,
+)
+from minipuzzle.units import format_gib, parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from importance.measure import Work
+    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.scores import Scores
+
+KIND_COLORS = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow"}
+BAR_COLUMNS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How much to measure, and with what."""
+
+    samples: int
+    channel_samples: int
+    sequence_length: int
+    seed: int
+    dtype: str
+    device: str
+    device_memory_bytes: int | None
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.channel_samples) < 1 or self.sequence_length < 2:
+            raise MinipuzzleError(
+                f"{self.samples} samples ({self.channel_samples} for channels) of {self.sequence_length} tokens "
+                "measure nothing",
+                "give --samples and --channel-samples of at least 1 and --sequence-length of at least 2",
+            )
+
+
+@click.command()
+@model_argument()
+@data_option()
+@click.option("--samples", type=COUNT, default=128, help="Calibration samples for layers.", show_default=True)
+@click.option(
+    "--channel-samples",
+    type=COUNT,
+    default=None,
+    help="Calibration samples for channels and heads (published: 1024). Default: those for layers.",
+)
+@click.option("--sequence-length", type=COUNT, default=512, help="Tokens a sample.", show_default=True)
+@click.option("--seed", type=int, default=0, help="Seed of the sampling.", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Precision of the computation; bfloat16 is much faster on GPUs and loses digits of small scores.",
+    show_default=True,
+)
+@device_option
+@click.option(
+    "--device-memory",
+    default=None,
+    help="Memory to use, e.g. 16GiB, for weights and hidden states together; where it does not hold the whole model, "
+    "one layer at a time is read. Default: most of what is free.",
+)
+@out_option("score file (.safetensors)")
+@dry_run_option
+@json_option
+def score(
+    model: Path,
+    data: tuple[Path, ...],
+    channel_samples: int | None,
+    device: str | None,
+    device_memory: str | None,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+    **measuring: Any,
+) -> None:
+    """Measure what the model loses without each layer, channel and head.
+
+    The score file serves any number of `minipuzzle search` and `minipuzzle prune` runs on the same model. A layer
+    scores by the change of the LM head's input when it is skipped; all metrics are measured in one pass.
+    """
+    from importance.measure import measure, open_stack, predict_work
+    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.outputs import check_target_file, fingerprint_files, output_file
+    from minipuzzle.scores import write_scores
+
+    settings = ScoreSettings(
+        channel_samples=channel_samples or measuring["samples"],
+        device=default_device(device),
+        device_memory_bytes=None if device_memory is None else parse_bytes(device_memory),
+        **measuring,
+    )
+    checkpoint = Checkpoint.open(model)
+    check_target_file(out)
+    stack = open_stack(
+        checkpoint,
+        sequence_length=settings.sequence_length,
+        device=settings.device,
+        dtype=settings.dtype,
+        device_memory_bytes=settings.device_memory_bytes,
+    )
+    token_ids = _sample(checkpoint, data, settings)
+    work = predict_work(
+        stack,
+        layer_samples=settings.samples,
+        channel_samples=settings.channel_samples,
+        sequence_length=settings.sequence_length,
+    )
+    if dry_run:
+        _print_work(work, stack.memory_bytes, as_json)
+        return
+    scores = measure(
+        checkpoint,
+        token_ids,
+        layer_samples=settings.samples,
+        channel_samples=settings.channel_samples,
+        device=settings.device,
+        dtype=settings.dtype,
+        device_memory_bytes=stack.memory_bytes,
+        quiet=as_json,
+    )
+    provenance = {"data_fingerprint": fingerprint_files(list(data)), "seed": str(settings.seed)}
+    scores = replace(scores, metadata={**scores.metadata, **provenance})
+    with output_file(out) as path:
+        write_scores(scores, path)
+    if as_json:
+        echo_json({"out": str(out), **_summary(checkpoint, scores)})
+        return
+    _print_scores(checkpoint, scores)
+    click.echo(f"written to {out}\nnext: minipuzzle search {model} --scores {out} --memory ...")
+
+
+def _sample(checkpoint: Checkpoint, data: tuple[Path, ...], settings: ScoreSettings) -> torch.Tensor:
+    """Windows of tokens in random order, so that the first few are a fair sample of them."""
+    import torch
+
+    from minipuzzle.corpus import read_documents, sample_windows
+    from minipuzzle.models import load_tokenizer
+
+    token_ids = sample_windows(
+        load_tokenizer(checkpoint.folder),
+        read_documents(data),
+        num_samples=max(settings.samples, settings.channel_samples),
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+    )
+    return token_ids[torch.randperm(len(token_ids), generator=torch.Generator().manual_seed(settings.seed))]
+
+
+def _print_work(work: Work, memory_bytes: int, as_json: bool) -> None:
+    if as_json:
+        echo_json({**asdict(work), "memory_limit_bytes": memory_bytes})
+        return
+    where = "all weights stay in memory" if work.weights_stay_in_memory else "one layer in memory at a time"
+    lines = {
+        "layer applications": f"{work.layer_applications:,}",
+        "slices": f"{work.layer_slices} for layers, {work.channel_slices} for channels",
+        "weights to read": f"{format_gib(work.weight_bytes_read)}, {where}",
+        "memory, estimated": f"{format_gib(work.peak_bytes)} of {format_gib(memory_bytes)}",
+    }
+    for name, value in lines.items():
+        click.echo(f"{name:<20} {value}")
+    click.echo("dry run: nothing was written")
+
+
+def _summary(checkpoint: Checkpoint, scores: Scores) -> dict[str, Any]:
+    metadata = scores.metadata
+    return {
+        "kinds": [layer.kind for layer in checkpoint.architecture.layers],
+        "layer": {metric: values.tolist() for metric, values in scores.layer.items()},
+        "units": {name: values.size for name, values in scores.units.items()},
+        "samples": int(metadata["samples"]),
+        "channel_samples": int(metadata["channel_samples"]),
+        "sequence_length": int(metadata["sequence_length"]),
+        "model_fingerprint": metadata["model_fingerprint"],
+        "counters": json.loads(metadata["counters"]),
+    }
+
+
+def _print_scores(checkpoint: Checkpoint, scores: Scores, metric: str = "mse") -> None:
+    """One column a kind: index, bar on a logarithmic scale, score; the cheapest layer of each kind is marked."""
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    architecture, values = checkpoint.architecture, scores.layer[metric]
+    logs = [math.log10(value) if value > 0 else -math.inf for value in values]
+    finite = [log for log in logs if log > -math.inf] or [0.0]
+    span = max(max(finite) - min(finite), 1e-9)
+    grid = Table.grid(padding=(0, 3))
+    columns = []
+    for kind in architecture.layer_counts:
+        indices = architecture.layer_indices(kind)
+        cheapest = min(indices, key=lambda idx: float(values[idx]))
+        table = Table.grid(padding=(0, 1))
+        table.add_row("", f"[bold {KIND_COLORS.get(kind, 'white')}]{kind}[/]", f"[dim]{metric}[/]")
+        for idx in indices:
+            length = 1 + round((BAR_COLUMNS - 1) * (max(logs[idx], min(finite)) - min(finite)) / span)
+            bar = f"[{KIND_COLORS.get(kind, 'white')}]{'█' * length:<{BAR_COLUMNS}}[/]"
+            table.add_row(f"{idx:>3}", bar, f"{values[idx]:.2e}" + (" [dim]least[/]" if idx == cheapest else ""))
+        columns.append(table)
+    grid.add_row(*columns)
+    counters = json.loads(scores.metadata["counters"])
+    console = Console()
+    console.print(f"what the LM head's input changes without a layer ({metric}, bars on a logarithmic scale)")
+    console.print(grid, highlight=False)
+    console.print(
+        f"{len(values)} layers and {sum(v.size for v in scores.units.values()):,} unit scores in "
+        f"{counters['layer_applications']:,} layer applications; "
+        f"{format_gib(counters['weight_bytes_read'])} of weights read",
+        highlight=False,
+    )
