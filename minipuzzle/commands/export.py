@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 @click.option(
     "--sequence-length", type=COUNT, default=512, show_default=True, help="Tokens of a calibration window (--fp8)."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows run at once (--fp8).")
+@click.option(
+    "--device-memory",
+    help="Memory that calibration may use, e.g. 24GiB; default: most of what is free. If the model does not fit, one "
+    "layer at a time is in memory (--fp8).",
+)
 @click.option(
     "--recipe",
     type=click.Choice(["default", "mamba-safe"]),
@@ -99,49 +103,59 @@ def _command_line() -> str:
 
 
 def _print_dry_run(checkpoint: Checkpoint, token_ids: torch.Tensor | None, params: dict[str, Any]) -> None:
+    import torch
+
     from minipuzzle.export.bf16 import deployed_architecture
-    from minipuzzle.export.layout import fp8_layout, scale_names
+    from minipuzzle.export.calibration import calibration_bytes
+    from minipuzzle.export.layout import WEIGHT, fp8_layout, scale_names
+    from minipuzzle.streaming import largest_part_bytes, resident_weight_bytes
     from minipuzzle.units import format_gib
 
     architecture = deployed_architecture(checkpoint.architecture)
-    num_parameters = architecture.num_parameters
-    disk_bytes, memory_bytes = 2 * num_parameters, 2 * max(t.num_elements for t in architecture.tensors())
-    num_fp8 = 0
+    disk_bytes = 2 * architecture.num_parameters
+    facts = {"num_fp8_modules": 0, "calibration_tokens": 0, "memory_bytes": 0, "least_memory_bytes": 0}
     if token_ids is not None:
         layout = fp8_layout(architecture, recipe=params["recipe"], fp8_kv_cache=params["kv_cache_fp8"])
-        num_fp8 = len(layout.quantized)
-        fp8_weights = {module + ".weight" for module in layout.quantized}
+        fp8_weights = {module + WEIGHT for module in layout.quantized}
         disk_bytes -= sum(t.num_elements for t in architecture.tensors() if t.name in fp8_weights)
         disk_bytes += 4 * sum(1 for _ in scale_names(layout))
-        memory_bytes = 4 * num_parameters
-    facts = {
-        "num_fp8_modules": num_fp8,
-        "calibration_tokens": 0 if token_ids is None else token_ids.numel(),
-        "disk_bytes": disk_bytes,
-        "memory_bytes": memory_bytes,
-    }
+        beside_weights = calibration_bytes(checkpoint, token_ids)
+        facts = {
+            "num_fp8_modules": len(layout.quantized),
+            "calibration_tokens": token_ids.numel(),
+            "memory_bytes": beside_weights + resident_weight_bytes(architecture, torch.float32),
+            "least_memory_bytes": beside_weights + largest_part_bytes(architecture, torch.float32),
+        }
+    facts["disk_bytes"] = disk_bytes
     if params["as_json"]:
         echo_json(facts)
         return
+    click.echo(f"disk: {format_gib(disk_bytes)}")
     if token_ids is not None:
-        click.echo(f"would calibrate on {token_ids.numel():,} tokens and write {num_fp8} linear layers in FP8")
-    click.echo(f"disk: {format_gib(disk_bytes)}; memory for weights: about {format_gib(memory_bytes)}")
+        click.echo(
+            f"would calibrate on {token_ids.numel():,} tokens and write {facts['num_fp8_modules']} linear layers in "
+            f"FP8\nmemory: {format_gib(facts['memory_bytes'])}, or at least {format_gib(facts['least_memory_bytes'])} "
+            "with one layer at a time"
+        )
 
 
 def _export_fp8(checkpoint: Checkpoint, token_ids: torch.Tensor, out: Path, params: dict[str, Any]) -> None:
     from minipuzzle.export.fp8 import export_fp8
     from minipuzzle.progress import progress_bar
+    from minipuzzle.units import parse_bytes
 
     device = default_device(params["device"])
-    with progress_bar("calibrating", len(token_ids), quiet=params["as_json"]) as advance:
+    num_layers = len(checkpoint.architecture.layers)
+    memory_limit = params["device_memory"]
+    with progress_bar("calibrating", num_layers, quiet=params["as_json"]) as advance:
         exported = export_fp8(
             checkpoint,
             token_ids,
             out,
             recipe=params["recipe"],
             fp8_kv_cache=params["kv_cache_fp8"],
-            batch=params["batch"],
             device=device,
+            device_memory_bytes=None if memory_limit is None else parse_bytes(memory_limit),
             overwrite=params["overwrite"],
             base_model=params["base_model"],
             command=_command_line(),

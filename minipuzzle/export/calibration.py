@@ -1,4 +1,8 @@
-"""Largest absolute activations of the linear layers that an FP8 export quantises, measured on calibration tokens."""
+"""Largest absolute activations of the linear layers that an FP8 export quantises, measured on calibration tokens.
+
+The model runs layer by layer over the hidden states of all windows, so one layer's weights in memory are enough.
+Shape suffixes: B windows, T tokens, H hidden.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.families import Family
-from minipuzzle.models import parts_of
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.streaming import LayerStack, largest_activation_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,35 +28,58 @@ class ActivationAmax:
     outputs: Mapping[str, float]
 
 
+def open_stack(
+    checkpoint: Checkpoint, token_ids_BT: torch.Tensor, *, device: str, device_memory_bytes: int | None
+) -> LayerStack:
+    """A float32 layer stack with room for the hidden states of all windows.
+
+    Raises: MinipuzzleError if the memory does not suffice.
+    """
+    return LayerStack(
+        checkpoint,
+        device=device,
+        device_memory_bytes=device_memory_bytes,
+        reserved_bytes=calibration_bytes(checkpoint, token_ids_BT),
+    )
+
+
+def calibration_bytes(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> int:
+    """An estimate of the memory that running a model over windows needs beside its weights."""
+    hidden_bytes = token_ids_BT.numel() * checkpoint.architecture.hidden * torch.float32.itemsize
+    # The layer stack gives a quarter of what is left to the working set of one call.
+    return hidden_bytes + 4 * largest_activation_bytes(checkpoint, token_ids_BT.shape[1], torch.float32)
+
+
+def module_on_disk(stack: LayerStack, name: str) -> nn.Module:
+    """The module of a layer by its name on disk."""
+    modules = stack.checkpoint.family.modules
+    layer_idx, _, path = modules.module_name(name).removeprefix(f"{modules.layers}.").partition(".")
+    return stack.layer(int(layer_idx)).get_submodule(path)
+
+
 @torch.inference_mode()
 def measure_amax(
-    model: nn.Module,
-    family: Family,
+    stack: LayerStack,
     token_ids_BT: torch.Tensor,
     *,
     input_modules: Iterable[str],
     output_modules: Iterable[str] = (),
-    batch: int = 4,
-    device: str = "cpu",
     advance: Advance = no_progress,
 ) -> ActivationAmax:
     """Run a model over calibration windows and keep the largest absolute activation of each module.
 
-    Shapes: ``token_ids_BT`` [windows, tokens] int64. ``advance`` is called with the number of windows done.
+    Shapes: ``token_ids_BT`` [windows, tokens] int64. ``advance`` is called once a layer.
 
     Raises: MinipuzzleError if an activation is not finite.
     """
-    parts = parts_of(model, family)
-    modules = {
-        name: model.get_submodule(family.modules.module_name(name)) for name in (*input_modules, *output_modules)
-    }
-    inputs = {name: torch.zeros((), device=device) for name in input_modules}
-    outputs = {name: torch.zeros((), device=device) for name in output_modules}
+    modules = {name: module_on_disk(stack, name) for name in (*input_modules, *output_modules)}
+    inputs = {name: torch.zeros((), device=stack.device) for name in input_modules}
+    outputs = {name: torch.zeros((), device=stack.device) for name in output_modules}
+    hidden_BTH = stack.embed(token_ids_BT)
     with _recording(modules, inputs, outputs):
-        for start in range(0, len(token_ids_BT), batch):
-            token_ids = token_ids_BT[start : start + batch].to(device)
-            parts.logits_input(token_ids)
-            advance(len(token_ids))
+        for layer_idx in range(stack.num_layers):
+            stack.apply(layer_idx, hidden_BTH, out=hidden_BTH)
+            advance(1)
     return ActivationAmax(inputs=_checked(inputs), outputs=_checked(outputs))
 
 

@@ -1,6 +1,7 @@
 """FP8 folders in ModelOpt's layout, which vLLM, SGLang and TensorRT-LLM load: calibrated, written, and verified.
 
-Weights are written tensor by tensor from the source; only calibration and verification hold a whole model.
+No step needs the whole model in memory: tensors are written one by one, and calibration and verification run layer by
+layer where the memory holds no more.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from minipuzzle.export.bf16 import (
     portable_config,
     read_source,
 )
-from minipuzzle.export.calibration import ActivationAmax, measure_amax
+from minipuzzle.export.calibration import ActivationAmax, measure_amax, open_stack
 from minipuzzle.export.e4m3 import encode, scale_of
 from minipuzzle.export.layout import (
     HF_QUANT_CONFIG,
+    RECIPES,
     WEIGHT,
     Fp8Layout,
     cache_scale_name,
@@ -35,7 +37,6 @@ from minipuzzle.export.layout import (
 )
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
 from minipuzzle.export.verify import Verification, expected_states, verification_slice, verify_fp8
-from minipuzzle.models import load_model
 from minipuzzle.outputs import output_folder
 from minipuzzle.progress import Advance, no_progress
 
@@ -60,8 +61,8 @@ def export_fp8(
     *,
     recipe: str = "default",
     fp8_kv_cache: bool = False,
-    batch: int = 4,
     device: str = "cpu",
+    device_memory_bytes: int | None = None,
     overwrite: bool = False,
     base_model: str | None = None,
     quality: Mapping[str, Mapping[str, float | None]] | None = None,
@@ -72,7 +73,8 @@ def export_fp8(
     """Calibrate a checkpoint on tokens, write it as an FP8 folder, reload it and compare what it computes.
 
     Shapes: ``calibration_token_ids`` [windows, tokens] int64. ``quality``: rows of the card's table, data name ->
-    metric -> value. ``advance`` is called with calibration windows done.
+    metric -> value. ``device_memory_bytes`` limits weights and working memory (default: most of what is free); if the
+    model does not fit, one layer at a time is in memory. ``advance`` is called once a layer of the calibration.
 
     Raises: MinipuzzleError for a quantised or damaged source, a target that may not be replaced, activations that are
     not finite, or a written folder that does not compute what was calibrated.
@@ -89,36 +91,31 @@ def export_fp8(
         "fp8_kv_cache": fp8_kv_cache,
         "calibration": calibration_fingerprint(calibration_token_ids),
     }
+    stack = open_stack(checkpoint, calibration_token_ids, device=device, device_memory_bytes=device_memory_bytes)
     with output_folder(out, provenance, overwrite=overwrite) as partial:
-        # The model in memory serves calibration and the expected states, and is gone before the written one is loaded.
-        model = load_model(checkpoint, device=device)
         amax = measure_amax(
-            model,
-            checkpoint.family,
+            stack,
             calibration_token_ids,
             input_modules=layout.quantized,
             output_modules=layout.cached,
-            batch=batch,
-            device=device,
             advance=advance,
         )
+        del stack
         scales = activation_scales(layout, amax) | weight_scales(checkpoint, layout)
-        tokens_BT = verification_slice(calibration_token_ids)
-        expected = expected_states(model, checkpoint.family, layout, scales, tokens_BT, device=device)
-        del model
         write_fp8(checkpoint, layout, scales, partial, max_shard_bytes)
-        verification = verify_fp8(checkpoint, partial, tokens_BT, expected, device=device)
-        precision = PrecisionFacts(
-            recipe=recipe,
-            ignored_modules=layout.ignored,
-            fp8_kv_cache=fp8_kv_cache,
-            calibration=" windows of ".join(f"{size:,}" for size in calibration_token_ids.shape) + " tokens",
-            kl_from_source=verification.kl_from_source,
-            agreement_with_source=verification.agreement_with_source,
-            num_tokens=verification.num_tokens,
+        tokens_BT = verification_slice(calibration_token_ids)
+        expected = expected_states(
+            checkpoint, layout, scales, tokens_BT, device=device, device_memory_bytes=device_memory_bytes
+        )
+        verification = verify_fp8(
+            checkpoint, partial, tokens_BT, expected, device=device, device_memory_bytes=device_memory_bytes
         )
         facts = CardFacts(
-            relation="quantized", base_model=base_model, precision=precision, quality=quality or {}, command=command
+            relation="quantized",
+            base_model=base_model,
+            precision=_precision_facts(layout, recipe, calibration_token_ids, verification),
+            quality=quality or {},
+            command=command,
         )
         write_model_card(partial, checkpoint, facts)
         written = Checkpoint.open(partial)
@@ -128,6 +125,21 @@ def export_fp8(
             weight_bytes=written.weight_bytes,
             verification=verification,
         )
+
+
+def _precision_facts(
+    layout: Fp8Layout, recipe: str, calibration_token_ids: torch.Tensor, verification: Verification
+) -> PrecisionFacts:
+    num_windows, num_tokens = calibration_token_ids.shape
+    return PrecisionFacts(
+        recipe=f"{recipe}: {RECIPES[recipe]}",
+        ignored_modules=layout.ignored,
+        fp8_kv_cache=layout.fp8_kv_cache,
+        calibration=f"{num_windows:,} windows of {num_tokens:,} tokens",
+        kl_from_source=verification.kl_from_source,
+        agreement_with_source=verification.agreement_with_source,
+        num_tokens=verification.num_tokens,
+    )
 
 
 def calibration_fingerprint(token_ids: torch.Tensor) -> str:

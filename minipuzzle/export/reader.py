@@ -5,7 +5,7 @@ transformers has no reader for that layout: it takes the FP8 codes for weights, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,29 +22,61 @@ from minipuzzle.export.layout import (
     read_layout,
     scale_names,
 )
-from minipuzzle.families import Family
-from minipuzzle.models import build_model, load_model
+from minipuzzle.models import load_model
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MISMATCH = "config.json and the weights do not belong together; export again"
+
+
+class Fp8Checkpoint(Checkpoint):
+    """An FP8 export that reads like a plain checkpoint: each weight is the float32 values that its codes stand for.
+
+    Only float32 holds them exactly. Activations are rounded by ``round_activations``, once a model is built.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        """Check an export's headers and read its scales.
+
+        Raises: MinipuzzleError naming what is missing, unexpected or wrong.
+        """
+        self.layout = check_fp8_export(source)
+        self.scales = {name: _read_scale(source, name) for name in scale_names(self.layout)}
+        weights = {name: entry for name, entry in source.entries.items() if name not in self.scales}
+        super().__init__(source.folder, source.config, weights)
+        self._scale_of_weight = {module + WEIGHT: f"{module}.weight_scale" for module in self.layout.quantized}
+
+    def require_plain_weights(self) -> None:
+        """Nothing to refuse: the headers were checked when this was made."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor: codes * scale in float32 where it is quantised, else as stored.
+
+        Raises: MinipuzzleError if it holds values that are not finite.
+        """
+        stored = super().tensor(name)
+        if name not in self._scale_of_weight:
+            return stored
+        values = decode(stored, self.scales[self._scale_of_weight[name]])
+        if not torch.isfinite(values).all():
+            raise MinipuzzleError(f"{name} holds codes that are not numbers", "export again")
+        return values
 
 
 def load_any_model(source: Path | Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """The whole model of a checkpoint with plain weights or of an FP8 export, in evaluation mode.
 
     Of an FP8 export the weights are codes * scale, and inputs of its linear layers (and keys and values for an FP8
-    cache) are rounded to E4M3 by hooks. Only float32 holds codes * scale exactly.
+    cache) are rounded to E4M3 by hooks.
 
     Raises: MinipuzzleError for an unknown format, or names, shapes, precisions or values that are wrong.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
     if not checkpoint.is_quantized:
         return load_model(checkpoint, dtype=dtype, device=device)
-    layout = check_fp8_export(checkpoint)
-    scales = {name: _read_scale(checkpoint, name) for name in scale_names(layout)}
-    tensors = _dequantized(checkpoint, layout, scales)
-    model = build_model(checkpoint.config, tensors, dtype=dtype, device=device)
-    round_activations(model, checkpoint.family, layout, scales)
+    export = Fp8Checkpoint(checkpoint)
+    model = load_model(export, dtype=dtype, device=device)
+    modules = export.family.modules
+    round_activations(lambda name: model.get_submodule(modules.module_name(name)), export.layout, export.scales)
     return model
 
 
@@ -106,24 +138,11 @@ def _read_scale(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return scale
 
 
-def _dequantized(
-    checkpoint: Checkpoint, layout: Fp8Layout, scales: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    scale_of_weight = {module + WEIGHT: scales[f"{module}.weight_scale"] for module in layout.quantized}
-    for tensor in checkpoint.architecture.tensors():
-        stored = checkpoint.tensor(tensor.name)
-        if tensor.name not in scale_of_weight:
-            yield tensor.name, stored
-            continue
-        values = decode(stored, scale_of_weight[tensor.name])
-        if not torch.isfinite(values).all():
-            raise MinipuzzleError(f"{tensor.name} holds codes that are not numbers", "export again")
-        yield tensor.name, values
-
-
-def round_activations(model: nn.Module, family: Family, layout: Fp8Layout, scales: Mapping[str, torch.Tensor]) -> None:
-    """Make a model round the activations that an engine keeps in FP8, with the scales of an export."""
+def round_activations(
+    find_module: Callable[[str], nn.Module], layout: Fp8Layout, scales: Mapping[str, torch.Tensor]
+) -> None:
+    """Make the modules of a model, found by their names on disk, round the activations that engines keep in FP8."""
     for module in layout.quantized:
-        round_inputs(model.get_submodule(family.modules.module_name(module)), scales[f"{module}.input_scale"])
+        round_inputs(find_module(module), scales[f"{module}.input_scale"])
     for module in layout.cached:
-        round_outputs(model.get_submodule(family.modules.module_name(module)), scales[cache_scale_name(module)])
+        round_outputs(find_module(module), scales[cache_scale_name(module)])

@@ -10,18 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import divergence_sums, head_chunks
-from minipuzzle.export.bf16 import deployed_architecture, read_source
+from minipuzzle.export.bf16 import deployed_architecture, portable_config, read_source
+from minipuzzle.export.calibration import module_on_disk, open_stack
 from minipuzzle.export.e4m3 import fake_quantize
 from minipuzzle.export.layout import WEIGHT, Fp8Layout
-from minipuzzle.export.reader import load_any_model, round_activations
-from minipuzzle.families import Family
-from minipuzzle.models import parts_of
+from minipuzzle.export.reader import Fp8Checkpoint, round_activations
+from minipuzzle.streaming import LayerStack
 
 # Same codes, same scales and same kernels give the same states to the last bit. The room is for kernels that are not
 # deterministic; a scale that is off by 1 % is already outside it.
@@ -61,47 +60,63 @@ def verification_slice(token_ids_BT: torch.Tensor) -> torch.Tensor:
     return token_ids_BT[:num_windows, :_SLICE_TOKENS]
 
 
+class RoundedSource(Checkpoint):
+    """A source checkpoint that reads as its export should: E4M3 values for quantised weights, BF16 for the rest.
+
+    It is computed from the source alone, not from anything written.
+    """
+
+    def __init__(self, source: Checkpoint, layout: Fp8Layout, scales: Mapping[str, torch.Tensor]) -> None:
+        tensors = {tensor.name: tensor for tensor in deployed_architecture(source.architecture).tensors()}
+        embeddings = source.entries[source.architecture.names.embeddings]
+        entries = {name: source.entries.get(name, embeddings) for name in tensors}
+        super().__init__(source.folder, portable_config(source), entries)
+        self._source = source
+        self._tensors = tensors
+        self._weight_scales = {module + WEIGHT: scales[f"{module}.weight_scale"] for module in layout.quantized}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor of the source after the rounding that the export gives it, in float32."""
+        values = read_source(self._source, self._tensors[name]).float()
+        scale = self._weight_scales.get(name)
+        return values.to(torch.bfloat16).float() if scale is None else fake_quantize(values, scale)
+
+
 def expected_states(
-    model: nn.Module,
-    family: Family,
+    source: Checkpoint,
     layout: Fp8Layout,
     scales: Mapping[str, torch.Tensor],
     token_ids_BT: torch.Tensor,
     *,
     device: str = "cpu",
+    device_memory_bytes: int | None = None,
 ) -> ExpectedStates:
-    """Run a source model on tokens, round its weights and activations in place as the export does, and run it again.
-
-    Afterwards the model is the rounded one.
-    """
-    source_NH = _states(model, family, token_ids_BT, device)
-    _round_model(model, family, layout, scales)
-    return ExpectedStates(source=source_NH, rounded=_states(model, family, token_ids_BT, device))
-
-
-@torch.no_grad()
-def _round_model(model: nn.Module, family: Family, layout: Fp8Layout, scales: Mapping[str, torch.Tensor]) -> None:
-    fp8_weights = {family.modules.module_name(module + WEIGHT): module for module in layout.quantized}
-    for name, parameter in model.named_parameters():
-        # Never in place: a float32 weight on a CPU is a view of the checkpoint's file in memory, which is read again.
-        if module := fp8_weights.get(name):
-            parameter.data = fake_quantize(parameter, scales[f"{module}.weight_scale"])
-        else:
-            parameter.data = parameter.to(torch.bfloat16).to(parameter.dtype)
-    round_activations(model, family, layout, scales)
+    """Run a source on tokens as it is, and with weights and activations rounded as its export rounds them."""
+    plain = open_stack(source, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    source_NH = _states(plain, token_ids_BT)
+    del plain
+    rounded_source = RoundedSource(source, layout, scales)
+    rounded = open_stack(rounded_source, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    return ExpectedStates(source=source_NH, rounded=_rounded_states(rounded, layout, scales, token_ids_BT))
 
 
 def verify_fp8(
-    source: Checkpoint, folder: Path, token_ids_BT: torch.Tensor, expected: ExpectedStates, *, device: str = "cpu"
+    source: Checkpoint,
+    folder: Path,
+    token_ids_BT: torch.Tensor,
+    expected: ExpectedStates,
+    *,
+    device: str = "cpu",
+    device_memory_bytes: int | None = None,
 ) -> Verification:
-    """Load a written folder, run it on tokens, and compare.
+    """Read a written folder, run it on tokens, and compare.
 
     Raises: MinipuzzleError if it does not compute what was expected of it.
     """
-    written = Checkpoint.open(folder)
-    model = load_any_model(written, device=device)
-    found_NH = _states(model, written.family, token_ids_BT, device)
-    del model
+    written = Fp8Checkpoint(Checkpoint.open(folder))
+    stack = open_stack(written, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    found_NH = _rounded_states(stack, written.layout, written.scales, token_ids_BT)
+    del stack
     difference = float((found_NH - expected.rounded).norm() / expected.rounded.norm())
     if not difference <= _TOLERANCE:  # also true for NaN
         raise MinipuzzleError(
@@ -117,12 +132,23 @@ def verify_fp8(
     )
 
 
+def _rounded_states(
+    stack: LayerStack, layout: Fp8Layout, scales: Mapping[str, torch.Tensor], token_ids_BT: torch.Tensor
+) -> torch.Tensor:
+    round_activations(lambda name: module_on_disk(stack, name), layout, scales)
+    return _states(stack, token_ids_BT)
+
+
 @torch.inference_mode()
-def _states(model: nn.Module, family: Family, token_ids_BT: torch.Tensor, device: str) -> torch.Tensor:
-    parts = parts_of(model, family)
-    # One window at a time: the slice is small, and the memory of calibration's batch may be all there is.
-    states = [parts.logits_input(window_T[None].to(device))[0].float().cpu() for window_T in token_ids_BT]
-    return torch.cat(states)
+def _states(stack: LayerStack, token_ids_BT: torch.Tensor) -> torch.Tensor:
+    hidden_BTH = stack.embed(token_ids_BT)
+    for layer_idx in range(stack.num_layers):
+        # Window by window: matrix products may round differently in batches of another size, and an activation
+        # that then falls to the other side of an E4M3 midpoint would look like an error of the export.
+        for window_idx in range(len(hidden_BTH)):
+            window_1TH = hidden_BTH[window_idx : window_idx + 1]
+            stack.apply(layer_idx, window_1TH, out=window_1TH)
+    return stack.final_norm(hidden_BTH).flatten(0, 1).cpu()
 
 
 @torch.inference_mode()
