@@ -10,7 +10,7 @@ Shape suffixes: S streams (0 is the full model, j + 1 lacks layer j), B batch, T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -66,20 +66,29 @@ def score_layers(
     *,
     slice_samples: int | None = None,
     advance: Advance = no_progress,
+    earlier: HeadInputMetrics | None = None,
+    after_slice: Callable[[HeadInputMetrics], None] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """All metrics of LAYER_METRICS for each layer, ``[num_layers]``.
 
     ``slice_samples``: samples at a time (default: as many as fit). The slicing changes nothing but rounding.
+    ``after_slice`` receives the sums so far, and ``earlier`` takes such sums of an interrupted run: the samples they
+    cover are not run again.
 
     Raises: MinipuzzleError if a score is not a finite number.
     Source: arXiv 2504.03624, section 3.2, for ``mse``.
     """
     num_samples, num_tokens = token_ids_BT.shape
     slice_samples = slice_samples or samples_per_slice(stack, num_samples, num_tokens)
-    metrics = HeadInputMetrics(stack.num_layers)
-    for token_ids in torch.split(token_ids_BT, slice_samples):
+    metrics = earlier or HeadInputMetrics(stack.num_layers)
+    num_done = metrics.num_tokens // num_tokens
+    advance(num_steps(stack.num_layers, num_done))
+    for start in range(num_done, num_samples, slice_samples):
+        token_ids = token_ids_BT[start : start + slice_samples]
         streams_SBTH = _run_streams(stack, token_ids, advance)
         _compare_streams(stack, streams_SBTH, token_ids, metrics, advance)
+        if after_slice is not None:
+            after_slice(metrics)
     scores = metrics.result()
     _require_finite(scores)
     return scores

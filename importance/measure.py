@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
 from importance import channels, layers
+from importance.partial import PartialSums
 from minipuzzle import __version__
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
@@ -18,7 +20,7 @@ from minipuzzle.progress import progress_bar
 from minipuzzle.scores import LAYER_METRICS, Scores
 from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, default_memory_bytes
 
-DTYPES = ("float32", "bfloat16")
+_IDENTITY = ("model_fingerprint", "token_ids_sha256", "samples", "dtype", "tool_versions")  # of a measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +48,19 @@ def measure(
     device: str = "cpu",
     dtype: str = "float32",
     device_memory_bytes: int | None = None,
+    partial_file: Path | None = None,
     quiet: bool = False,
 ) -> Scores:
     """Scores of all layers, channels and heads of a checkpoint on some windows of tokens.
 
     ``layer_samples`` and ``channel_samples``: how many of the windows, from the first, each measurement takes
     (default: all). ``device_memory_bytes``: limit of weights and working memory together (default: most of what is
-    free). The metadata hold what is needed to repeat the measurement, and its counters.
+    free). ``partial_file``: keeps the sums of finished slices while layers are scored, so that an interrupted
+    measurement continues. The metadata hold what is needed to repeat the measurement, and its counters.
 
     Shapes: ``token_ids_BT`` ``[samples, sequence_length]`` of token ids, as from ``corpus.sample_windows``.
-    Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a score is not finite.
+    Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a score is not finite;
+    InputChangedError if ``partial_file`` belongs to another measurement.
     """
     _check_token_ids(checkpoint, token_ids_BT)
     layer_ids, channel_ids = token_ids_BT[:layer_samples], token_ids_BT[:channel_samples]
@@ -67,11 +72,20 @@ def measure(
         dtype=dtype,
         device_memory_bytes=device_memory_bytes,
     )
+    metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), dtype)
+    partial = None if partial_file is None else PartialSums(partial_file, {key: metadata[key] for key in _IDENTITY})
     with progress_bar("scoring layers", layers.num_steps(num_layers, len(layer_ids)), quiet=quiet) as advance:
-        layer_scores = layers.score_layers(stack, layer_ids, advance=advance)
+        layer_scores = layers.score_layers(
+            stack,
+            layer_ids,
+            advance=advance,
+            earlier=partial.read() if partial else None,
+            after_slice=partial.write if partial else None,
+        )
     with progress_bar("scoring channels", num_layers * len(channel_ids), quiet=quiet) as advance:
         units, energies = channels.score_channels(stack, channel_ids, advance=advance)
-    metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), dtype)
+    if partial:
+        partial.remove()
     return Scores(
         layer=layer_scores,
         units=units,

@@ -8,6 +8,9 @@ Shape suffixes: S streams (one a removed layer), T tokens, C tokens of a chunk, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +23,7 @@ LOGIT_BUFFERS = 9  # of [chunk, vocabulary] in float32, alive at once at the wor
 MAX_BUFFER_BYTES = 2**30  # for all of them; larger chunks are no faster
 MIN_CHUNK_TOKENS = 16
 SUMS = ("squared_difference", "cosine_distance", "kl", "loss_rise")
+_COUNTS = ("num_tokens", "_num_labels", "_num_elements", "_full_energy")
 
 
 def chunk_tokens(vocabulary: int, num_tokens: int, memory_bytes: int) -> int:
@@ -46,9 +50,24 @@ class HeadInputMetrics:
     def __init__(self, num_streams: int) -> None:
         self._sums_MS = torch.zeros(len(SUMS), num_streams, dtype=torch.float64)
         self._full_energy = 0.0
-        self._num_tokens = 0
         self._num_labels = 0
-        self._hidden = 0
+        self._num_elements = 0  # of the hidden states
+        self.num_tokens = 0
+
+    def to_record(self) -> dict[str, Any]:
+        """The sums as JSON values, exactly."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**counts, "sums": dict(zip(SUMS, self._sums_MS.tolist(), strict=True))}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> HeadInputMetrics:
+        """The sums that ``to_record`` gave, to be continued."""
+        sums_MS = torch.tensor([record["sums"][name] for name in SUMS], dtype=torch.float64)
+        metrics = cls(sums_MS.shape[1])
+        metrics._sums_MS = sums_MS
+        for name in _COUNTS:
+            setattr(metrics, name, record[name])
+        return metrics
 
     @torch.no_grad()
     def add(
@@ -72,18 +91,18 @@ class HeadInputMetrics:
             token_sums.append(torch.stack(per_token))
         self._sums_MS += torch.stack(token_sums, dim=1).cpu().double().sum(-1)
         self._full_energy += full_wide_CH.square().sum(-1).cpu().double().sum().item()
-        self._num_tokens += len(full_CH)
+        self.num_tokens += len(full_CH)
         self._num_labels += int((labels_C != IGNORE).sum())
-        self._hidden = full_CH.shape[-1]
+        self._num_elements += full_CH.numel()
 
     def result(self) -> dict[str, NDArray[np.float64]]:
         """Every metric of LAYER_METRICS for each stream."""
         sums = dict(zip(SUMS, self._sums_MS.numpy(), strict=True))
         metrics = {
-            "mse": sums["squared_difference"] / (self._num_tokens * self._hidden),
+            "mse": sums["squared_difference"] / self._num_elements,
             "nmse": sums["squared_difference"] / self._full_energy,
-            "cosine": sums["cosine_distance"] / self._num_tokens,
-            "kl": sums["kl"] / self._num_tokens,
+            "cosine": sums["cosine_distance"] / self.num_tokens,
+            "kl": sums["kl"] / self.num_tokens,
             "delta_loss": sums["loss_rise"] / max(1, self._num_labels),
         }
         assert metrics.keys() == LAYER_METRICS.keys()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from minipuzzle.scores import Scores
 
 KIND_COLORS = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow"}
-BAR_COLUMNS = 12
+BAR_COLUMNS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,8 @@ def score(
     """Measure what the model loses without each layer, channel and head.
 
     The score file serves any number of `minipuzzle search` and `minipuzzle prune` runs on the same model. A layer
-    scores by the change of the LM head's input when it is skipped; all metrics are measured in one pass.
+    scores by the change of the LM head's input when it is skipped; all metrics are measured in one pass. An
+    interrupted run continues when the same command is given again.
     """
     from importance.measure import measure, open_stack, predict_work
     from minipuzzle.checkpoint import Checkpoint
@@ -106,7 +107,7 @@ def score(
     from minipuzzle.scores import write_scores
 
     settings = ScoreSettings(
-        channel_samples=channel_samples or measuring["samples"],
+        channel_samples=measuring["samples"] if channel_samples is None else channel_samples,
         device=default_device(device),
         device_memory_bytes=None if device_memory is None else parse_bytes(device_memory),
         **measuring,
@@ -138,6 +139,7 @@ def score(
         device=settings.device,
         dtype=settings.dtype,
         device_memory_bytes=stack.memory_bytes,
+        partial_file=out.with_name(f"{out.name}.partial.json"),
         quiet=as_json,
     )
     provenance = {"data_fingerprint": fingerprint_files(list(data)), "seed": str(settings.seed)}
@@ -199,36 +201,40 @@ def _summary(checkpoint: Checkpoint, scores: Scores) -> dict[str, Any]:
 
 
 def _print_scores(checkpoint: Checkpoint, scores: Scores, metric: str = "mse") -> None:
-    """One column a kind: index, bar on a logarithmic scale, score; the cheapest layer of each kind is marked."""
-    import math
-
+    """A column for each kind of layer: index, bar, score; the lowest score of each kind is marked."""
     from rich.console import Console
     from rich.table import Table
 
     architecture, values = checkpoint.architecture, scores.layer[metric]
-    logs = [math.log10(value) if value > 0 else -math.inf for value in values]
-    finite = [log for log in logs if log > -math.inf] or [0.0]
-    span = max(max(finite) - min(finite), 1e-9)
-    grid = Table.grid(padding=(0, 3))
+    lengths = _bar_lengths(values.tolist())
+    grid = Table.grid(padding=(0, 2))
     columns = []
     for kind in architecture.layer_counts:
         indices = architecture.layer_indices(kind)
-        cheapest = min(indices, key=lambda idx: float(values[idx]))
-        table = Table.grid(padding=(0, 1))
-        table.add_row("", f"[bold {KIND_COLORS.get(kind, 'white')}]{kind}[/]", f"[dim]{metric}[/]")
+        lowest = min(indices, key=lambda idx: float(values[idx]))
+        color = KIND_COLORS.get(kind, "white")
+        lines = [f"    [bold {color}]{kind}[/]"]
         for idx in indices:
-            length = 1 + round((BAR_COLUMNS - 1) * (max(logs[idx], min(finite)) - min(finite)) / span)
-            bar = f"[{KIND_COLORS.get(kind, 'white')}]{'█' * length:<{BAR_COLUMNS}}[/]"
-            table.add_row(f"{idx:>3}", bar, f"{values[idx]:.2e}" + (" [dim]least[/]" if idx == cheapest else ""))
-        columns.append(table)
+            bar = f"[{color}]{'█' * lengths[idx]:<{BAR_COLUMNS}}[/]"
+            lines.append(f"{idx:>3} {bar} {values[idx]:.2e}{' ◂' if idx == lowest else ''}")
+        columns.append("\n".join(lines))
     grid.add_row(*columns)
     counters = json.loads(scores.metadata["counters"])
-    console = Console()
-    console.print(f"what the LM head's input changes without a layer ({metric}, bars on a logarithmic scale)")
-    console.print(grid, highlight=False)
+    console = Console(highlight=False)
+    console.print(f"[bold]layer scores[/] ({metric} of the LM head's input; logarithmic; ◂ lowest of its kind)")
+    console.print(grid)
     console.print(
-        f"{len(values)} layers and {sum(v.size for v in scores.units.values()):,} unit scores in "
-        f"{counters['layer_applications']:,} layer applications; "
-        f"{format_gib(counters['weight_bytes_read'])} of weights read",
-        highlight=False,
+        f"{len(values)} layers, {sum(v.size for v in scores.units.values()):,} unit scores; "
+        f"{counters['layer_applications']:,} layer applications, {format_gib(counters['weight_bytes_read'])} read"
     )
+
+
+def _bar_lengths(values: list[float]) -> list[int]:
+    """Bars from 1 for the lowest to BAR_COLUMNS for the highest, on a logarithmic scale; nothing for zero."""
+    from math import log
+
+    logs = [log(value) for value in values if value > 0]
+    if not logs:
+        return [0] * len(values)
+    lowest, span = min(logs), max(max(logs) - min(logs), 1e-9)
+    return [1 + round((BAR_COLUMNS - 1) * (log(value) - lowest) / span) if value > 0 else 0 for value in values]
