@@ -16,8 +16,10 @@ from minipuzzle.checkpoint import SINGLE_FILE, Checkpoint
 from minipuzzle.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.bf16 import export_bf16, verify_bf16
-from minipuzzle.export.model_card import read_front_matter
+from minipuzzle.export.model_card import index_ranges, read_front_matter
 from minipuzzle.models import load_model
+from minipuzzle.plan import Plan
+from minipuzzle.pruning import PLAN_FILE
 from tests.tiny_models import write_tiny_checkpoint
 
 CALIBRATION = ("--samples", "4", "--sequence-length", "32")
@@ -70,6 +72,18 @@ def test_a_bf16_card_keeps_the_licence_and_base_of_its_source(source: Path, tmp_
     assert fields["base_model_relation"] == "finetune"
     card = (tmp_path / "out/README.md").read_text()
     assert "| speeches | 1.25 | 4,000 |" in card and "minipuzzle export x --bf16" in card
+
+
+def test_the_card_of_a_pruned_model_says_what_was_cut(source: Path, tmp_path: Path) -> None:
+    pruned = write_tiny_checkpoint(tmp_path / "pruned", pattern="M-*-", intermediate_size=24)
+    units = {"ffn": {str(layer_idx): tuple(range(24)) for layer_idx in (1, 4)}}
+    plan = Plan(source_fingerprint=Checkpoint.open(source).fingerprint, kept_layers=(0, 1, 3, 4), kept_units=units)
+    (pruned / PLAN_FILE).write_text(plan.to_json())
+    export_bf16(Checkpoint.open(pruned), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| layers kept, by their index in the original | 0-1, 3-4 |" in card
+    assert "| ffn kept | 24 |" in card
+    assert index_ranges((2,)) == "2" and index_ranges((0, 2, 3, 4, 9)) == "0, 2-4, 9"
 
 
 def test_a_bf16_export_loads_strictly_in_transformers_and_computes_the_same(source: Path, tmp_path: Path) -> None:

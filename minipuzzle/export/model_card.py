@@ -11,6 +11,8 @@ from minipuzzle import __version__
 from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.layer_kinds import PRUNABLE_AXES
+from minipuzzle.plan import Plan, read_plan
+from minipuzzle.pruning import PLAN_FILE
 from minipuzzle.units import format_count, format_gib
 
 README = "README.md"
@@ -66,6 +68,8 @@ def render_model_card(source: Checkpoint, facts: CardFacts) -> str:
         _summary(source, facts),
         "## Architecture\n\n" + _table(("", ""), architecture_rows(source.architecture)),
     ]
+    if (source.folder / PLAN_FILE).is_file():
+        sections.append("## What was cut\n\n" + _table(("", ""), plan_rows(read_plan(source.folder / PLAN_FILE))))
     if facts.precision:
         sections.append("## Precision\n\n" + _precision(facts.precision))
     if facts.quality:
@@ -86,6 +90,29 @@ def architecture_rows(architecture: Architecture) -> list[tuple[str, str]]:
     ]
     widths = ((axis, architecture.width(axis)) for axis in PRUNABLE_AXES)
     return rows + [(axis.replace("_", " "), f"{width:,}") for axis, width in widths if width is not None]
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What a plan kept of the original model, for people: (name, value) pairs."""
+    rows = [("layers kept, by their index in the original", index_ranges(plan.kept_layers))]
+    for axis, by_layer in plan.kept_units.items():
+        counts = sorted({len(units) for units in by_layer.values()})
+        rows.append((f"{axis.replace('_', ' ')} kept", " or ".join(f"{count:,}" for count in counts)))
+    return rows
+
+
+def index_ranges(indices: Sequence[int]) -> str:
+    """Ascending indices in short: ``0-3, 5, 7-8``."""
+    parts: list[str] = []
+    start = previous = indices[0]
+    for index in (*indices[1:], None):
+        if index is not None and index == previous + 1:
+            previous = index
+            continue
+        parts.append(f"{start}-{previous}" if previous > start else f"{start}")
+        if index is not None:
+            start = previous = index
+    return ", ".join(parts)
 
 
 def _front_matter(source: Checkpoint, facts: CardFacts) -> str:
