@@ -39,6 +39,7 @@ from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_
 from minipuzzle.export.verify import Verification, expected_states, verification_slice, verify_fp8
 from minipuzzle.outputs import output_folder
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.streaming import LayerStack
 
 Scales = Mapping[str, torch.Tensor]
 
@@ -83,25 +84,11 @@ def export_fp8(
     check_calibration(checkpoint, calibration_token_ids)
     check_export_target(checkpoint, out, overwrite=overwrite)
     layout = fp8_layout(deployed_architecture(checkpoint.architecture), recipe=recipe, fp8_kv_cache=fp8_kv_cache)
-    provenance = {
-        "command": "export",
-        "format": "fp8",
-        "source_fingerprint": checkpoint.fingerprint,
-        "recipe": recipe,
-        "fp8_kv_cache": fp8_kv_cache,
-        "calibration": calibration_fingerprint(calibration_token_ids),
-    }
+    provenance = _provenance(checkpoint, recipe, fp8_kv_cache, calibration_token_ids)
     stack = open_stack(checkpoint, calibration_token_ids, device=device, device_memory_bytes=device_memory_bytes)
     with output_folder(out, provenance, overwrite=overwrite) as partial:
-        amax = measure_amax(
-            stack,
-            calibration_token_ids,
-            input_modules=layout.quantized,
-            output_modules=layout.cached,
-            advance=advance,
-        )
+        scales = calibrated_scales(stack, layout, calibration_token_ids, advance)
         del stack
-        scales = activation_scales(layout, amax) | weight_scales(checkpoint, layout)
         write_fp8(checkpoint, layout, scales, partial, max_shard_bytes)
         tokens_BT = verification_slice(calibration_token_ids)
         expected = expected_states(
@@ -110,12 +97,9 @@ def export_fp8(
         verification = verify_fp8(
             checkpoint, partial, tokens_BT, expected, device=device, device_memory_bytes=device_memory_bytes
         )
+        precision = _precision_facts(layout, recipe, calibration_token_ids, verification)
         facts = CardFacts(
-            relation="quantized",
-            base_model=base_model,
-            precision=_precision_facts(layout, recipe, calibration_token_ids, verification),
-            quality=quality or {},
-            command=command,
+            relation="quantized", base_model=base_model, precision=precision, quality=quality or {}, command=command
         )
         write_model_card(partial, checkpoint, facts)
         written = Checkpoint.open(partial)
@@ -125,6 +109,19 @@ def export_fp8(
             weight_bytes=written.weight_bytes,
             verification=verification,
         )
+
+
+def _provenance(
+    checkpoint: Checkpoint, recipe: str, fp8_kv_cache: bool, calibration_token_ids: torch.Tensor
+) -> dict[str, Any]:
+    return {
+        "command": "export",
+        "format": "fp8",
+        "source_fingerprint": checkpoint.fingerprint,
+        "recipe": recipe,
+        "fp8_kv_cache": fp8_kv_cache,
+        "calibration": calibration_fingerprint(calibration_token_ids),
+    }
 
 
 def _precision_facts(
@@ -145,6 +142,16 @@ def _precision_facts(
 def calibration_fingerprint(token_ids: torch.Tensor) -> str:
     """A short hash of calibration tokens."""
     return hashlib.sha256(f"{list(token_ids.shape)}".encode() + token_ids.numpy().tobytes()).hexdigest()[:16]
+
+
+def calibrated_scales(
+    stack: LayerStack, layout: Fp8Layout, token_ids_BT: torch.Tensor, advance: Advance = no_progress
+) -> Scales:
+    """All scales of an export by their names on disk, from its source and the tokens it is calibrated on."""
+    amax = measure_amax(
+        stack, token_ids_BT, input_modules=layout.quantized, output_modules=layout.cached, advance=advance
+    )
+    return activation_scales(layout, amax) | weight_scales(stack.checkpoint, layout)
 
 
 def activation_scales(layout: Fp8Layout, amax: ActivationAmax) -> dict[str, torch.Tensor]:
