@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from minipuzzle.corpus import IGNORE
 from minipuzzle.scores import LAYER_METRICS
 
-LOGIT_BUFFERS = 9  # of [chunk, vocabulary] in float32, alive at once at the worst moment
+LOGIT_BUFFERS = 6  # of [chunk, vocabulary] in float32, alive at once at the worst moment
 MAX_BUFFER_BYTES = 2**30  # for all of them; larger chunks are no faster
 MIN_CHUNK_TOKENS = 16
+MAX_RISE = 40.0  # nats by which a log-probability may rise before its token is treated as a large change
 SUMS = ("squared_difference", "cosine_distance", "kl", "loss_rise")
 _COUNTS = ("num_tokens", "_num_labels", "_num_elements", "_full_energy")
 
@@ -85,7 +86,7 @@ class HeadInputMetrics:
             per_token = (
                 (altered_wide_CH - full_wide_CH).square().sum(-1),
                 _cosine_distance(full_wide_CH, altered_wide_CH),
-                _forward_kl(full_logprob_CV, full_prob_CV, rise_CV),
+                _forward_kl(full_prob_CV, rise_CV),
                 _loss_rise(rise_CV, labels_C),
             )
             token_sums.append(torch.stack(per_token))
@@ -123,16 +124,17 @@ def _cosine_distance(first_CH: torch.Tensor, second_CH: torch.Tensor) -> torch.T
     return (F.normalize(first_CH, dim=-1) - F.normalize(second_CH, dim=-1)).square().sum(-1) / 2
 
 
-def _forward_kl(full_logprob_CV: torch.Tensor, full_prob_CV: torch.Tensor, rise_CV: torch.Tensor) -> torch.Tensor:
-    """KL(full || altered) of each token, from the rise of the log-probabilities.
+def _forward_kl(full_prob_CV: torch.Tensor, rise_CV: torch.Tensor) -> torch.Tensor:
+    """KL(full || altered) of each token, from the rise d of the log-probabilities.
 
     sum p (-d) equals sum p (exp(d) - 1 - d), since the altered probabilities p exp(d) also add up to one. The terms
-    of the second form are never negative: nothing cancels, and small divergences keep their digits. Where d is
-    large, exp(d) could overflow, and p exp(d) is computed from the altered log-probability instead.
+    of the second form are never negative: nothing cancels, and small divergences keep their digits. Tokens at which
+    exp(d) could leave the range of float32 take the first form.
     """
-    small = full_prob_CV * (torch.expm1(rise_CV) - rise_CV)
-    large = torch.exp(full_logprob_CV + rise_CV) - full_prob_CV * (1 + rise_CV)
-    return torch.where(rise_CV < 1, small, large).sum(-1)
+    terms_CV = rise_CV.clamp(max=MAX_RISE).expm1_().sub_(rise_CV)
+    small_C = torch.linalg.vecdot(full_prob_CV, terms_CV)
+    large_C = -torch.linalg.vecdot(full_prob_CV, rise_CV)
+    return torch.where(rise_CV.amax(-1) < MAX_RISE, small_C, large_C)
 
 
 def _loss_rise(rise_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:

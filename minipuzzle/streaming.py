@@ -22,7 +22,9 @@ from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.models import build_on_meta, parts_of
 from minipuzzle.units import GIB, format_gib
 
-MAX_BATCH_TOKENS = 16384  # larger batches make a layer no faster, only larger
+# Larger batches make a layer no faster, only larger; on a CPU they fall out of its caches (Mamba-2 loses a third).
+MAX_BATCH_TOKENS_CPU = 2048
+MAX_BATCH_TOKENS = 16384
 MEMORY_SHARE = 0.8  # of the free memory, where no limit was given: working sets are estimates
 DEFAULT_CHUNK_TOKENS = 128  # of Mamba-2's scan, where config.json does not say
 FALLBACK_MEMORY_BYTES = 4 * GIB  # where the system does not say what is free
@@ -144,7 +146,8 @@ class LayerStack:
     def sequences_at_once(self, layer_idx: int, num_tokens: int) -> int:
         """Sequences of a length that one call of a layer takes: one at least, else within a quarter of the memory."""
         needed_bytes = activation_bytes(self.checkpoint, self.architecture.layers[layer_idx], num_tokens, self.dtype)
-        return max(1, min(self.free_bytes // 4 // needed_bytes, MAX_BATCH_TOKENS // num_tokens))
+        max_tokens = MAX_BATCH_TOKENS_CPU if torch.device(self.device).type == "cpu" else MAX_BATCH_TOKENS
+        return max(1, min(self.free_bytes // 4 // needed_bytes, max_tokens // num_tokens))
 
     def activation_bytes(self, num_tokens: int) -> int:
         """An estimate of what the layers need while they run, at sequences of a length."""
