@@ -21,7 +21,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.models import load_model, parts_of
 from minipuzzle.scores import LAYER_METRICS
-from minipuzzle.streaming import FINAL_NORM, LayerStack, resident_weight_bytes
+from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, LayerStack, resident_weight_bytes
 from tests.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
 
 Scores = dict[str, NDArray[np.float64]]
@@ -81,6 +81,16 @@ def test_a_score_is_what_removing_that_layer_alone_does(tmp_path: Path, pattern:
     found = score_layers(LayerStack(checkpoint), random_tokens())
     assert_same_scores(found, scores_by_naive_removal(checkpoint, random_tokens()), relative=1e-5)
     assert all((found[metric] > 0).all() for metric in ("mse", "nmse", "cosine", "kl"))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_head_tied_to_the_embeddings_is_read_with_them(tmp_path: Path, fits: bool) -> None:
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, tie_word_embeddings=True))
+    stack = open_stack(checkpoint, fits=fits)
+    found = score_layers(stack, random_tokens())
+    assert_same_scores(found, scores_by_naive_removal(checkpoint, random_tokens()), relative=1e-5)
+    second_read = 0 if fits else stack.stored_bytes(EMBEDDINGS)  # not both in memory at once
+    assert stack.counters.weight_bytes_read == checkpoint.weight_bytes + second_read
 
 
 def test_a_layer_that_adds_nothing_scores_zero(tmp_path: Path) -> None:

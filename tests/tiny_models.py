@@ -63,6 +63,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
             module_prefix = FAMILIES["nemotron_h"].modules.module_prefix
             disk_name = name.replace(module_prefix, FAMILIES["nemotron_h"].modules.disk_prefix, 1)
             tensors[disk_name] = parameter.detach().clone()
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
     return tensors
 
 

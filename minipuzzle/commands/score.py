@@ -26,7 +26,6 @@ from minipuzzle.units import format_gib, parse_bytes
 if TYPE_CHECKING:
     import torch
 
-    from importance.measure import Work
     from minipuzzle.checkpoint import Checkpoint
     from minipuzzle.scores import Scores
 
@@ -101,7 +100,7 @@ def score(
     scores by the change of the LM head's input when it is skipped; all metrics are measured in one pass. An
     interrupted run continues when the same command is given again.
     """
-    from importance.measure import measure, open_stack, predict_work
+    from importance.measure import measure
     from minipuzzle.checkpoint import Checkpoint
     from minipuzzle.outputs import check_target_file, fingerprint_files, output_file
     from minipuzzle.scores import write_scores
@@ -113,23 +112,11 @@ def score(
         **measuring,
     )
     checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain_weights()
     check_target_file(out)
-    stack = open_stack(
-        checkpoint,
-        sequence_length=settings.sequence_length,
-        device=settings.device,
-        dtype=settings.dtype,
-        device_memory_bytes=settings.device_memory_bytes,
-    )
     token_ids = _sample(checkpoint, data, settings)
-    work = predict_work(
-        stack,
-        layer_samples=settings.samples,
-        channel_samples=settings.channel_samples,
-        sequence_length=settings.sequence_length,
-    )
     if dry_run:
-        _print_work(work, stack.memory_bytes, as_json)
+        _print_work(checkpoint, settings, as_json)
         return
     scores = measure(
         checkpoint,
@@ -138,7 +125,7 @@ def score(
         channel_samples=settings.channel_samples,
         device=settings.device,
         dtype=settings.dtype,
-        device_memory_bytes=stack.memory_bytes,
+        device_memory_bytes=settings.device_memory_bytes,
         partial_file=out.with_name(f"{out.name}.partial.json"),
         quiet=as_json,
     )
@@ -170,16 +157,31 @@ def _sample(checkpoint: Checkpoint, data: tuple[Path, ...], settings: ScoreSetti
     return token_ids[torch.randperm(len(token_ids), generator=torch.Generator().manual_seed(settings.seed))]
 
 
-def _print_work(work: Work, memory_bytes: int, as_json: bool) -> None:
+def _print_work(checkpoint: Checkpoint, settings: ScoreSettings, as_json: bool) -> None:
+    from importance.measure import open_stack, predict_work
+
+    stack = open_stack(
+        checkpoint,
+        sequence_length=settings.sequence_length,
+        device=settings.device,
+        dtype=settings.dtype,
+        device_memory_bytes=settings.device_memory_bytes,
+    )
+    work = predict_work(
+        stack,
+        layer_samples=settings.samples,
+        channel_samples=settings.channel_samples,
+        sequence_length=settings.sequence_length,
+    )
     if as_json:
-        echo_json({**asdict(work), "memory_limit_bytes": memory_bytes})
+        echo_json({**asdict(work), "memory_limit_bytes": stack.memory_bytes})
         return
     where = "all weights stay in memory" if work.weights_stay_in_memory else "one layer in memory at a time"
     lines = {
         "layer applications": f"{work.layer_applications:,}",
         "slices": f"{work.layer_slices} for layers, {work.channel_slices} for channels",
         "weights to read": f"{format_gib(work.weight_bytes_read)}, {where}",
-        "memory, estimated": f"{format_gib(work.peak_bytes)} of {format_gib(memory_bytes)}",
+        "memory, estimated": f"{format_gib(work.peak_bytes)} of {format_gib(stack.memory_bytes)}",
     }
     for name, value in lines.items():
         click.echo(f"{name:<20} {value}")
