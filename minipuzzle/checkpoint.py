@@ -81,7 +81,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-            if header_bytes > min(_MAX_HEADER_BYTES, file_bytes):
+            if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, file_bytes):
                 raise MinipuzzleError(f"{path} is truncated or not a safetensors file", hint)
             header = json.loads(file.read(header_bytes))
     except FileNotFoundError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -64,6 +65,8 @@ def main(debug: bool) -> None:
 
     A hybrid checkpoint and a memory budget go in; a Hugging Face checkpoint that fits comes out.
     """
+    # On a CPU transformers would say of every Mamba kernel that it runs in plain torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 if __name__ == "__main__":

@@ -66,28 +66,44 @@ def _check_parent_writable(target: Path) -> None:
 def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield ``<target>.partial/`` to write into; rename it to ``target`` once the block ends without an error.
 
-    A partial folder of an interrupted run with the same provenance is yielded as it was left.
+    A partial folder of an interrupted run with the same provenance is yielded as it was left. A run that ends with a
+    MinipuzzleError takes the partial folder that it began with it: its inputs must change before it can succeed.
 
     Raises: InputChangedError naming the field, if the interrupted run had other inputs or settings.
     """
     check_target_folder(target, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
     record = {"minipuzzle_version": __version__, **provenance}
-    _open_partial(partial, record)
-    yield partial
+    is_fresh = _open_partial(partial, record)
+    try:
+        yield partial
+    except MinipuzzleError:
+        if is_fresh:
+            shutil.rmtree(partial)
+        raise
+    _replace(target, partial)
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Put ``partial`` in the place of ``target``; there is no moment at which neither of them is whole."""
+    retired = target.with_name(target.name + ".replaced")
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(retired)
     partial.rename(target)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
-def _open_partial(partial: Path, record: dict[str, Any]) -> None:
-    if not partial.exists():
-        partial.mkdir()
-        write_json(partial / PROVENANCE_FILE, record)
-        return
-    if not (partial / PROVENANCE_FILE).is_file():
+def _open_partial(partial: Path, record: dict[str, Any]) -> bool:
+    """Begin a partial folder, or check that it can be continued; says whether it was begun."""
+    provenance, unfinished = partial / PROVENANCE_FILE, partial / (PROVENANCE_FILE + ".unfinished")
+    if not partial.exists() or set(partial.iterdir()) <= {unfinished}:
+        partial.mkdir(exist_ok=True)
+        write_json(unfinished, record)
+        unfinished.rename(provenance)
+        return True
+    if not provenance.is_file():
         raise MinipuzzleError(f"{partial} is in the way and was not written by minipuzzle", "move it away")
-    earlier = read_json(partial / PROVENANCE_FILE)
+    earlier = read_json(provenance)
     wanted = json.loads(json.dumps(record))  # tuples become lists, as in the file
     for field in sorted(earlier.keys() | wanted.keys()):
         if earlier.get(field) != wanted.get(field):
@@ -96,6 +112,7 @@ def _open_partial(partial: Path, record: dict[str, Any]) -> None:
                 f"{earlier.get(field)!r} then, {wanted.get(field)!r} now",
                 f"restore it to continue that run, or remove {partial} to start afresh",
             )
+    return False
 
 
 @contextmanager

@@ -67,8 +67,9 @@ def parse_count(text: str) -> int:
 def format_gib(num_bytes: int) -> str:
     """Memory for people: GiB, with enough digits that small models do not print as 0.00."""
     gib = num_bytes / GIB
-    digits = 2 if gib >= 1 else 4
-    return f"{gib:.{digits}f} GiB"
+    if gib >= 1:
+        return f"{gib:.2f} GiB"
+    return f"{gib:.4f} GiB" if gib >= 0.001 or not gib else f"{gib:.2g} GiB"
 
 
 def format_count(count: int) -> str:

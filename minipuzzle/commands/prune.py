@@ -142,13 +142,19 @@ def prune_checkpoint(
 
     Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
     """
+    from minipuzzle.corpus import read_documents
     from minipuzzle.outputs import fingerprint_files, output_folder
     from minipuzzle.plan import read_plan
     from minipuzzle.progress import progress_bar
     from minipuzzle.pruning import Choice, check_feasible, prune_provenance, write_pruned
+    from minipuzzle.scores import read_scores
 
     if request is not None:
         check_feasible(checkpoint, request, deployment)
+    # Read before the output folder is begun, so that a broken file leaves no trace.
+    documents = read_documents(inputs.data)
+    plan = read_plan(inputs.plan) if inputs.plan is not None else None
+    scores = read_scores(inputs.scores) if inputs.scores is not None else None
     files = [path for path in (inputs.plan, inputs.scores, *inputs.data) if path is not None]
     settings = {
         "request": asdict(request) if request else None,
@@ -161,11 +167,11 @@ def prune_checkpoint(
         "inputs_fingerprint": fingerprint_files(files),
     }
     with output_folder(out, prune_provenance(checkpoint, settings), overwrite=overwrite) as folder:
-        if request is None:
-            assert inputs.plan is not None
-            choice = Choice(plan=read_plan(inputs.plan), candidates=(), ranked=())
+        if plan is not None:
+            choice = Choice(plan=plan, candidates=(), ranked=())
         else:
-            scores = _scores_for(checkpoint, inputs, folder, quiet)
+            assert request is not None
+            scores = scores or _measured_scores(checkpoint, inputs, documents, folder, quiet)
             choice = _choose(checkpoint, scores, inputs, request, deployment, quiet)
         num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
         with progress_bar("cutting", num_tensors, quiet=quiet) as advance:
@@ -173,22 +179,24 @@ def prune_checkpoint(
     return choice
 
 
-def _scores_for(checkpoint: Checkpoint, inputs: PruneInputs, folder: Path, quiet: bool) -> Scores:
-    """Scores given, measured by an interrupted run of the same command, or measured now and kept in ``folder``."""
+def _measured_scores(
+    checkpoint: Checkpoint, inputs: PruneInputs, documents: list[str], folder: Path, quiet: bool
+) -> Scores:
+    """Scores measured by an interrupted run of the same command, or measured now and kept in ``folder``."""
     from importance.measure import measure
-    from minipuzzle.corpus import read_documents, sample_windows
+    from minipuzzle.corpus import sample_windows
     from minipuzzle.models import load_tokenizer
     from minipuzzle.outputs import output_file
     from minipuzzle.pruning import SCORES_FILE
     from minipuzzle.scores import read_scores, write_scores
 
     kept = folder / SCORES_FILE
-    if inputs.scores is not None or kept.is_file():
-        return read_scores(inputs.scores or kept)
+    if kept.is_file():
+        return read_scores(kept)
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = sample_windows(
         tokenizer,
-        read_documents(inputs.data),
+        documents,
         num_samples=inputs.samples,
         sequence_length=inputs.sequence_length,
         seed=inputs.seed,

@@ -1,0 +1,234 @@
+"""``minipuzzle demo``: the whole path on a small trained hybrid, from measuring to FP8, with one table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.memory import Deployment
+from minipuzzle.options import (
+    COUNT,
+    FOLDER_OR_FILE,
+    dry_run_option,
+    echo_json,
+    json_option,
+    out_option,
+    overwrite_option,
+)
+
+if TYPE_CHECKING:
+    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.demo_report import Stage
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
+DEPLOYMENT = Deployment(context_tokens=4096)
+FP8_DEPLOYMENT = Deployment(context_tokens=4096, weights="fp8")
+EVALUATION_WINDOW_TOKENS = 512
+EVALUATION_TOKENS = 16_000  # of each domain
+PICTURE = "demo.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTexts:
+    """The embedded text. Held-out documents occur in none of the others, nor in the model's training."""
+
+    calibration: Path = EXAMPLE / "text" / "calibration.jsonl"
+    distillation: Path = EXAMPLE / "text" / "distillation.jsonl"
+    validation: Path = EXAMPLE / "text" / "validation.jsonl"
+    speeches: Path = EXAMPLE / "text" / "heldout_speeches.jsonl"
+    code: Path = EXAMPLE / "text" / "heldout_code.jsonl"
+
+    @property
+    def domains(self) -> Mapping[str, Path]:
+        """Held-out text by domain."""
+        return {"speeches": self.speeches, "code": self.code}
+
+
+@click.command()
+@click.option("--memory", default="75%", show_default=True, help="Budget of the pruned model.")
+@click.option("--tokens", type=COUNT, default=480_000, show_default=True, help="Tokens of distillation.")
+@click.option("--samples", type=COUNT, default=64, show_default=True, help="Calibration samples of 256 tokens.")
+@click.option("--model", type=FOLDER_OR_FILE, default=EXAMPLE / "model", help="Teacher; default: the embedded model.")
+@out_option()
+@overwrite_option
+@dry_run_option
+@json_option
+def demo(
+    memory: str,
+    tokens: int,
+    samples: int,
+    model: Path,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Measure, prune, distil and export a small trained hybrid, and show what each step cost and kept.
+
+    Runs on the model and text of examples/tiny_hybrid in a few minutes on two CPU cores, without a network.
+    """
+    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.demo_report import draw_stages, print_stages
+    from minipuzzle.outputs import check_target_folder, output_folder
+
+    if not model.is_dir():
+        raise MinipuzzleError(f"the embedded model is not at {model}", "run the demo from a clone of the repository")
+    teacher = Checkpoint.open(model)
+    teacher.require_plain_weights()
+    check_target_folder(out, overwrite=overwrite)
+    settings = {"memory": memory, "tokens": tokens, "samples": samples}
+    if dry_run:
+        _print_dry_run(teacher, settings, as_json)
+        return
+    start = time.perf_counter()
+    provenance = {"command": "demo", "teacher_fingerprint": teacher.fingerprint, "settings": settings}
+    with output_folder(out, provenance, overwrite=overwrite) as folder:
+        stages = run_demo(teacher, folder, memory=memory, tokens=tokens, samples=samples, quiet=as_json)
+        draw_stages(stages, folder / PICTURE)
+    seconds = time.perf_counter() - start
+    peak_bytes = _peak_rss_bytes()
+    if as_json:
+        stages_json = [stage.to_json() for stage in stages]
+        echo_json({"seconds": seconds, "peak_rss_bytes": peak_bytes, "stages": stages_json})
+        return
+    print_stages(stages, DEPLOYMENT.describe() + " (FP8: weights fp8)")
+    click.echo(f"{seconds:.0f} s, peak memory {peak_bytes / 2**30:.2f} GiB; picture: {out / PICTURE}")
+
+
+def run_demo(teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, samples: int, quiet: bool) -> list[Stage]:
+    """Prune, distil and export into subfolders of ``folder``; a step that an interrupted run finished is kept."""
+    from minipuzzle.checkpoint import Checkpoint
+
+    texts = DemoTexts()
+    if not (folder / "pruned").is_dir():
+        _say("measuring, searching and cutting", quiet)
+        _prune(teacher, folder / "pruned", texts, memory, samples, quiet)
+    pruned = Checkpoint.open(folder / "pruned")
+    if not (folder / "distilled").is_dir():
+        _say("distilling", quiet)
+        _distill(pruned, teacher, folder / "distilled", texts, tokens, quiet)
+    distilled = Checkpoint.open(folder / "distilled")
+    if not (folder / "fp8").is_dir():
+        _say("exporting to FP8", quiet)
+        _export(distilled, folder / "fp8", texts)
+    fp8 = Checkpoint.open(folder / "fp8")
+    _say("evaluating on held-out text", quiet)
+    models = {"teacher": teacher, "pruned": pruned, "distilled": distilled, "FP8": fp8}
+    return _evaluate(models, teacher, texts, quiet)
+
+
+def _say(step: str, quiet: bool) -> None:
+    if not quiet:
+        click.echo(click.style(f"» {step}", bold=True), err=True)
+
+
+def _prune(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, quiet: bool) -> None:
+    from minipuzzle.commands.prune import PruneInputs, prune_checkpoint
+    from minipuzzle.report import print_plan
+    from minipuzzle.search import SearchRequest
+
+    inputs = PruneInputs(
+        plan=None, scores=None, data=(texts.calibration,), samples=samples, sequence_length=256, num_candidates=8
+    )
+    request = SearchRequest(memory=memory)
+    choice = prune_checkpoint(teacher, inputs, request, DEPLOYMENT, out=out, overwrite=False, quiet=quiet)
+    if not quiet:
+        source = teacher.architecture
+        print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), DEPLOYMENT)
+
+
+def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTexts, tokens: int, quiet: bool) -> None:
+    from distill.display import distill_progress
+    from distill.run import distill_checkpoint
+    from distill.settings import DistillSettings
+
+    settings = DistillSettings(
+        tokens=tokens, sequence_length=256, batch_sequences=16, micro_batch_sequences=16, learning_rate=2e-3
+    )
+    with distill_progress(settings.total_steps, quiet=quiet) as on_step:
+        distill_checkpoint(
+            student=student,
+            teacher=teacher,
+            data=(texts.distillation,),
+            validation=(texts.validation,),
+            settings=settings,
+            out=out,
+            on_step=on_step,
+        )
+
+
+def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
+    from minipuzzle.corpus import read_documents, sample_windows
+    from minipuzzle.export.fp8 import export_fp8
+    from minipuzzle.models import load_tokenizer
+
+    documents = read_documents([texts.calibration])
+    token_ids = sample_windows(load_tokenizer(checkpoint.folder), documents, num_samples=64, sequence_length=256)
+    export_fp8(checkpoint, token_ids, out)
+
+
+def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: DemoTexts, quiet: bool) -> list[Stage]:
+    from minipuzzle.corpus import evaluation_windows, read_documents
+    from minipuzzle.demo_report import Stage
+    from minipuzzle.evaluate import combine, documents_within, evaluate
+    from minipuzzle.export.reader import load_any_model
+    from minipuzzle.memory import memory_breakdown
+    from minipuzzle.models import load_tokenizer
+    from minipuzzle.progress import progress_bar
+
+    tokenizer = load_tokenizer(teacher.folder)
+    windows = {}
+    for domain, path in texts.domains.items():
+        documents = documents_within(tokenizer, read_documents([path]), EVALUATION_TOKENS)
+        windows[domain] = evaluation_windows(tokenizer, documents, sequence_length=EVALUATION_WINDOW_TOKENS)
+    num_windows = sum(len(domain_windows.token_ids) for domain_windows in windows.values())
+    reference = load_any_model(teacher)
+    stages = []
+    with progress_bar("evaluating", num_windows * len(models), quiet=quiet) as advance:
+        for name, checkpoint in models.items():
+            model = load_any_model(checkpoint)
+            by_domain = {
+                domain: evaluate(model, checkpoint.family, domain_windows, against=reference, advance=advance)
+                for domain, domain_windows in windows.items()
+            }
+            deployment = FP8_DEPLOYMENT if checkpoint.is_quantized else DEPLOYMENT
+            stages.append(
+                Stage(
+                    name=name,
+                    architecture=checkpoint.architecture,
+                    memory_bytes=memory_breakdown(checkpoint.architecture, deployment).total_bytes,
+                    by_domain=by_domain,
+                    overall=combine(list(by_domain.values())),
+                )
+            )
+    return stages
+
+
+def _peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _print_dry_run(teacher: Checkpoint, settings: dict[str, Any], as_json: bool) -> None:
+    from minipuzzle.pruning import check_feasible
+    from minipuzzle.search import SearchRequest
+
+    num_fitting = len(check_feasible(teacher, SearchRequest(memory=settings["memory"]), DEPLOYMENT))
+    facts = {"model": str(teacher.folder), "pattern": teacher.architecture.pattern, **settings}
+    facts |= {"candidates_that_fit": num_fitting}
+    if as_json:
+        echo_json(facts)
+        return
+    for name, value in facts.items():
+        click.echo(f"{name.replace('_', ' '):<22} {value}")
+    click.echo("dry run: nothing was written")
