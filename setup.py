@@ -28,6 +28,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.15", "mypy>=2"]},
+    extras_require={"dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools"]},
     entry_points={"console_scripts": ["minipuzzle = minipuzzle.cli:main"]},
 )

@@ -112,19 +112,33 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
-        return sum(tensor.num_elements for tensor in self.tensors())
+        return sum(self.parameters_by_part().values())
 
     def parameters_by_part(self) -> dict[str, int]:
         """Parameters by layer kind and for embeddings, final norm and head."""
         parameters: Counter[str] = Counter()
-        for tensor in self.tensors():
-            parameters[tensor.part] += tensor.num_elements
+        for tensor, times in self.distinct_tensors():
+            parameters[tensor.part] += tensor.num_elements * times
         return dict(parameters)
 
-    def caches(self) -> Iterator[CacheSpec]:
-        """What all layers keep while generating."""
-        for layer in self.layers:
-            yield from LAYER_KINDS[layer.kind].caches(layer)
+    def distinct_layers(self) -> list[tuple[int, int]]:
+        """(index of the first, number) of layers that are alike. Large models are a few layers many times over."""
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for layer_idx, layer in enumerate(self.layers):
+            alike.setdefault((layer.kind, tuple(layer.sizes.items()), layer.options), []).append(layer_idx)
+        return [(indices[0], len(indices)) for indices in alike.values()]
+
+    def distinct_tensors(self) -> Iterator[tuple[PlacedTensor, int]]:
+        """One tensor for all that are alike, and how often it occurs: for sums over all tensors."""
+        for layer_idx, times in self.distinct_layers():
+            yield from ((tensor, times) for tensor in self.layer_tensors(layer_idx))
+        yield from ((tensor, 1) for tensor in self.outer_tensors())
+
+    def distinct_caches(self) -> Iterator[tuple[CacheSpec, int]]:
+        """One cache for all that are alike, and how many layers keep it."""
+        for layer_idx, times in self.distinct_layers():
+            layer = self.layers[layer_idx]
+            yield from ((cache, times) for cache in LAYER_KINDS[layer.kind].caches(layer))
 
     def fingerprint(self) -> str:
         """A short hash of everything that shapes the weights."""

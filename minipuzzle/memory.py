@@ -97,14 +97,16 @@ def memory_breakdown(architecture: Architecture, deployment: Deployment) -> Memo
     """Every memory term of an architecture at a deployment."""
     elements: Counter[str] = Counter()
     num_quantized = 0
-    for tensor in architecture.tensors():
+    for tensor, times in architecture.distinct_tensors():
         if tensor.spec.quantized:
-            num_quantized += 1
+            num_quantized += times
         term = "weights" if tensor.spec.quantized else tensor.part if tensor.part in ("embeddings", "head") else "other"
-        elements[term] += tensor.num_elements
-    for cache in architecture.caches():
+        elements[term] += tensor.num_elements * times
+    for cache, times in architecture.distinct_caches():
         tokens = deployment.context_tokens if cache.per_token else 1
-        elements["kv_cache" if cache.name == "kv" else cache.name] += cache.num_elements * tokens * deployment.batch
+        elements["kv_cache" if cache.name == "kv" else cache.name] += (
+            cache.num_elements * times * tokens * deployment.batch
+        )
     labels = {
         "weights": "linear weights",
         "other": "norms, convolutions, vectors",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
+UNFINISHED_SCORES_FILE = "scores.unfinished.json"
 
 
 @dataclass(frozen=True, kw_only=True)

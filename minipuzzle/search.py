@@ -96,6 +96,16 @@ class Candidate:
         widths = " ".join(f"{axis} {width}" for axis, width in self.widths.items())
         return f"{counts}  {widths}".strip()
 
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        return {
+            "counts": dict(self.counts),
+            "widths": dict(self.widths),
+            "memory_bytes": self.memory_bytes,
+            "num_parameters": self.num_parameters,
+            "predicted_loss": self.predicted_loss,
+        }
+
 
 def requested_space(source: Architecture, request: SearchRequest) -> SearchSpace:
     """The grid of the published search (layer counts by kind, one FFN width), narrowed by what the user fixed.

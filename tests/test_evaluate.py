@@ -54,7 +54,7 @@ def windows(folder: Path) -> EvaluationWindows:
 def logits_of(model: torch.nn.Module, windows: EvaluationWindows) -> torch.Tensor:
     """Whole float64 logits of the positions that count, by transformers' own forward pass."""
     with torch.inference_mode():
-        logits = model(windows.token_ids, use_cache=False).logits.double()
+        logits: torch.Tensor = model(windows.token_ids, use_cache=False).logits.double()
     return logits[windows.labels != IGNORE]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,8 @@ def reference_codes(values: np.ndarray, scale: float) -> np.ndarray:
     below = above - 1
     to_above, to_below = table[above] - magnitudes, magnitudes - table[below]
     rounds_up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
-    return np.where(rounds_up, above, below) + 128 * np.signbit(values)
+    codes: np.ndarray[Any, Any] = np.where(rounds_up, above, below) + 128 * np.signbit(values)
+    return codes
 
 
 def test_every_e4m3_value_encodes_to_its_own_code() -> None:
@@ -251,7 +253,7 @@ def test_verification_refuses_a_folder_with_one_scale_slightly_off(source: Check
     token_ids = calibration_tokens()
     model = load_any_model(copied)
     with torch.inference_mode():
-        states = torch.cat([model.model(window[None], use_cache=False)[0][0] for window in token_ids])
+        states = torch.cat([model.get_submodule("model")(window[None], use_cache=False)[0][0] for window in token_ids])
     expected = ExpectedStates(source=states, rounded=states)
     assert verify_fp8(source, copied, token_ids, expected).relative_difference < 1e-5
     tensors = load_file(copied / SINGLE_FILE)

@@ -42,7 +42,8 @@ def scores_by_naive_removal(checkpoint: Checkpoint, token_ids: torch.Tensor) -> 
         hidden = parts.embeddings(token_ids)
         for layer_idx, layer in enumerate(parts.layers):
             hidden = hidden if layer_idx == skipped else layer(hidden)
-        return parts.final_norm(hidden).double()
+        normed: torch.Tensor = parts.final_norm(hidden)
+        return normed.double()
 
     with torch.no_grad():
         full = head_input(None)

@@ -158,7 +158,8 @@ def test_a_killed_run_continues_with_the_samples_that_are_left(tiny_checkpoint: 
 
     with pytest.raises(PowerCutError):
         score_layers(LayerStack(tiny_checkpoint), tokens, slice_samples=2, after_slice=write_twice_then_die)
-    stack, steps = LayerStack(tiny_checkpoint), []
+    stack = LayerStack(tiny_checkpoint)
+    steps: list[int] = []
     found = score_layers(stack, tokens, slice_samples=2, earlier=partial.read(), advance=steps.append)
     assert stack.counters.layer_applications == stack.num_layers * (stack.num_layers + 1) // 2  # one slice was left
     assert sum(steps) == 5 * (28 + 8)  # progress counts what was done before

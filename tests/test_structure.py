@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from minipuzzle.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGES = ("minipuzzle", "importance", "distill")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -90,23 +94,40 @@ def tracked_files() -> set[str]:
 
 
 def test_the_file_tree_of_the_readme_is_the_repository() -> None:
-    """One line a file, with one clause; data files of a folder may share a line with a wildcard."""
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("```tree\n")[1].split("```")[0]
+    """One line a file, with one clause; many data files of a folder may share a line with a wildcard."""
+    tree = README.split("```tree\n")[1].split("```")[0]
     listed: set[str] = set()
-    folder = ""
+    folders: list[str] = []
     for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
         name, _, clause = line.strip().partition("  ")
-        indent = len(line) - len(line.lstrip())
-        if name.endswith("/"):
-            folder = name if indent == 0 else folder.rstrip("/").split("/")[0] + "/" + name if indent == 2 else folder
-            continue
-        path = name if indent == 0 else folder + name
         assert clause.strip(), f"{name} has no clause"
-        matched = {
-            tracked
-            for tracked in tracked_files()
-            if re.fullmatch(path.replace(".", r"\.").replace("*", "[^/]+"), tracked)
-        }
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name.rstrip("/"))
+            continue
+        path = "/".join([*folders, name])
+        matched = {tracked for tracked in tracked_files() if fnmatchcase(tracked, path)}
         assert matched, f"README lists {path}, which is not in the repository"
         listed |= matched
     assert listed == tracked_files()
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_in_the_readme_parses(line: str) -> None:
+    program, *arguments = shlex.split(line)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in arguments)
+    elif program == "minipuzzle":
+        command = main.get_command(click.Context(main), arguments[0])
+        assert command is not None, f"there is no command {arguments[0]!r}"
+        command.make_context(arguments[0], arguments[1:]).close()
+    else:
+        assert program in ("git", "cd", "pip"), f"nothing checks {line!r}"

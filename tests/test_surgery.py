@@ -202,7 +202,10 @@ def test_a_cut_on_all_axes_loads_strictly_and_generates_with_cache_as_without(
 def test_a_cut_tensor_is_the_indexed_source(tiny_checkpoint: Checkpoint) -> None:
     """in_proj row by row, indices written out by hand: z, x, B, C and dt rows of heads 0 and 3, columns of hidden."""
     source = tiny_checkpoint.architecture
-    kept_units = {"ssm_head": {"0": (0, 3)}, "hidden": {"model": tuple(range(0, 32, 2))}}
+    kept_units: dict[str, dict[str, tuple[int, ...]]] = {
+        "ssm_head": {"0": (0, 3)},
+        "hidden": {"model": tuple(range(0, 32, 2))},
+    }
     plan = replace(keep_everything(source), kept_units=kept_units)
     cut = dict(cut_tensors(tiny_checkpoint, plan))["backbone.layers.0.mixer.in_proj.weight"]
     head_rows = [*range(8), *range(24, 32)]

@@ -187,7 +187,7 @@ def _measured_scores(
     from minipuzzle.corpus import sample_windows
     from minipuzzle.models import load_tokenizer
     from minipuzzle.outputs import output_file
-    from minipuzzle.pruning import SCORES_FILE
+    from minipuzzle.pruning import SCORES_FILE, UNFINISHED_SCORES_FILE
     from minipuzzle.scores import read_scores, write_scores
 
     kept = folder / SCORES_FILE
@@ -201,7 +201,14 @@ def _measured_scores(
         sequence_length=inputs.sequence_length,
         seed=inputs.seed,
     )
-    scores = measure(checkpoint, token_ids, device=inputs.device, dtype=inputs.dtype, quiet=quiet)
+    scores = measure(
+        checkpoint,
+        token_ids,
+        device=inputs.device,
+        dtype=inputs.dtype,
+        partial_file=folder / UNFINISHED_SCORES_FILE,
+        quiet=quiet,
+    )
     with output_file(kept) as path:
         write_scores(scores, path)
     return scores

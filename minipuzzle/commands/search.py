@@ -68,13 +68,9 @@ def search(
             path.write_text(plan.to_json(), encoding="utf-8")
     if as_json:
         best_summary = {"dropped_layers": dropped, **architecture_summary(best.architecture, deployment)}
-        others = [
-            {key: value for key, value in asdict(candidate).items() if key != "architecture"}
-            for candidate in candidates[:top]
-        ]
-        echo_json(
-            {**best_summary, "predicted_loss": best.predicted_loss, "candidates": others, "request": asdict(request)}
-        )
+        others = [candidate.to_json() for candidate in candidates[:top]]
+        facts = {"predicted_loss": best.predicted_loss, "candidates": others, "request": asdict(request)}
+        echo_json({**best_summary, **facts})
         return
     if not scores.is_measured_here:
         Console(stderr=True).print("[yellow]note:[/] these scores carry no fingerprint; their origin is unverified")
