@@ -176,7 +176,7 @@ class _Run:
                 temperature=settings.temperature,
                 ce_weight=settings.ce_weight,
             )
-            terms.loss.backward()  # type: ignore[no-untyped-call]
+            terms.loss.backward()
             loss, kl = loss + terms.loss.detach(), kl + terms.kl
         return float(loss), float(kl)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from minipuzzle.errors import MinipuzzleError
 
-OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -31,7 +30,6 @@ class DistillSettings:
     sequence_length: int = 2048
     batch_sequences: int = 16
     micro_batch_sequences: int = 1
-    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     min_learning_rate_fraction: float = 0.1
     warmup_fraction: float = 0.03
@@ -53,7 +51,6 @@ class DistillSettings:
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in ("weight_decay", "eval_every", "save_every"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS))
         _require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
 
     @property

@@ -32,6 +32,19 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }
 
 
+def distance(given: dict[str, Tensor], denominator: float, settings: LossSettings | None = None) -> LossTerms:
+    """The loss under test, from inputs by name."""
+    return chunked_kl(
+        given["student_hidden_NH"],
+        given["student_head_VH"],
+        given["teacher_hidden_NG"],
+        given["teacher_head_VG"],
+        denominator=denominator,
+        labels_N=given["labels_N"],
+        settings=settings,
+    )
+
+
 def reference_loss(given: dict[str, Tensor], denominator: float, temperature: float, ce_weight: float) -> Tensor:
     """The loss by torch's own functions, on logits that exist whole."""
     valid = given["labels_N"] != IGNORE
@@ -59,16 +72,16 @@ def test_loss_and_gradients_equal_autograd_over_whole_logits(
 ) -> None:
     given = inputs()
     settings = LossSettings(temperature=temperature, ce_weight=ce_weight, chunk_bytes=chunk_bytes)
-    loss = chunked_kl(**given, denominator=17, settings=settings).loss
+    loss = distance(given, denominator=17, settings=settings).loss
     wanted = reference_loss(given, 17, temperature, ce_weight)
-    assert abs(float(loss - wanted)) < 1e-10
+    assert abs((loss - wanted).item()) < 1e-10
     for found, reference in zip(gradients(3 * loss, given), gradients(3 * wanted, given), strict=True):
         assert (found - reference).abs().max() < 1e-10
 
 
 def test_ignored_rows_get_no_gradient() -> None:
     given = inputs()
-    hidden_gradient, _ = gradients(chunked_kl(**given, denominator=1).loss, given)
+    hidden_gradient, _ = gradients(distance(given, denominator=1).loss, given)
     ignored = given["labels_N"] == IGNORE
     assert hidden_gradient[ignored].abs().max() == 0
     assert hidden_gradient[~ignored].abs().min() > 0
@@ -77,21 +90,21 @@ def test_ignored_rows_get_no_gradient() -> None:
 def test_a_batch_without_valid_rows_gives_zero_and_zero_gradients() -> None:
     given = inputs()
     given["labels_N"] = torch.full_like(given["labels_N"], IGNORE)
-    loss = chunked_kl(**given, denominator=1).loss
-    assert float(loss) == 0
+    loss = distance(given, denominator=1).loss
+    assert loss.item() == 0
     assert all(gradient.abs().max() == 0 for gradient in gradients(loss, given))
 
 
 def test_partial_losses_over_one_denominator_add_up() -> None:
     given = inputs()
-    whole = chunked_kl(**given, denominator=18).loss
+    whole = distance(given, denominator=18).loss
 
     def part(rows: slice) -> LossTerms:
         by_row = ("student_hidden_NH", "teacher_hidden_NG", "labels_N")
-        return chunked_kl(**{n: t[rows] if n in by_row else t for n, t in given.items()}, denominator=18)
+        return distance({n: t[rows] if n in by_row else t for n, t in given.items()}, denominator=18)
 
     parts = part(slice(0, 10)).loss + part(slice(10, None)).loss
-    assert abs(float(whole - parts)) < 1e-12
+    assert abs((whole - parts).item()) < 1e-12
     for found, wanted in zip(gradients(parts, given), gradients(whole, given), strict=True):
         assert (found - wanted).abs().max() < 1e-12
 
@@ -100,8 +113,8 @@ def test_equal_models_have_zero_loss_and_zero_gradient() -> None:
     given = inputs()
     given["teacher_hidden_NG"] = given["student_hidden_NH"].detach()
     given["teacher_head_VG"] = given["student_head_VH"].detach()
-    loss = chunked_kl(**given, denominator=1).loss
-    assert abs(float(loss)) < 1e-12
+    loss = distance(given, denominator=1).loss
+    assert abs(loss.item()) < 1e-12
     assert all(gradient.abs().max() < 1e-12 for gradient in gradients(loss, given))
 
 
@@ -111,11 +124,11 @@ def test_bfloat16_inputs_lose_nothing_in_the_logits() -> None:
     nudge = 0.02 * torch.randn(VOCABULARY, STUDENT_HIDDEN, generator=torch.Generator().manual_seed(1))
     given["teacher_hidden_NG"] = given["student_hidden_NH"].detach()
     given["teacher_head_VG"] = (given["student_head_VH"].detach() + nudge).bfloat16()
-    loss = chunked_kl(**given, denominator=1).loss
+    loss = distance(given, denominator=1).loss
     wide = {n: t.detach().double().requires_grad_() if t.is_floating_point() else t for n, t in given.items()}
     wanted = reference_loss(wide, 1, 1.0, 0.0)
     assert loss.dtype == torch.float32
-    assert abs(float(loss) / float(wanted) - 1) < 1e-4
+    assert abs(loss.item() / wanted.item() - 1) < 1e-4
     for found, reference in zip(gradients(loss, given), gradients(wanted, wide), strict=True):
         assert found.dtype == torch.bfloat16
         assert relative_error(found, reference) < 5e-3  # the rounding of the result itself
@@ -132,7 +145,7 @@ class LargestTensor(TorchDispatchMode):
     """Notes the largest number of elements that any operation returned."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -148,7 +161,7 @@ def test_the_logits_of_all_rows_never_exist_at_once(ce_weight: float) -> None:
     given = inputs()
     chunk = LossSettings(temperature=2.0, ce_weight=ce_weight, chunk_bytes=SEVEN_ROWS)
     with LargestTensor() as largest:
-        gradients(chunked_kl(**given, denominator=1, settings=chunk).loss, given)
+        gradients(distance(given, denominator=1, settings=chunk).loss, given)
     assert largest.num_elements == max(7 * VOCABULARY, VOCABULARY * TEACHER_HIDDEN)  # a chunk, or a head itself
     with LargestTensor() as largest:
         gradients(reference_loss(given, 1, 2.0, ce_weight), given)
@@ -158,8 +171,8 @@ def test_the_logits_of_all_rows_never_exist_at_once(ce_weight: float) -> None:
 def test_without_gradients_nothing_is_prepared_for_them() -> None:
     given = inputs()
     with torch.no_grad(), LargestTensor() as largest:
-        terms = chunked_kl(**given, denominator=1, settings=LossSettings(chunk_bytes=1))
+        terms = distance(given, denominator=1, settings=LossSettings(chunk_bytes=1))
     assert not terms.loss.requires_grad
     assert largest.num_elements == VOCABULARY * TEACHER_HIDDEN  # a transposed view of the teacher's head
     wanted = reference_loss(given, 1, 1.0, 0.0)
-    assert abs(float(terms.kl - wanted)) < 1e-10
+    assert abs((terms.kl - wanted).item()) < 1e-10

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.settings import DTYPES, OPTIMIZERS, DistillSettings
+from distill.settings import DTYPES, DistillSettings
 from minipuzzle.options import (
     COUNT,
     FOLDER_OR_FILE,
@@ -66,9 +66,6 @@ DEFAULTS = DistillSettings(tokens=1)
     default=DEFAULTS.learning_rate,
     show_default=True,
     help="Peak rate; a model of a few million parameters wants about 1e-3.",
-)
-@click.option(
-    "--optimizer", type=click.Choice(OPTIMIZERS), default=DEFAULTS.optimizer, show_default=True, help="Optimiser."
 )
 @click.option(
     "--temperature", type=float, default=DEFAULTS.temperature, show_default=True, help="Softens both distributions."
