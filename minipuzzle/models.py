@@ -67,7 +67,9 @@ def build_model(
     """A model in evaluation mode from named tensors as on disk; a missing or unexpected name is an error."""
     family = family_of(config)
     model = build_on_meta(config, dtype)
-    state = {family.modules.module_name(name): tensor.to(device, dtype) for name, tensor in tensors}
+    # A copy, because a tensor of a safetensors file is a view of the mapped file: training it in place would change
+    # what the same open checkpoint reads next.
+    state = {family.modules.module_name(name): tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     head = f"{family.modules.head}.weight"
     if config.get("tie_word_embeddings") and head not in state:
         state[head] = state[f"{family.modules.embeddings}.weight"]
