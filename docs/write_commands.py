@@ -11,16 +11,18 @@ from click.testing import CliRunner
 from minipuzzle.cli import COMMANDS, main
 
 PAGE = Path(__file__).parent / "commands.md"
-HELP_COLUMNS = "100"
+HELP_COLUMNS = 100
 
 
 def render() -> str:
     """The page: one section a command, its help as printed."""
-    runner = CliRunner(env={"COLUMNS": HELP_COLUMNS, "TERMINAL_WIDTH": HELP_COLUMNS})
+    runner = CliRunner()
     sections = ["# Commands", "", "Written by `make docs` from the commands' own `--help`.", ""]
     for arguments in ([], *([command] for command in COMMANDS)):
         title = " ".join(["minipuzzle", *arguments])
-        result = runner.invoke(main, [*arguments, "--help"], prog_name="minipuzzle", catch_exceptions=False)
+        result = runner.invoke(
+            main, [*arguments, "--help"], prog_name="minipuzzle", catch_exceptions=False, terminal_width=HELP_COLUMNS
+        )
         sections += [f"## {title}", "", "```", result.output.rstrip(), "```", ""]
     return "\n".join(sections)
 

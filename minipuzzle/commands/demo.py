@@ -50,7 +50,7 @@ class DemoTexts:
         return {"speeches": self.speeches, "code": self.code}
 
 
-@click.command()
+@click.command(short_help="Run the whole path on a small trained hybrid.")
 @click.option("--memory", default="75%", show_default=True, help="Budget of the pruned model.")
 @click.option("--tokens", type=COUNT, default=480_000, show_default=True, help="Tokens of distillation.")
 @click.option("--samples", type=COUNT, default=64, show_default=True, help="Calibration samples of 256 tokens.")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TOTAL = "total"
 
 
-@click.command()
+@click.command(short_help="Measure loss, bits per byte, KL and agreement on text.")
 @model_argument()
 @click.option(
     "--against", type=FOLDER_OR_FILE, metavar="TEACHER", help="A model with the same vocabulary to compare with."

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minipuzzle.checkpoint import Checkpoint
 
 
-@click.command()
+@click.command(short_help="Write a BF16 or FP8 folder for serving.")
 @model_argument()
 @click.option("--fp8", "layout", flag_value="fp8", help="FP8 weights and activations, for vLLM, SGLang, TensorRT-LLM.")
 @click.option("--bf16", "layout", flag_value="bf16", help="BF16 weights, for every engine.")

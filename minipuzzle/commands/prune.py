@@ -48,7 +48,7 @@ class PruneInputs:
     device: str = "cpu"
 
 
-@click.command()
+@click.command(short_help="Cut a model to a memory budget.")
 @model_argument()
 @search_options
 @deployment_options
