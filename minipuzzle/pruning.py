@@ -1,30 +1,77 @@
-"""Pruning as a whole: from scores to the measured best plan, and from a plan to a checkpoint folder."""
+"""Pruning as a whole: scores, candidates, the measured best plan, and the checkpoint folder cut by it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, write_json
-from minipuzzle.corpus import EvaluationWindows
-from minipuzzle.memory import Deployment
-from minipuzzle.plan import Plan
-from minipuzzle.progress import Advance, no_progress
-from minipuzzle.scores import Scores
+from minipuzzle.corpus import EvaluationWindows, read_documents, sample_windows, windows_of_tokens
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.memory import Deployment, memory_breakdown
+from minipuzzle.models import load_tokenizer
+from minipuzzle.outputs import fingerprint_files, output_file, output_folder
+from minipuzzle.plan import Plan, read_plan
+from minipuzzle.progress import Advance, no_progress, progress_bar
+from minipuzzle.ranking import RankedPlan, rank_plans
+from minipuzzle.scores import Scores, read_scores, write_scores
 from minipuzzle.search import Candidate, SearchRequest, find_candidates, plan_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from minipuzzle.ranking import RankedPlan
+from minipuzzle.surgery import cut_tensors
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
+
+# Measures a checkpoint on some token windows; the file keeps what an interrupted measurement has done.
+Measure = Callable[[Checkpoint, torch.Tensor, Path], Scores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest:
+    """What to cut and how to find out: a plan, or a target with scores or with text to measure on."""
+
+    checkpoint: Checkpoint
+    target: SearchRequest | None
+    deployment: Deployment
+    plan: Path | None = None
+    scores: Path | None = None
+    data: tuple[Path, ...] = ()
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    num_candidates: int = 8
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.plan is not None:
+            if self.target is not None or self.scores is not None:
+                raise MinipuzzleError("--plan already says what to cut", "drop --scores, --memory, --keep and --width")
+        elif self.target is None:
+            raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+        elif self.scores is None and not self.data:
+            raise MinipuzzleError("there is nothing to measure on", "give --data, or --scores of an earlier run")
+
+    def provenance(self) -> dict[str, Any]:
+        """What the output remembers: its teacher, for `distill`, and what was asked."""
+        files = [path for path in (self.plan, self.scores, *self.data) if path is not None]
+        measuring = ("samples", "sequence_length", "seed", "num_candidates", "dtype")
+        return {
+            "command": "prune",
+            "teacher": str(self.checkpoint.folder.resolve()),
+            "teacher_fingerprint": self.checkpoint.fingerprint,
+            "settings": {
+                "target": asdict(self.target) if self.target else None,
+                "deployment": asdict(self.deployment),
+                **{name: getattr(self, name) for name in measuring},
+                "inputs_fingerprint": fingerprint_files(files),
+            },
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,46 +79,83 @@ class Choice:
     """The plan to cut by, and the candidates it was chosen from (measured, best first; empty if only predicted)."""
 
     plan: Plan
-    candidates: tuple[Candidate, ...]
-    ranked: tuple[RankedPlan, ...]
+    ranked: tuple[RankedPlan, ...] = ()
 
 
-def choose_plan(
-    checkpoint: Checkpoint,
-    scores: Scores,
-    request: SearchRequest,
-    deployment: Deployment,
-    windows: EvaluationWindows,
-    *,
-    num_measured: int,
-    dtype: torch.dtype,
-    device: str,
-    advance: Advance = no_progress,
-) -> Choice:
-    """The best plan for a request: candidates by predicted loss, the first ``num_measured`` of them measured.
+def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: Deployment) -> list[Candidate]:
+    """Everything that fits, whatever the scores will be: known from config.json, before any weight is read.
 
-    Raises: InfeasibleBudgetError, or MinipuzzleError for impossible targets or scores of another model.
+    Raises: InfeasibleBudgetError, or MinipuzzleError for impossible targets.
     """
-    scores.check_against(checkpoint.architecture, checkpoint.fingerprint)
-    candidates = find_candidates(checkpoint.architecture, scores, request, deployment)
-    to_measure = candidates[: max(1, num_measured)]
-    plans = [plan_of(checkpoint.architecture, scores, candidate, metric=request.metric) for candidate in to_measure]
+    no_scores = np.zeros(len(checkpoint.architecture.layers))
+    return find_candidates(checkpoint.architecture, Scores(layer={target.metric: no_scores}), target, deployment)
+
+
+def prune(request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool, quiet: bool) -> Choice:
+    """Find the best plan and write the cut checkpoint to ``out``.
+
+    Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
+    """
+    checkpoint = request.checkpoint
+    if request.target is not None:
+        check_feasible(checkpoint, request.target, request.deployment)
+    # Read before the output folder is begun, so that a broken file leaves no trace.
+    documents = read_documents(request.data)
+    plan = read_plan(request.plan) if request.plan is not None else None
+    scores = read_scores(request.scores) if request.scores is not None else None
+    with output_folder(out, request.provenance(), overwrite=overwrite) as folder:
+        if plan is not None:
+            choice = Choice(plan=plan)
+        else:
+            choice = _choose(request, scores or _measured_scores(request, documents, measure, folder), quiet)
+        num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
+        with progress_bar("cutting", num_tensors, quiet=quiet) as advance:
+            write_pruned(checkpoint, choice.plan, folder, advance)
+    return choice
+
+
+def _measured_scores(request: PruneRequest, documents: list[str], measure: Measure, folder: Path) -> Scores:
+    """Scores measured by an interrupted run of the same command, or measured now and kept in ``folder``."""
+    kept = folder / SCORES_FILE
+    if kept.is_file():
+        return read_scores(kept)
+    token_ids = sample_windows(
+        load_tokenizer(request.checkpoint.folder),
+        documents,
+        num_samples=request.samples,
+        sequence_length=request.sequence_length,
+        seed=request.seed,
+    )
+    scores = measure(request.checkpoint, token_ids, folder / UNFINISHED_SCORES_FILE)
+    with output_file(kept) as path:
+        write_scores(scores, path)
+    return scores
+
+
+def _choose(request: PruneRequest, scores: Scores, quiet: bool) -> Choice:
+    """The best of the candidates by predicted loss, the first ``num_candidates`` of which are measured.
+
+    They are measured on the tokens of the scores; scores without tokens leave the prediction to decide.
+    """
+    assert request.target is not None
+    checkpoint = request.checkpoint
+    source, target = checkpoint.architecture, request.target
+    scores.check_against(source, checkpoint.fingerprint)
+    candidates = find_candidates(source, scores, target, request.deployment)
+    num_measured = request.num_candidates if scores.token_ids is not None else 1
+    plans = [plan_of(source, scores, candidate, metric=target.metric) for candidate in candidates[:num_measured]]
     if len(plans) == 1:
-        return Choice(plan=plans[0], candidates=tuple(candidates), ranked=())
-    from minipuzzle.ranking import rank_plans
+        return Choice(plan=plans[0])
+    windows = _windows_of(scores, checkpoint)
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    with progress_bar("measuring candidates", len(plans), quiet=quiet) as advance:
+        ranked = rank_plans(checkpoint, plans, windows, dtype=dtype, device=request.device, advance=advance)
+    return Choice(plan=ranked[0].plan, ranked=tuple(ranked))
 
-    ranked = rank_plans(checkpoint, plans, windows, dtype=dtype, device=device, advance=advance)
-    return Choice(plan=ranked[0].plan, candidates=tuple(candidates), ranked=tuple(ranked))
 
-
-def prune_provenance(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a pruned folder remembers: its teacher, for `distill`, and what was asked."""
-    return {
-        "command": "prune",
-        "teacher": str(checkpoint.folder.resolve()),
-        "teacher_fingerprint": checkpoint.fingerprint,
-        "settings": dict(settings),
-    }
+def _windows_of(scores: Scores, checkpoint: Checkpoint) -> EvaluationWindows:
+    assert scores.token_ids is not None
+    return windows_of_tokens(load_tokenizer(checkpoint.folder), torch.from_numpy(scores.token_ids).long())
 
 
 def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Advance = no_progress) -> None:
@@ -79,8 +163,6 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Adva
 
     ``advance`` is called once a tensor. Raises: MinipuzzleError for a plan of another model or broken weights.
     """
-    from minipuzzle.surgery import cut_tensors
-
     writer = ShardWriter(folder)
     for name, tensor in cut_tensors(checkpoint, plan):
         writer.add(name, tensor)
@@ -91,10 +173,33 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Adva
     (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
 
 
-def check_feasible(checkpoint: Checkpoint, request: SearchRequest, deployment: Deployment) -> list[Candidate]:
-    """Everything that fits, whatever the scores will be: known from config.json, before any weight is read.
+def planned_work(request: PruneRequest) -> dict[str, int]:
+    """What a run would do apart from measuring, after checking all that can be checked without weights.
 
-    Raises: InfeasibleBudgetError, or MinipuzzleError for impossible targets.
+    Units: as the names say; ``disk_at_most_bytes`` is the weights of the largest candidate.
     """
-    no_scores = np.zeros(len(checkpoint.architecture.layers))
-    return find_candidates(checkpoint.architecture, Scores(layer={request.metric: no_scores}), request, deployment)
+    checkpoint = request.checkpoint
+    source = checkpoint.architecture
+    facts = {"source_memory_bytes": memory_breakdown(source, request.deployment).total_bytes}
+    num_kept_parameters = source.num_parameters
+    if request.plan is not None:
+        plan = read_plan(request.plan)
+        plan.check_against(source)
+        num_kept_parameters = plan.apply(source).num_parameters
+    if request.target is not None:
+        candidates = check_feasible(checkpoint, request.target, request.deployment)
+        num_kept_parameters = max(candidate.num_parameters for candidate in candidates)
+        facts |= {
+            "budget_bytes": request.target.budget_bytes(facts["source_memory_bytes"]),
+            "candidates_that_fit": len(candidates),
+            "candidates_to_measure": min(len(candidates), request.num_candidates),
+        }
+    if request.scores is not None:
+        read_scores(request.scores).check_against(source, checkpoint.fingerprint)
+    elif request.data:
+        facts |= {
+            "documents": len(read_documents(request.data)),
+            "calibration_tokens": request.samples * request.sequence_length,
+        }
+    disk_bytes = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
+    return {**facts, "disk_at_most_bytes": disk_bytes}

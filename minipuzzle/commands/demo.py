@@ -129,15 +129,21 @@ def _say(step: str, quiet: bool) -> None:
 
 
 def _prune(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, quiet: bool) -> None:
-    from minipuzzle.commands.prune import PruneInputs, prune_checkpoint
+    from minipuzzle.commands.prune import measurer
+    from minipuzzle.pruning import PruneRequest, prune
     from minipuzzle.report import print_plan
     from minipuzzle.search import SearchRequest
 
-    inputs = PruneInputs(
-        plan=None, scores=None, data=(texts.calibration,), samples=samples, sequence_length=256, num_candidates=8
+    request = PruneRequest(
+        checkpoint=teacher,
+        target=SearchRequest(memory=memory),
+        deployment=DEPLOYMENT,
+        data=(texts.calibration,),
+        samples=samples,
+        sequence_length=256,
     )
-    request = SearchRequest(memory=memory)
-    choice = prune_checkpoint(teacher, inputs, request, DEPLOYMENT, out=out, overwrite=False, quiet=quiet)
+    measure = measurer(device=request.device, dtype=request.dtype, quiet=quiet)
+    choice = prune(request, measure, out=out, overwrite=False, quiet=quiet)
     if not quiet:
         source = teacher.architecture
         print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), DEPLOYMENT)
