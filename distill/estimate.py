@@ -13,8 +13,10 @@ from minipuzzle.layer_kinds import HIDDEN
 
 _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
-# Values that autograd keeps for each output of a linear layer and each input of a layer, fitted to measured peaks.
-_KEPT_PER_OUTPUT = {"mamba": 12, "attention": 4, "mlp": 3}
+# Values that autograd keeps a token for each output of a layer's linears, counted in transformers' path without
+# kernels at hidden sizes 128 and 512, states and scan chunks from 32 to 128; and for each channel of a layer's input.
+_KEPT_PER_OUTPUT = {"mamba": 11, "attention": 1, "mlp": 2}
+_KEPT_PER_CHANNEL = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,5 +56,5 @@ def _kept_values_per_token(architecture: Architecture) -> int:
         if tensor.part in _KEPT_PER_OUTPUT and tensor.spec.quantized:
             values += _KEPT_PER_OUTPUT[tensor.part] * tensor.shape[0]
         elif tensor.spec.dims == (HIDDEN,):
-            values += 3 * architecture.hidden
+            values += _KEPT_PER_CHANNEL * architecture.hidden
     return values

@@ -28,6 +28,7 @@ from minipuzzle.models import parts_of
 
 MAX_SKIPPED_STEPS = 20
 SAVE_SECONDS = 300.0
+EVALUATED_MICRO_BATCHES = 8  # at once, because an evaluation keeps no activations of earlier layers
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -184,7 +185,8 @@ class _Run:
         if self.validation is None:
             return None
         self.state.model.eval()
-        validation_kl = self.pair.mean_kl(self.validation, batch_sequences=self.settings.micro_batch_sequences)
+        batch_sequences = EVALUATED_MICRO_BATCHES * self.settings.micro_batch_sequences
+        validation_kl = self.pair.mean_kl(self.validation, batch_sequences=batch_sequences)
         self.state.model.train()
         return validation_kl
 

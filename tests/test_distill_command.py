@@ -42,6 +42,14 @@ def student(tmp_path: Path, tiny_folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def held_out(text_file: Path, tmp_path: Path) -> Path:
+    """A few documents to evaluate on."""
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(text_file.read_text().splitlines(keepends=True)[:3]))
+    return path
+
+
 def command(student: Path, text_file: Path, out: Path, *more: str) -> list[str]:
     return ["distill", str(student), "--data", str(text_file), "-o", str(out), *OPTIONS, *more]
 
@@ -50,11 +58,13 @@ def invoke(student: Path, text_file: Path, out: Path, *more: str) -> Result:
     return CliRunner().invoke(main, command(student, text_file, out, *more))
 
 
-def test_the_result_is_a_complete_model_for_transformers(student: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_result_is_a_complete_model_for_transformers(
+    student: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    result = invoke(student, text_file, out, "--validation", str(text_file))
+    result = invoke(student, text_file, out, "--validation", str(held_out))
     assert result.exit_code == 0, result.output
     assert "KL to the teacher" in result.output
     assert not (out / "state").exists() and not out.with_name("out.partial").exists()
@@ -72,10 +82,10 @@ def test_the_result_is_a_complete_model_for_transformers(student: Path, text_fil
 
 
 def test_the_result_moved_towards_the_teacher_and_remembers_everything(
-    student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
+    student: Path, text_file: Path, held_out: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
     out = tmp_path / "out"
-    result = invoke(student, text_file, out, "--validation", str(text_file), "--json", "--seed", "3")
+    result = invoke(student, text_file, out, "--validation", str(held_out), "--json", "--seed", "3")
     figures = json.loads(result.stdout)
     assert figures["validation_kl_after"] < 0.95 * figures["validation_kl_before"]
     assert figures["steps"] == 6 and figures["tokens"] == 384

@@ -21,6 +21,7 @@ from torch import nn
 
 from distill.checkpointing import STATE_FOLDER, Progress
 from distill.data import PackedWindows
+from distill.estimate import estimate_memory
 from distill.loop import METRICS_FILE, distill
 from distill.optimizers import make_optimizer
 from distill.settings import DistillSettings, StepRecord
@@ -28,7 +29,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.corpus import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import FAMILIES
-from minipuzzle.models import load_model
+from minipuzzle.models import load_model, parts_of
 from tests.tiny_models import write_tiny_checkpoint
 
 FAMILY = FAMILIES["nemotron_h"]
@@ -278,6 +279,25 @@ def test_vectors_and_embeddings_do_not_decay(models: Path) -> None:
     }
     assert {"embeddings", "norm_f"} <= {name.split(".")[1] for name in kept["param_names"]}
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_the_memory_estimate_is_near_what_autograd_keeps(models: Path) -> None:
+    checkpoint = Checkpoint.open(models / "teacher")
+    model = load_model(checkpoint).requires_grad_(True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that its address stays taken
+        return tensor
+
+    token_ids, _ = windows().batch(0, 2)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        parts_of(model, FAMILY).logits_input(token_ids)
+    estimate = estimate_memory(checkpoint.architecture, checkpoint.architecture, SETTINGS, "cpu")
+    assert 0.5 < estimate.activation_bytes / sum(num_bytes for num_bytes, _ in kept.values()) < 2
 
 
 class TestPackedWindows:
