@@ -5,39 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from distill.settings import OnStep, StepRecord, ignore_step
+from distill.settings import OnStep, StepRecord
+from minipuzzle.progress import progress_figures
 
 
 @contextmanager
 def distill_progress(total_steps: int, *, quiet: bool = False) -> Iterator[OnStep]:
     """Yield an OnStep that draws; nothing is drawn where ``quiet``. A continued run starts where it stopped."""
-    if quiet:
-        yield ignore_step
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    with progress_figures("distilling", total_steps, quiet=quiet) as show:
 
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("Distilling", total=total_steps, figures="")
+        def on_step(record: StepRecord) -> None:
+            show(record.step, f"KL {record.kl:.4f}  {record.tokens_per_second:,.0f} tokens/s")
 
-        def show(record: StepRecord) -> None:
-            figures = f"KL {record.kl:.4f}  {record.tokens_per_second:,.0f} tokens/s"
-            progress.update(task, completed=record.step, figures=figures)
-
-        yield show
+        yield on_step

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Advance = Callable[[int], None]
+# Sets the steps done so far and a few figures beside the bar.
+Show = Callable[[int, str], None]
 
 
 def no_progress(_steps: int) -> None:
@@ -15,8 +17,22 @@ def no_progress(_steps: int) -> None:
 @contextmanager
 def progress_bar(description: str, total_steps: int, *, quiet: bool = False) -> Iterator[Advance]:
     """Yield a function that advances a bar of ``total_steps``; nothing is drawn where ``quiet``."""
+    with progress_figures(description, total_steps, quiet=quiet) as show:
+        num_done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal num_done
+            num_done += steps
+            show(num_done, "")
+
+        yield advance
+
+
+@contextmanager
+def progress_figures(description: str, total_steps: int, *, quiet: bool = False) -> Iterator[Show]:
+    """Yield a function that sets a bar of ``total_steps`` and what stands beside it."""
     if quiet:
-        yield no_progress
+        yield lambda _num_done, _figures: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -32,10 +48,11 @@ def progress_bar(description: str, total_steps: int, *, quiet: bool = False) -> 
         TextColumn("{task.description:<22}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total_steps)
-        yield lambda steps: progress.advance(task, steps)
+        task = progress.add_task(description, total=total_steps, figures="")
+        yield lambda num_done, figures: progress.update(task, completed=num_done, figures=figures)
