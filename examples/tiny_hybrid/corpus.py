@@ -71,7 +71,7 @@ def load_wikipedia(wheel: Path) -> list[Document]:
     with zipfile.ZipFile(wheel) as archive:
         lines = archive.read(WIKIPEDIA_MEMBER).decode("utf-8").splitlines()
     seen: set[str] = set()
-    documents = []
+    documents: list[Document] = []
     for line in lines:
         passage = str(json.loads(line)["passage"]).strip()
         if passage in seen:
