@@ -15,6 +15,6 @@ def distill_progress(total_steps: int, *, quiet: bool = False) -> Iterator[OnSte
     with progress_figures("distilling", total_steps, quiet=quiet) as show:
 
         def on_step(record: StepRecord) -> None:
-            show(record.step, f"KL {record.kl:.4f}  {record.tokens_per_second:,.0f} tokens/s")
+            show(record.step, f"KL {record.kl:.4f}  {record.tokens_per_second:,.0f} tok/s")
 
         yield on_step

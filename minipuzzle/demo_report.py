@@ -73,9 +73,9 @@ def print_stages(stages: Sequence[Stage], deployment: str) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{' and '.join(domains)}: bits per byte of held-out text. KL to the teacher in nats/token and agreement on\n"
-        f"the best next token, over both. GiB at {deployment}.\n"
-        "FP8 arithmetic is emulated here: its tok/s says nothing about a GPU.",
+        f"{' and '.join(domains)}: bits per byte of held-out text. KL (nats/token) and agreement on the best next "
+        f"token: against the teacher, over both texts. GiB: memory at {deployment}. FP8 arithmetic is emulated here; "
+        "its tok/s says nothing about a GPU.",
         style="dim",
     )
 

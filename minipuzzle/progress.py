@@ -45,14 +45,14 @@ def progress_figures(description: str, total_steps: int, *, quiet: bool = False)
     )
 
     columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
         task = progress.add_task(description, total=total_steps, figures="")
         yield lambda num_done, figures: progress.update(task, completed=num_done, figures=figures)
