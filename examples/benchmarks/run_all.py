@@ -19,9 +19,9 @@ def render(scoring: layer_scores.ScoringResult, loss: distill_loss.LossResult) -
     tokens = f"{distill_loss.TOKENS} tokens x {distill_loss.VOCABULARY} vocabulary x {distill_loss.HIDDEN} hidden"
     return f"""# Benchmark results
 
-Written by `make bench` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, transformers
-{transformers.__version__}. Both ways of a comparison ran on the same work in the same run, alternating where they share
-a process; the best of three counts.
+Written by `make bench` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__},
+transformers {transformers.__version__}. Both ways of a comparison did the same work in the same run, alternating where
+they share a process; the best of three counts.
 
 ## Layer scores: shared prefixes against replace-one-block
 
@@ -47,8 +47,7 @@ Largest difference between the two, relative to each metric's largest score: {sc
 | seconds | {loss.chunked_seconds:.2f} | {loss.plain_seconds:.2f} | \
 {loss.plain_seconds / loss.chunked_seconds:.2f} |
 
-The gradient of the head itself is {distill_loss.VOCABULARY * distill_loss.HIDDEN * 4 / MIB:.0f} MiB of the chunked
-figure.
+The gradient of the head itself is {distill_loss.VOCABULARY * distill_loss.HIDDEN * 4 / MIB:.0f} MiB of that.
 """
 
 
