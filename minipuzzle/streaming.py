@@ -104,6 +104,19 @@ class LayerStack:
         """transformers' module of one layer, for hooks; its weights may not be in memory."""
         return self._modules.layers[layer_idx]
 
+    def loaded_layer(self, layer_idx: int) -> nn.Module:
+        """transformers' module of one layer with its weights, in memory at least until another part is needed."""
+        return self._load(layer_idx)
+
+    def loaded_final_norm(self) -> nn.Module:
+        """transformers' module of the final norm with its weight."""
+        return self._load(FINAL_NORM)
+
+    def parameter_name(self, placed: PlacedTensor) -> str:
+        """The name of one of a layer's tensors inside the layer's module."""
+        prefix = f"{self.checkpoint.family.modules.layers}.{placed.layer_idx}."
+        return self.checkpoint.family.modules.module_name(placed.name).removeprefix(prefix)
+
     @property
     def final_norm_module(self) -> nn.Module:
         """transformers' module of the final norm, for hooks."""
@@ -116,13 +129,21 @@ class LayerStack:
         return hidden_BTH
 
     @torch.no_grad()
-    def apply(self, layer_idx: int, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        module: nn.Module | None = None,
+    ) -> torch.Tensor:
         """The output of one layer, its residual connection included, in batches that fit the memory.
 
         Shapes: ``hidden`` and the result ``[batch, tokens, hidden]``, or ``[streams, batch, tokens, hidden]`` for
         several variants of a batch, each of which counts as one application. ``out`` may be ``hidden`` itself.
+        ``module``: a narrowed form of the layer to run in its place.
         """
-        layer = self._load(layer_idx)
+        layer = self._load(layer_idx) if module is None else module
         out = torch.empty_like(hidden) if out is None else out
         sequences_BTH, results_BTH = hidden.flatten(0, -3), out.view(-1, *out.shape[-2:])
         batch = self.sequences_at_once(layer_idx, hidden.shape[-2])
@@ -179,11 +200,9 @@ class LayerStack:
         if part == HEAD and self.architecture.tied_embeddings and EMBEDDINGS in self._loaded:
             yield "weight", self._modules.embeddings.get_parameter("weight").detach()
             return
-        prefix = f"{self.checkpoint.family.modules.layers}.{part}."
         for placed in part_tensors(self.architecture, part):
             self.counters.weight_bytes_read += self.checkpoint.entries[placed.name].num_bytes
-            module_name = self.checkpoint.family.modules.module_name(placed.name)
-            name = module_name.removeprefix(prefix) if isinstance(part, int) else "weight"
+            name = self.parameter_name(placed) if isinstance(part, int) else "weight"
             yield name, self.checkpoint.tensor(placed.name).to(self.device, self.dtype)
 
     def _module(self, part: PartName) -> nn.Module:
