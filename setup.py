@@ -27,6 +27,7 @@ setup(
         "click>=8.1",
         "rich>=13",
         "matplotlib>=3.8",
+        "pyarrow>=15",
     ],
     # requests: modelopt, an oracle of the tests, imports it without asking for it.
     extras_require={"dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests"]},

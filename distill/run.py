@@ -105,11 +105,11 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
         raise MinipuzzleError("student and teacher are of different families", GIVE_TEACHER)
     tokenizer = _shared_tokenizer(request.student, request.teacher)
     train_windows = PackedWindows.from_texts(
-        tokenizer, read_documents(request.data), sequence_length=settings.sequence_length, seed=settings.seed
+        tokenizer, read_documents(request.data, tokenizer), sequence_length=settings.sequence_length, seed=settings.seed
     )
     validation_windows = None
     if request.validation:
-        texts = read_documents(request.validation)
+        texts = read_documents(request.validation, tokenizer)
         validation_windows = evaluation_windows(tokenizer, texts, sequence_length=settings.sequence_length)
     return PreparedRun(
         request=request,

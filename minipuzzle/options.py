@@ -49,7 +49,7 @@ def data_option(*, required: bool = True) -> Callable[[Function], Function]:
         type=FOLDER_OR_FILE,
         multiple=True,
         required=required,
-        help="Text: .txt, .md, .jsonl with a 'text' field, or a folder of these. Repeatable.",
+        help="Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable.",
     )
 
 

@@ -100,7 +100,7 @@ def prune(request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool
     if request.target is not None:
         check_feasible(checkpoint, request.target, request.deployment)
     # Read before the output folder is begun, so that a broken file leaves no trace.
-    documents = read_documents(request.data)
+    documents = read_documents(request.data, load_tokenizer(checkpoint.folder)) if request.data else []
     plan = read_plan(request.plan) if request.plan is not None else None
     scores = read_scores(request.scores) if request.scores is not None else None
     with output_folder(out, request.provenance(), overwrite=overwrite) as folder:
@@ -198,7 +198,7 @@ def planned_work(request: PruneRequest) -> dict[str, int]:
         read_scores(request.scores).check_against(source, checkpoint.fingerprint)
     elif request.data:
         facts |= {
-            "documents": len(read_documents(request.data)),
+            "documents": len(read_documents(request.data, load_tokenizer(checkpoint.folder))),
             "calibration_tokens": request.samples * request.sequence_length,
         }
     disk_bytes = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters

@@ -101,7 +101,7 @@ def _windows_by_name(
     tokenizer = load_tokenizer(student.folder)
     windows = {}
     for path in data:
-        documents = read_documents([path])
+        documents = read_documents([path], tokenizer)
         if params["max_tokens"]:
             documents = documents_within(tokenizer, documents, params["max_tokens"])
         name = path.stem if path.stem not in windows else str(path)

@@ -89,8 +89,8 @@ def _calibration_tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: 
     from minipuzzle.export.fp8 import check_calibration
     from minipuzzle.models import load_tokenizer
 
-    documents = read_documents(data)
     tokenizer = load_tokenizer(checkpoint.folder)
+    documents = read_documents(data, tokenizer)
     token_ids = sample_windows(
         tokenizer, documents, num_samples=params["samples"], sequence_length=params["sequence_length"]
     )

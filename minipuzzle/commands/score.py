@@ -147,9 +147,10 @@ def _sample(checkpoint: Checkpoint, data: tuple[Path, ...], settings: ScoreSetti
     from minipuzzle.corpus import read_documents, sample_windows
     from minipuzzle.models import load_tokenizer
 
+    tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = sample_windows(
-        load_tokenizer(checkpoint.folder),
-        read_documents(data),
+        tokenizer,
+        read_documents(data, tokenizer),
         num_samples=max(settings.samples, settings.channel_samples),
         sequence_length=settings.sequence_length,
         seed=settings.seed,
