@@ -28,6 +28,8 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "pyarrow>=15",
+        "scipy>=1.11",
+        'tomli>=2; python_version < "3.11"',
     ],
     # requests: modelopt, an oracle of the tests, imports it without asking for it.
     extras_require={"dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests"]},

@@ -46,10 +46,20 @@ class PlacedTensor:
         """Elements of the whole tensor."""
         return self.spec.num_elements(self.sizes)
 
+    @property
+    def num_active_elements(self) -> int:
+        """Elements that one token uses: of a routed expert's tensor, its share of the experts."""
+        if not self.spec.routed:
+            return self.num_elements
+        return self.num_elements * self.sizes["experts_per_token"] // self.sizes["expert"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Layers of a model from first to last, plus embeddings, final norm and LM head."""
+    """Layers of a model from first to last, plus embeddings, final norm and LM head.
+
+    ``ssm_state_precision``: in which config.json asks engines to keep the SSM state; it shapes no weight.
+    """
 
     model_type: str
     layers: tuple[LayerSpec, ...]
@@ -57,6 +67,7 @@ class Architecture:
     vocabulary: int
     tied_embeddings: bool
     names: TensorNames
+    ssm_state_precision: str = "fp32"
 
     @property
     def pattern(self) -> str:
@@ -113,6 +124,11 @@ class Architecture:
     def num_parameters(self) -> int:
         """Parameters of the whole model."""
         return sum(self.parameters_by_part().values())
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: all but those of the experts it is not sent to."""
+        return sum(tensor.num_active_elements * times for tensor, times in self.distinct_tensors())
 
     def parameters_by_part(self) -> dict[str, int]:
         """Parameters by layer kind and for embeddings, final norm and head."""

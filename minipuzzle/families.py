@@ -179,6 +179,18 @@ def _nemotron_h_layer(kind: str, config: Config) -> LayerSpec:
     return LayerSpec(kind=kind, sizes={"hidden": hidden, **sizes}, options=options)
 
 
+_PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def _ssm_state_precision(config: Config) -> str:
+    dtype = config.get("mamba_ssm_cache_dtype") or "float32"
+    if dtype not in _PRECISION_OF_DTYPE:
+        raise MinipuzzleError(
+            f"config.json: mamba_ssm_cache_dtype is {dtype!r}", f"use one of {', '.join(_PRECISION_OF_DTYPE)}"
+        )
+    return _PRECISION_OF_DTYPE[dtype]
+
+
 def _read_nemotron_h(config: Config) -> Architecture:
     return Architecture(
         model_type="nemotron_h",
@@ -187,6 +199,7 @@ def _read_nemotron_h(config: Config) -> Architecture:
         vocabulary=_require(config, "vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         names=_NEMOTRON_H_NAMES,
+        ssm_state_precision=_ssm_state_precision(config),
     )
 
 

@@ -42,12 +42,14 @@ class TensorSpec:
 
     ``quantized``: a linear weight that FP8 and FP4 exports shrink. ``rms_groups``: for the weight of an RMS norm,
     the number of groups that are averaged separately (0: not such a weight). Cutting channels changes that average.
+    ``routed``: weights of routed experts, of which a token uses ``experts_per_token`` of ``expert``.
     """
 
     name: str
     dims: tuple[Dimension, ...]
     quantized: bool = False
     rms_groups: int = 0
+    routed: bool = False
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Elements along each dimension."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from minipuzzle.deployments import DEPLOYMENTS, SERVING_FIELDS, NamedDeployment, find_deployment
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.memory import PRECISIONS, Deployment
+from minipuzzle.memory import FROM_CONFIG, PRECISION_FIELDS, PRECISIONS, TERMS, Deployment
 from minipuzzle.units import parse_count
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -105,47 +107,57 @@ def default_device(device: str | None) -> str:
 
 
 def deployment_options(function: Function) -> Function:
-    """The serving conditions that memory is counted for; passed on as one ``deployment``."""
+    """The serving conditions that memory is counted for, and their budget; passed on as ``named_deployment``."""
 
     @wraps(function)
     def with_deployment(**params: Any) -> Any:
-        deployment = Deployment(
-            context_tokens=params.pop("context"),
-            batch=params.pop("batch"),
-            weights=params.pop("weights"),
-            embeddings=params.pop("embeddings"),
-            head=params.pop("head"),
-            kv_cache=params.pop("kv_cache"),
-            ssm_state=params.pop("ssm_state"),
-        )
-        return function(deployment=deployment, **params)
+        return function(named_deployment=_pop_deployment(params), **params)
 
+    return _with_options(with_deployment, _deployment_options())  # type: ignore[no-any-return]
+
+
+def _pop_deployment(params: dict[str, Any]) -> NamedDeployment:
+    """The named deployment that was asked for (or the defaults), with whatever else was given on top."""
+    name, file = params.pop("deployment_name"), params.pop("deployments_file")
+    named = find_deployment(name, file) if name else NamedDeployment(name="", deployment=Deployment())
+    given = {field: value for field in SERVING_FIELDS if (value := params.pop(field)) is not None}
+    if "context" in given:
+        given["context_tokens"] = given.pop("context")
+    return replace(named, deployment=replace(named.deployment, **given))
+
+
+def _deployment_options() -> list[Callable[[Function], Function]]:
+    defaults = Deployment()
     precision = click.Choice(list(PRECISIONS))
-    options = (
-        click.option(
-            "--context", type=COUNT, default=8192, help="Context in tokens, e.g. 128k or 1M.", show_default=True
-        ),
-        click.option(
-            "--batch", type=click.IntRange(min=1), default=1, help="Sequences served at once.", show_default=True
-        ),
-        click.option(
-            "--weights", type=precision, default="bf16", help="Precision of linear weights.", show_default=True
-        ),
-        click.option(
-            "--embeddings", type=precision, default="bf16", help="Precision of the embeddings.", show_default=True
-        ),
-        click.option("--head", type=precision, default="bf16", help="Precision of the LM head.", show_default=True),
-        click.option(
-            "--kv-cache", type=precision, default="bf16", help="Precision of the KV cache.", show_default=True
-        ),
-        click.option(
-            "--ssm-state", type=precision, default="fp32", help="Precision of the SSM state.", show_default=True
-        ),
+    named = (
+        f"Serving conditions and budget by name: {', '.join(DEPLOYMENTS)}, or one of your file. "
+        "Options given beside it win; its budget is not applied beside --memory, --keep or --width."
     )
-    decorated: Any = with_deployment
+    options = [
+        click.option("--deployment", "deployment_name", metavar="NAME", default=None, help=named),
+        click.option(
+            "--deployments",
+            "deployments_file",
+            type=FOLDER_OR_FILE,
+            envvar="MINIPUZZLE_DEPLOYMENTS",
+            show_envvar=True,
+            help="TOML file with deployments of your own: [name] memory, context, batch, weights, kv_cache, ...",
+        ),
+        click.option("--context", type=COUNT, help="Context in tokens, e.g. 128k or 1M.", show_default="8192"),
+        click.option("--batch", type=click.IntRange(min=1), help="Sequences served at once.", show_default="1"),
+    ]
+    labels = {**TERMS, "ssm_state": "SSM state; config: as config.json says"}
+    for field in PRECISION_FIELDS:
+        choices = click.Choice([*PRECISIONS, FROM_CONFIG]) if field == "ssm_state" else precision
+        option, text = f"--{field.replace('_', '-')}", f"Precision of {labels[field]}."
+        options.append(click.option(option, field, type=choices, help=text, show_default=getattr(defaults, field)))
+    return options
+
+
+def _with_options(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
     for option in reversed(options):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
+        function = option(function)
+    return function
 
 
 def echo_json(value: Any) -> None:
@@ -165,18 +177,22 @@ def _assignments(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 
 
 def search_options(function: Function) -> Function:
-    """Budget, targets and bounds of a search; passed on as one ``request`` (None where nothing was asked)."""
+    """Budget, targets and bounds of a search with the deployment they hold for; passed on as ``request`` (None where
+    nothing was asked) and ``deployment``. A named deployment brings its machine's budget, unless --memory says else."""
     from minipuzzle.scores import LAYER_METRICS
     from minipuzzle.search import DEFAULT_GRANULARITY, SearchRequest
 
     @wraps(function)
     def with_request(**params: Any) -> Any:
+        named = _pop_deployment(params)
         names = ("memory", "keep", "width", "minimum", "depth_step", "granularity", "metric")
         chosen = {name: params.pop(name) for name in names}
         fractions = {"min_kept_fraction": params.pop("min_kept"), "min_ffn_fraction": params.pop("min_ffn")}
         is_asked = chosen["memory"] is not None or chosen["keep"] or chosen["width"]
+        if not is_asked and named.memory is not None and params.get("plan_path") is None:
+            chosen["memory"], is_asked = named.memory, True
         request = SearchRequest(**chosen, **fractions) if is_asked else None
-        return function(request=request, **params)
+        return function(request=request, deployment=named.deployment, **params)
 
     repeat: dict[str, Any] = {"multiple": True, "callback": _assignments}
     metrics = click.Choice(list(LAYER_METRICS))
@@ -202,7 +218,4 @@ def search_options(function: Function) -> Function:
             show_default=True,
         ),
     )
-    decorated: Any = with_request
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
+    return _with_options(with_request, [*options, *_deployment_options()])  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,7 @@ class Plan:
                 if (units := self.units(axis, layer_idx)) is not None
             }
             layers.append(layer.resized(hidden=hidden, **new_sizes))
-        return Architecture(
-            model_type=source.model_type,
-            layers=tuple(layers),
-            hidden=hidden,
-            vocabulary=source.vocabulary,
-            tied_embeddings=source.tied_embeddings,
-            names=source.names,
-        )
+        return replace(source, layers=tuple(layers), hidden=hidden)
 
     def dropped_layers(self, source: Architecture) -> tuple[int, ...]:
         """Indices of the source's layers that go."""

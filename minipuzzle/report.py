@@ -26,15 +26,17 @@ def architecture_summary(architecture: Architecture, deployment: Deployment) -> 
         "layers": architecture.layer_counts,
         "widths": {axis: width for axis in PRUNABLE_AXES if (width := architecture.width(axis)) is not None},
         "num_parameters": architecture.num_parameters,
+        "num_active_parameters": architecture.num_active_parameters,
         "parameters": architecture.parameters_by_part(),
         "deployment": asdict(deployment),
         "memory_bytes": breakdown.total_bytes,
         "memory_terms": [asdict(term) for term in breakdown.terms],
+        "estimates": [asdict(term) for term in breakdown.estimates],
     }
 
 
 def print_architecture(architecture: Architecture, deployment: Deployment) -> None:
-    """Print what a model is made of and what it needs."""
+    """Print what a model is made of and what it needs, with estimates below the exact sum."""
     from rich.console import Console
     from rich.table import Table
 
@@ -48,16 +50,20 @@ def print_architecture(architecture: Architecture, deployment: Deployment) -> No
     for part, count in architecture.parameters_by_part().items():
         parameters.add_row(part, str(counts.get(part, "")), format_count(count), f"{count / total:.1%}")
     parameters.add_row("[bold]total", str(len(architecture.layers)), f"[bold]{format_count(total)}", "100%")
+    if (active := architecture.num_active_parameters) != total:
+        parameters.add_row("active for a token", "", format_count(active), f"{active / total:.1%}")
     breakdown = memory_breakdown(architecture, deployment)
     memory = Table("term", "precision", "memory", title="Memory", title_justify="left")
     for term in breakdown.terms:
         memory.add_row(term.name, term.precision, format_gib(term.num_bytes))
     memory.add_row("[bold]total", "", f"[bold]{format_gib(breakdown.total_bytes)}")
+    for term in breakdown.estimates:
+        memory.add_row(f"[dim]not counted: {term.name}", term.precision, f"[dim]{format_gib(term.num_bytes)}")
     for table in (parameters, memory):
         for column in table.columns[1:]:
             column.justify = "right"
         console.print(table)
-    console.print(f"[dim]at {deployment.describe()}; without activations and engine buffers", highlight=False)
+    console.print(f"[dim]at {deployment.describe()}; engines add activations and buffers of their own", highlight=False)
 
 
 def colored_pattern(architecture: Architecture, dropped: Sequence[int] = ()) -> str:

@@ -54,10 +54,12 @@ def test_memory_prints_as_gib_with_enough_digits_for_small_models() -> None:
 
 
 def test_bytes_of_each_precision_follow_their_formats() -> None:
-    """NVFP4 stores 4 bits an element and an 8-bit scale for each 16; FP8 and NVFP4 one float32 a tensor."""
-    assert {name: precision.num_bytes(160, 1) for name, precision in PRECISIONS.items()} == {
+    """NVFP4 stores 4 bits an element and an 8-bit scale for each 16 of a row, the last block however short."""
+    assert {name: precision.num_bytes((10, 16)) for name, precision in PRECISIONS.items()} == {
         "fp32": 640,
         "bf16": 320,
-        "fp8": 164,
-        "nvfp4": 94,
+        "fp16": 320,
+        "fp8": 160,
+        "nvfp4": 90,
     }
+    assert PRECISIONS["nvfp4"].num_bytes((3, 18)) == 3 * (9 + 2)

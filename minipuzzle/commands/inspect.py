@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from minipuzzle.memory import Deployment
+from minipuzzle.deployments import NamedDeployment
 from minipuzzle.options import deployment_options, echo_json, json_option, model_argument
 
 
@@ -15,19 +15,28 @@ from minipuzzle.options import deployment_options, echo_json, json_option, model
 @model_argument(metavar="MODEL|config.json")
 @deployment_options
 @json_option
-def inspect(model: Path, deployment: Deployment, as_json: bool) -> None:
+def inspect(model: Path, named_deployment: NamedDeployment, as_json: bool) -> None:
     """Show layers, parameters and every memory term of a model.
 
     MODEL is a checkpoint folder or a config.json; weights are not read.
     """
     from minipuzzle.checkpoint import read_json
     from minipuzzle.families import read_architecture
+    from minipuzzle.memory import memory_breakdown
     from minipuzzle.report import architecture_summary, print_architecture
+    from minipuzzle.units import format_gib, parse_bytes
 
     config = read_json(model / "config.json" if model.is_dir() else model)
-    architecture = read_architecture(config)
-    summary: dict[str, Any] = {"model": str(model), **architecture_summary(architecture, deployment)}
+    architecture, deployment = read_architecture(config), named_deployment.deployment
+    needed_bytes = memory_breakdown(architecture, deployment).total_bytes
+    budget_bytes = parse_bytes(named_deployment.memory) if named_deployment.memory else None
     if as_json:
-        echo_json(summary)
-    else:
-        print_architecture(architecture, deployment)
+        facts: dict[str, Any] = {"model": str(model), **architecture_summary(architecture, deployment)}
+        if budget_bytes is not None:
+            facts |= {"deployment_name": named_deployment.name, "budget_bytes": budget_bytes}
+        echo_json(facts)
+        return
+    print_architecture(architecture, deployment)
+    if budget_bytes is not None:
+        answer = "it fits" if needed_bytes <= budget_bytes else f"{format_gib(needed_bytes - budget_bytes)} too much"
+        click.echo(f"{named_deployment.name} has {format_gib(budget_bytes)}: {answer} ({named_deployment.source})")

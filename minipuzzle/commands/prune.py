@@ -13,7 +13,6 @@ from minipuzzle.options import (
     FOLDER_OR_FILE,
     data_option,
     default_device,
-    deployment_options,
     device_option,
     dry_run_option,
     echo_json,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 @click.command(short_help="Cut a model to a memory budget.")
 @model_argument()
 @search_options
-@deployment_options
 @data_option(required=False)
 @click.option("--scores", "scores_path", type=FOLDER_OR_FILE, default=None, help="Use these scores; measure nothing.")
 @click.option("--plan", "plan_path", type=FOLDER_OR_FILE, default=None, help="Cut by this plan; search nothing.")

@@ -11,7 +11,6 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.memory import Deployment
 from minipuzzle.options import (
     FOLDER_OR_FILE,
-    deployment_options,
     echo_json,
     json_option,
     model_argument,
@@ -26,7 +25,6 @@ from minipuzzle.search import SearchRequest
     "--scores", "scores_path", type=FOLDER_OR_FILE, required=True, help="Score file of `minipuzzle score`, or JSON."
 )
 @search_options
-@deployment_options
 @click.option("-o", "--out", type=FOLDER_OR_FILE, default=None, help="Write the best plan here, for `prune --plan`.")
 @click.option("--top", type=click.IntRange(min=1), default=5, help="Candidates to show.", show_default=True)
 @json_option
