@@ -1,7 +1,8 @@
 """The score file: what was measured about each layer and unit, on which tokens, of which model.
 
 ``scores.safetensors`` holds ``layer.<metric>`` [num_layers] float64, ``unit.<axis>.<layer_idx>`` [num_units] float32
-(``unit.hidden`` for the axis of the whole model), ``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>``
+(``unit.hidden`` for the axis of the whole model), ``variant.<axis>.<width>`` [num_layers] float64 (the score of each
+layer at a smaller width of one of its axes, 0 where a layer has no such axis), ``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>``
 (mean squares of what each RMS norm averages, needed to correct the norms of a cut model), and ``token_ids`` [samples,
 length] int32. Layer scores measured elsewhere may come as JSON: ``{"layer": {"mse": [...]}}``.
 """
@@ -9,7 +10,7 @@ length] int32. Layer scores measured elsewhere may come as JSON: ``{"layer": {"m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of one model. Keys of ``units`` and ``energies`` are tensor names without their first part."""
+    """Scores of one model. Keys of ``units``, ``variants`` and ``energies`` are tensor names without the first part."""
 
     layer: Mapping[str, Array]
     units: Mapping[str, Array] = field(default_factory=dict)
+    variants: Mapping[str, Array] = field(default_factory=dict)
     energies: Mapping[str, Array] = field(default_factory=dict)
     token_ids: NDArray[np.int32] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -71,13 +73,13 @@ class Scores:
         Raises: MinipuzzleError naming what differs.
         """
         num_layers = len(architecture.layers)
-        for metric, values in self.layer.items():
+        for metric, values in (*self.layer.items(), *self.variants.items()):
             if values.shape != (num_layers,):
                 raise MinipuzzleError(
                     f"layer scores {metric!r} cover {values.size} layers; the model has {num_layers}",
                     "measure this model with `minipuzzle score`",
                 )
-        for name, values in (*self.layer.items(), *self.units.items(), *self.energies.items()):
+        for name, values in _all_items(self):
             if not np.isfinite(values).all():
                 raise MinipuzzleError(f"scores {name!r} hold NaN or infinite values", "measure again")
         measured = self.metadata.get("model_fingerprint")
@@ -93,11 +95,17 @@ class Scores:
         return "model_fingerprint" in self.metadata
 
 
+def _all_items(scores: Scores) -> Iterator[tuple[str, Array]]:
+    for mapping in (scores.layer, scores.variants, scores.units, scores.energies):
+        yield from mapping.items()
+
+
 def write_scores(scores: Scores, path: Path) -> None:
     """Write a score file. The caller stages it (``outputs.output_file``)."""
     from safetensors.numpy import save_file
 
     tensors: dict[str, NDArray[Any]] = {f"layer.{name}": np.asarray(v, np.float64) for name, v in scores.layer.items()}
+    tensors |= {f"variant.{name}": np.asarray(v, np.float64) for name, v in scores.variants.items()}
     tensors |= {f"unit.{name}": np.asarray(v, np.float32) for name, v in scores.units.items()}
     tensors |= {f"energy.{name}": np.asarray(v, np.float32) for name, v in scores.energies.items()}
     if scores.token_ids is not None:
@@ -144,6 +152,7 @@ def _read_safetensors_scores(path: Path) -> Scores:
     return Scores(
         layer=under("layer."),
         units=under("unit."),
+        variants=under("variant."),
         energies=under("energy."),
         token_ids=tensors.get("token_ids"),
         metadata=metadata,

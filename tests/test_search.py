@@ -167,12 +167,14 @@ def test_a_plan_that_cuts_nothing_keeps_everything() -> None:
 
 
 def test_scores_survive_their_file(tmp_path: Path) -> None:
-    scores = replace(random_scores(source_architecture()), metadata={"model_fingerprint": "abc"})
+    variants = {"ffn.32": np.arange(len(PATTERN), dtype=np.float64)}
+    scores = replace(random_scores(source_architecture()), metadata={"model_fingerprint": "abc"}, variants=variants)
     write_scores(scores, tmp_path / "scores.safetensors")
     found = read_scores(tmp_path / "scores.safetensors")
     assert found.metadata["model_fingerprint"] == "abc"
     assert all(np.array_equal(found.units[name], values) for name, values in scores.units.items())
     assert np.array_equal(found.layer["mse"], scores.layer["mse"])
+    assert np.array_equal(found.variants["ffn.32"], variants["ffn.32"])
 
 
 def test_scores_of_another_model_or_with_nan_are_refused(tmp_path: Path) -> None:
