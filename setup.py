@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["minipuzzle", "minipuzzle.commands", "minipuzzle.export", "importance", "distill"],
+    packages=["minipuzzle", "minipuzzle.commands", "minipuzzle.export", "minipuzzle.families", "importance", "distill"],
     install_requires=[
         "torch>=2.9",
         "transformers>=5.18",

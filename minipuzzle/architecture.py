@@ -6,24 +6,40 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, CacheSpec, LayerSpec, TensorSpec
+
+# Layouts of a cut model. Uniform: complete blocks and one width an axis, which every engine loads.
+UNIFORM, PER_LAYER = "uniform", "per-layer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorNames:
-    """How a family names the tensors around its layers. ``mixers`` maps a layer kind to (mixer prefix, norm name)."""
+    """How a family names its tensors, and how its layers share decoder blocks.
 
-    layer_prefix: str  # with {layer_idx}
+    ``mixers`` maps a layer kind to (mixer prefix, norm name). ``slots`` maps kinds to their place in a decoder block,
+    where one holds several layers: a layer joins the block before it if its place there is still to come.
+    ``ties_head``: whether engines read a head that is tied to the embeddings.
+    """
+
+    block_prefix: str  # with {block_idx}
     mixers: Mapping[str, tuple[str, str]]
     embeddings: str
     final_norm: str
     head: str
+    slots: Mapping[str, int] = field(default_factory=dict)
+    ties_head: bool = True
 
-    def layer(self, layer_idx: int) -> str:
-        """Prefix of all tensors of one layer."""
-        return self.layer_prefix.format(layer_idx=layer_idx)
+    @property
+    def layers_per_block(self) -> int:
+        """Layers of a complete decoder block."""
+        return max(self.slots.values(), default=0) + 1
+
+    def block(self, block_idx: int) -> str:
+        """Prefix of all tensors of one decoder block."""
+        return self.block_prefix.format(block_idx=block_idx)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +100,44 @@ class Architecture:
         """Positions of the layers of one kind."""
         return tuple(idx for idx, layer in enumerate(self.layers) if layer.kind == kind)
 
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of the layers of each decoder block; blocks of one layer each, unless the family pairs them.
+
+        Where a block ends makes no difference to what is computed, so attention whose MLP is gone and the MLP of a
+        later block, whose attention is gone, make a complete block.
+        """
+        blocks: list[list[int]] = []
+        slot_before = self.names.layers_per_block
+        for layer_idx, layer in enumerate(self.layers):
+            slot = self.names.slots.get(layer.kind, 0)
+            if slot <= slot_before:
+                blocks.append([])
+            blocks[-1].append(layer_idx)
+            slot_before = slot
+        return tuple(map(tuple, blocks))
+
+    @cached_property
+    def _block_of_layer(self) -> dict[int, int]:
+        return {layer_idx: block_idx for block_idx, block in enumerate(self.blocks) for layer_idx in block}
+
+    def block_of(self, layer_idx: int) -> int:
+        """Position of the decoder block of a layer."""
+        return self._block_of_layer[layer_idx]
+
+    def removable(self, layout: str = UNIFORM) -> tuple[tuple[int, ...], ...]:
+        """Positions of layers that are kept or removed together.
+
+        config.json of a family that pairs layers in a block cannot say that one of them is missing: in the uniform
+        layout whole blocks go, in the per-layer layout any layer.
+        """
+        return self.blocks if layout == UNIFORM else tuple((layer_idx,) for layer_idx in range(len(self.layers)))
+
+    def removable_counts(self, layout: str = UNIFORM) -> dict[str, int]:
+        """How many there are to remove, by the kind of the first layer of each, in the registry's order."""
+        counts = Counter(self.layers[indices[0]].kind for indices in self.removable(layout))
+        return {kind: counts[kind] for kind in LAYER_KINDS if counts[kind]}
+
     def width(self, axis: str) -> int | None:
         """The size of an axis if all layers that have it agree; None if no layer has it or they differ."""
         if axis == "hidden":
@@ -97,7 +151,7 @@ class Architecture:
         mixer_prefix, norm_name = self.names.mixers[layer.kind]
         norm = TensorSpec(name=norm_name, dims=(HIDDEN,), rms_groups=1)
         mixer = LAYER_KINDS[layer.kind].tensors(layer)
-        prefix = self.names.layer(layer_idx)
+        prefix = self.names.block(self.block_of(layer_idx))
         for spec, path in ((norm, prefix), *((spec, prefix + mixer_prefix) for spec in mixer)):
             yield PlacedTensor(
                 name=path + spec.name, spec=spec, sizes=layer.sizes, layer_idx=layer_idx, part=layer.kind

@@ -17,7 +17,7 @@ from minipuzzle.families import Family, family_of
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """The pieces of a causal language model that layer-by-layer work needs."""
+    """The pieces of a causal language model that layer-by-layer work needs; layers as in the Architecture."""
 
     embeddings: nn.Module
     layers: nn.ModuleList
@@ -36,24 +36,27 @@ class ModelParts:
 def parts_of(model: nn.Module, family: Family) -> ModelParts:
     """The parts of a transformers model of the given family."""
     paths = family.modules
-    layers, head = model.get_submodule(paths.layers), model.get_submodule(paths.head)
-    assert isinstance(layers, nn.ModuleList) and isinstance(head, nn.Linear)
+    head = model.get_submodule(paths.head)
+    assert isinstance(head, nn.Linear)
     return ModelParts(
         embeddings=model.get_submodule(paths.embeddings),
-        layers=layers,
+        layers=nn.ModuleList(family.layers(model)),
         final_norm=model.get_submodule(paths.final_norm),
         head=head,
     )
 
 
 def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A transformers model for a config.json with shapes and no weights."""
+    """A transformers model for a config.json with shapes and no weights, but with its tables of positions."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     hf_config = AutoConfig.for_model(config["model_type"], **settings)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+    if rotary := family_of(config).modules.rotary:
+        # Its tables come from the config, not from weights.
+        model.set_submodule(rotary, type(model.get_submodule(rotary))(model.config))
     return model
 
 

@@ -139,14 +139,16 @@ class NarrowedLayers:
     def _blank_layer(self, cut: LayerCut) -> nn.Module:
         """transformers' module for a cut layer, without weights.
 
-        It comes from a model with one layer of each kind: families may need all of them to describe a model.
+        It comes from a model with one block for each kind: families may need all of them to describe a model, and
+        complete blocks.
         """
         source = self.stack.architecture
         layer = cut.resized(source.layers[cut.layer_idx])
-        firsts = sorted(source.layer_indices(kind)[0] for kind in source.layer_counts)
+        blocks = {source.block_of(source.layer_indices(kind)[0]) for kind in source.layer_counts}
         layers = [
             layer if source.layers[idx].kind == layer.kind else source.layers[idx].resized(hidden=layer.sizes["hidden"])
-            for idx in firsts
+            for block_idx in sorted(blocks)
+            for idx in source.blocks[block_idx]
         ]
         position = [other.kind for other in layers].index(layer.kind)
         parts = self._blank_parts(replace(source, layers=tuple(layers), hidden=layer.sizes["hidden"]))

@@ -92,7 +92,7 @@ class Candidate:
 
     def describe(self) -> str:
         """A short name for tables."""
-        counts = " ".join(f"{count}{LAYER_KINDS[kind].symbol}" for kind, count in self.counts.items())
+        counts = " ".join(f"{n}{LAYER_KINDS[kind].symbol}" for kind, n in self.architecture.layer_counts.items())
         widths = " ".join(f"{axis} {width}" for axis, width in self.widths.items())
         return f"{counts}  {widths}".strip()
 
@@ -112,12 +112,18 @@ def requested_space(source: Architecture, request: SearchRequest) -> SearchSpace
 
     Raises: MinipuzzleError for kinds and axes the model does not have.
     """
+    counts_to_choose = source.removable_counts()
     for kind in (*request.keep, *request.minimum):
         if kind not in source.layer_counts:
             raise MinipuzzleError(f"the model has no {kind} layers", f"it has {', '.join(source.layer_counts)}")
+        if kind not in counts_to_choose:
+            raise MinipuzzleError(
+                f"{kind} layers of this model stay or go with the layer before them in their block",
+                f"give a number for {' and '.join(counts_to_choose)} layers only",
+            )
     for axis, size in request.width.items():
         _check_width(source, axis, size)
-    counts = {kind: _count_steps(kind, available, request) for kind, available in source.layer_counts.items()}
+    counts = {kind: _count_steps(kind, available, request) for kind, available in counts_to_choose.items()}
     widths: dict[str, tuple[int, ...]] = {axis: (size,) for axis, size in request.width.items()}
     ffn = source.width("ffn")
     if ffn is not None and "ffn" not in widths and request.memory is not None:
@@ -153,13 +159,17 @@ def _check_width(source: Architecture, axis: str, width: int) -> None:
 
 
 def resize(source: Architecture, counts: Mapping[str, int], widths: Mapping[str, int]) -> Architecture:
-    """An architecture with the first so many layers of each kind, at given widths: for pricing, where order is moot."""
+    """An architecture with the first so many layers of each kind, at given widths: for pricing, where order is moot.
+
+    Layers that can only go together count as one, of the kind of the first of them.
+    """
     left = dict(counts)
-    kept = []
-    for layer_idx, layer in enumerate(source.layers):
-        if left.get(layer.kind, 0) > 0:
-            left[layer.kind] -= 1
-            kept.append(layer_idx)
+    kept: list[int] = []
+    for together in source.removable():
+        kind = source.layers[together[0]].kind
+        if left.get(kind, 0) > 0:
+            left[kind] -= 1
+            kept += together
     return _with_widths(source, tuple(kept), widths)
 
 

@@ -10,26 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.architecture import Architecture
+from minipuzzle.architecture import UNIFORM, Architecture
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.layer_kinds import LAYER_KINDS, kind_of_axis
 from minipuzzle.plan import WHOLE_MODEL, Plan
 from minipuzzle.scores import FINAL, Array, Scores
 
 
-def keep_best_layers(source: Architecture, layer_scores: Array, counts: Mapping[str, int]) -> tuple[int, ...]:
+def keep_best_layers(
+    source: Architecture, layer_scores: Array, counts: Mapping[str, int], layout: str = UNIFORM
+) -> tuple[int, ...]:
     """Indices of the layers that stay: of each kind as many of the best as ``counts`` says, all where it is silent.
+
+    Layers that can only go together (``Architecture.removable``) count as one, of the kind of the first of them, and
+    are worth the sum of their scores.
 
     Raises: MinipuzzleError if more layers of a kind are asked for than there are.
     """
     kept: list[int] = []
-    for kind, available in source.layer_counts.items():
+    for kind, available in source.removable_counts(layout).items():
         wanted = counts.get(kind, available)
         if not 0 <= wanted <= available:
             raise MinipuzzleError(f"cannot keep {wanted} {kind} layers: the model has {available}", "lower --keep")
-        indices = source.layer_indices(kind)
-        best_first = sorted(indices, key=lambda idx: (-layer_scores[idx], idx))
-        kept += best_first[:wanted]
+        together = [indices for indices in source.removable(layout) if source.layers[indices[0]].kind == kind]
+        best_first = sorted(together, key=lambda indices: (-layer_scores[list(indices)].sum(), indices))
+        kept += [layer_idx for indices in best_first[:wanted] for layer_idx in indices]
     return tuple(sorted(kept))
 
 

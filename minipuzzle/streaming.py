@@ -73,7 +73,8 @@ class LayerStack:
         self.counters = WorkCounters()
         model = build_on_meta(checkpoint.config, dtype)
         checkpoint.family.prepare(model)
-        self._modules = parts_of(model.eval(), checkpoint.family)
+        self._model = model.eval()
+        self._modules = parts_of(model, checkpoint.family)
         self._loaded: set[PartName] = set()
         all_weights = resident_weight_bytes(self.architecture, dtype)
         self.is_resident = all_weights + reserved_bytes <= self.memory_bytes
@@ -101,21 +102,28 @@ class LayerStack:
         return self.memory_bytes - self.weight_bytes
 
     def layer(self, layer_idx: int) -> nn.Module:
-        """transformers' module of one layer, for hooks; its weights may not be in memory."""
+        """The runnable module of one layer, for hooks; its weights may not be in memory."""
         return self._modules.layers[layer_idx]
 
     def loaded_layer(self, layer_idx: int) -> nn.Module:
-        """transformers' module of one layer with its weights, in memory at least until another part is needed."""
+        """The runnable module of one layer with its weights, in memory at least until another part is needed."""
         return self._load(layer_idx)
 
     def loaded_final_norm(self) -> nn.Module:
         """transformers' module of the final norm with its weight."""
         return self._load(FINAL_NORM)
 
+    def module_on_disk(self, name: str) -> nn.Module:
+        """transformers' module whose weights have a name on disk, for hooks."""
+        return self._model.get_submodule(self.checkpoint.family.modules.module_name(name))
+
     def parameter_name(self, placed: PlacedTensor) -> str:
-        """The name of one of a layer's tensors inside the layer's module."""
-        prefix = f"{self.checkpoint.family.modules.layers}.{placed.layer_idx}."
-        return self.checkpoint.family.modules.module_name(placed.name).removeprefix(prefix)
+        """The name of a tensor inside the module of its layer, or inside the embeddings, final norm or head."""
+        modules = self.checkpoint.family.modules
+        if placed.layer_idx is None:
+            return placed.name.rpartition(".")[2]
+        prefix = f"{modules.layers}.{self.architecture.block_of(placed.layer_idx)}."
+        return modules.module_name(placed.name).removeprefix(prefix)
 
     @property
     def final_norm_module(self) -> nn.Module:
@@ -202,8 +210,7 @@ class LayerStack:
             return
         for placed in part_tensors(self.architecture, part):
             self.counters.weight_bytes_read += self.checkpoint.entries[placed.name].num_bytes
-            name = self.parameter_name(placed) if isinstance(part, int) else "weight"
-            yield name, self.checkpoint.tensor(placed.name).to(self.device, self.dtype)
+            yield self.parameter_name(placed), self.checkpoint.tensor(placed.name).to(self.device, self.dtype)
 
     def _module(self, part: PartName) -> nn.Module:
         if isinstance(part, int):

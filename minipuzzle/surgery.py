@@ -62,7 +62,9 @@ def cut_tensor(tensor: torch.Tensor, placed: PlacedTensor, plan: Plan) -> torch.
 
 
 def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the cut model by their new names, one at a time; the head is written even where it was tied.
+    """All tensors of the cut model by their new names, one at a time.
+
+    A head that is tied to the embeddings is written out where engines would not look for it there.
 
     Raises: MinipuzzleError for a plan that does not fit the checkpoint, or values that are not finite.
     """
@@ -74,7 +76,7 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, torch
             yield new.name, _cut_to_shape(checkpoint, old, new, plan)
     for old, new in zip(source.outer_tensors(), target.outer_tensors(), strict=True):
         yield new.name, _cut_to_shape(checkpoint, old, new, plan)
-        if source.tied_embeddings and new.part == "embeddings":
+        if source.tied_embeddings and not source.names.ties_head and new.part == "embeddings":
             yield source.names.head, _cut_to_shape(checkpoint, old, new, plan).clone()
 
 

@@ -1,142 +1,98 @@
-"""Guarantee: for every family, what the registry says of a model is what the model is.
+"""Guarantee: every family of the table works with everything, from its one entry.
 
-Parameters and shapes equal the transformers model's, counts equal modelopt's own formula, cache bytes equal those of
-the cache that transformers really fills, and config.json survives the way there and back.
+For each of them, from its tiny config alone: names, shapes and counts equal the transformers model's, cache formulas
+equal the cache it fills, layers run one by one give its hidden states, cutting nothing gives the same bytes, silent
+units can go on every axis (float64, 1e-9, judged by transformers' own code), what is cut loads strictly, and layer
+scores are what removing that layer does.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from minipuzzle.architecture import Architecture
+from importance.layers import score_layers
+from minipuzzle.architecture import Architecture, PlacedTensor
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import FAMILIES, Family, read_architecture
-from minipuzzle.layer_kinds import LAYER_KINDS
-from minipuzzle.models import build_on_meta
+from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES, kind_of_axis
+from minipuzzle.models import build_model, build_on_meta, load_model, parts_of
+from minipuzzle.plan import WHOLE_MODEL, Plan, keep_everything
+from minipuzzle.pruning import write_pruned
+from minipuzzle.scores import Scores
+from minipuzzle.selection import norm_scales
+from minipuzzle.streaming import LayerStack
+from minipuzzle.surgery import cut_tensors, kept_positions
+from tests.tiny_models import VOCABULARY, write_family_checkpoint
 
-PATTERNS = ("M-M*-M-", "M---MM---M*-", "M", "*-", "M-M")
+Tensors = dict[str, torch.Tensor]
+NORM_EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps")
+EVERY_FAMILY = sorted(FAMILIES)
+EVERY_AXIS = [
+    (model_type, axis)
+    for model_type in EVERY_FAMILY
+    for axis in PRUNABLE_AXES
+    if read_architecture(FAMILIES[model_type].tiny_config).width(axis) is not None
+]
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+def random_tokens(samples: int = 2, tokens: int = 21) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {model_type: write_family_checkpoint(root / model_type, model_type) for model_type in EVERY_FAMILY}
+
+
+@pytest.fixture(params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 
-def with_pattern(family: Family, pattern: str) -> dict[str, Any]:
-    return {**family.tiny_config, "hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+@pytest.fixture
+def checkpoint(family: Family, folders: dict[str, Path]) -> Checkpoint:
+    return Checkpoint.open(folders[family.model_type])
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_tensor_names_and_shapes_equal_the_transformers_model(family: Family, pattern: str) -> None:
-    config = with_pattern(family, pattern)
-    model = build_on_meta(config, torch.bfloat16)
+@contextmanager
+def everything_in_float64() -> Iterator[None]:
+    """Turns the casts to float32 inside transformers' modules into casts to float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad(), everything_in_float64():
+        logits_BTV: torch.Tensor = model(random_tokens(), use_cache=False).logits
+    return logits_BTV
+
+
+def test_names_and_shapes_equal_the_transformers_model(family: Family) -> None:
+    model = build_on_meta(family.tiny_config, torch.bfloat16)
+    architecture = family.read(family.tiny_config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    found = {family.modules.module_name(tensor.name): tensor.shape for tensor in read_architecture(config).tensors()}
-    assert found == expected
+    if architecture.tied_embeddings:
+        del expected[f"{family.modules.head}.weight"]
+    assert {family.modules.module_name(t.name): t.shape for t in architecture.tensors()} == expected
+    assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_biases_and_gates_follow_the_config(family: Family) -> None:
-    config = {**family.tiny_config, "use_bias": True, "mlp_bias": True, "use_conv_bias": False}
-    model = build_on_meta(config, torch.float32)
-    assert read_architecture(config).num_parameters == sum(p.numel() for p in model.parameters())
-
-
-def modelopt_parameter_count(architecture: Architecture) -> int:
-    """modelopt's closed-form count. Its module imports Megatron at the top only for unrelated helpers."""
-    names = ("megatron", "megatron.core", "megatron.core.models", "megatron.core.models.hybrid")
-    stubs: dict[str, Any] = {name: types.ModuleType(name) for name in names}
-    hybrid, parallel = "megatron.core.models.hybrid.hybrid_model", "megatron.core.parallel_state"
-    stubs |= {hybrid: types.ModuleType(hybrid), parallel: types.ModuleType(parallel)}
-    stubs[hybrid].HybridModel = object
-    for kind in ("expert_tensor_and_model", "pipeline_model", "tensor_model"):
-        setattr(stubs[parallel], f"get_{kind}_parallel_group", None)
-    for kind in ("expert_tensor", "tensor_model"):
-        setattr(stubs[parallel], f"get_{kind}_parallel_rank", None)
-    before = set(sys.modules)
-    importlib.import_module("modelopt.torch.nas")  # without the stubs, so that no plugin is registered for them
-    sys.modules.update(stubs)
-    try:
-        module = importlib.import_module("modelopt.torch.nas.plugins.megatron_model_stats")
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "megatron" and name not in before]:
-            del sys.modules[name]
-    total, _active = module.mcore_param_count(
-        types.SimpleNamespace(
-            hidden_size=architecture.hidden,
-            num_layers=len(architecture.layers),
-            num_attention_heads=(architecture.width("kv_group") or 1) * (architecture.width("queries_per_group") or 1),
-            num_query_groups=architecture.width("kv_group"),
-            kv_channels=architecture.width("head_dim"),
-            ffn_hidden_size=architecture.width("ffn"),
-            mamba_num_heads=architecture.width("ssm_head"),
-            mamba_head_dim=architecture.width("ssm_head_channel"),
-            mamba_num_groups=architecture.width("ssm_group"),
-            mamba_state_dim=architecture.width("ssm_state"),
-            normalization="RMSNorm",
-        ),
-        vocab_size=architecture.vocabulary,
-        hybrid_layer_pattern=architecture.pattern,
-    )
-    return int(total)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_parameter_count_equals_modelopts(family: Family, pattern: str) -> None:
-    architecture = read_architecture(with_pattern(family, pattern))
-    assert architecture.num_parameters == modelopt_parameter_count(architecture)
-
-
-def test_nemotron_nano_9b_has_its_published_parameter_count() -> None:
-    """8.888e9 parameters: 56 layers, 27 Mamba, 25 MLP and 4 attention, hidden 4480 (arXiv 2508.14444)."""
-    config = {
-        **FAMILIES["nemotron_h"].tiny_config,
-        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-        "vocab_size": 131072,
-        "hidden_size": 4480,
-        "intermediate_size": 15680,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "mamba_num_heads": 128,
-        "mamba_head_dim": 80,
-        "n_groups": 8,
-        "ssm_state_size": 128,
-    }
-    architecture = read_architecture(config)
-    assert architecture.layer_counts == {"mamba": 27, "attention": 4, "mlp": 25}
-    assert architecture.num_parameters == pytest.approx(8.888e9, rel=1e-3)
-
-
-# transformers 5.23 refuses to count the tokens of a cache without attention layers.
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("pattern", [pattern for pattern in PATTERNS if "*" in pattern])
-def test_cache_elements_equal_those_of_the_filled_cache(family: Family, pattern: str, tokens: int) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = with_pattern(family, pattern)
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **settings))
-    cache = model(torch.ones(2, tokens, dtype=torch.long), use_cache=True).past_key_values
-    real = {"kv": 0, "ssm_state": 0, "conv_state": 0}
-    for layer_idx, layer in enumerate(read_architecture(config).layers):
-        held = cache.layers[layer_idx]
-        if layer.kind == "attention":
-            real["kv"] += held.keys.numel() + held.values.numel()
-        elif layer.kind == "mamba":
-            real["ssm_state"] += held.recurrent_states[0].numel()
-            # Its convolution state has one column more than engines keep (or than its window, if that is shorter).
-            columns = held.conv_states[0]
-            real["conv_state"] += columns.numel() // columns.shape[-1] * (layer.sizes["conv_kernel"] - 1)
-    expected = dict.fromkeys(real, 0)
-    for spec, times in read_architecture(config).distinct_caches():
-        expected[spec.name] += 2 * times * spec.num_elements * (tokens if spec.per_token else 1)
-    assert expected == real
+def test_every_kind_of_a_family_is_in_the_registry(family: Family) -> None:
+    assert set(family.read(family.tiny_config).names.mixers) <= set(LAYER_KINDS)
 
 
 def test_config_survives_the_way_there_and_back(family: Family) -> None:
@@ -144,45 +100,165 @@ def test_config_survives_the_way_there_and_back(family: Family) -> None:
     assert family.read(family.write(family.tiny_config, architecture)) == architecture
 
 
-def test_written_config_is_portable_whatever_transformers_put_into_the_source() -> None:
-    from transformers import AutoConfig
-
-    family = FAMILIES["nemotron_h"]
-    settings = {key: value for key, value in family.tiny_config.items() if key != "model_type"}
-    source = AutoConfig.for_model("nemotron_h", **settings).to_dict()
-    written = family.write(source, family.read(source))
-    assert written["hybrid_override_pattern"] == "M-M*-M-"
-    assert written["num_hidden_layers"] == 7
-    assert written["tie_word_embeddings"] is False
-    assert written["dtype"] == written["torch_dtype"]
-    misleading = ("layers_block_type", "layer_types", "time_step_limit", "auto_map")
-    assert not [key for key in written if "expert" in key or "moe" in key or "mtp" in key or key in misleading]
+def tensors_in(cache_layer: Any, name: str) -> list[torch.Tensor]:
+    """What transformers' cache keeps of one layer under a name: a tensor, several of them, or nothing."""
+    held = getattr(cache_layer, name, None)
+    several = held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else [held]
+    return [tensor for tensor in several if isinstance(tensor, torch.Tensor)]
 
 
-def test_layer_names_of_transformers_and_of_nvidia_describe_the_same_model() -> None:
-    family = FAMILIES["nemotron_h"]
-    without_pattern = {key: value for key, value in family.tiny_config.items() if key != "hybrid_override_pattern"}
-    for names in (("linear_attention", "full_attention"), ("mamba", "attention")):
-        by_symbol = {"M": names[0], "*": names[1], "-": "mlp"}
-        blocks = [by_symbol[symbol] for symbol in family.tiny_config["hybrid_override_pattern"]]
-        assert family.read({**without_pattern, "layers_block_type": blocks}) == family.read(family.tiny_config)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_cache_elements_equal_those_of_the_filled_cache(checkpoint: Checkpoint, tokens: int) -> None:
+    cache = load_model(checkpoint)(random_tokens(tokens=tokens), use_cache=True).past_key_values
+    real = dict.fromkeys(("kv", "ssm_state", "conv_state"), 0)
+    for layer in cache.layers:
+        real["kv"] += sum(t.numel() for name in ("keys", "values") for t in tensors_in(layer, name))
+        real["ssm_state"] += sum(t.numel() for t in tensors_in(layer, "recurrent_states"))
+        # transformers keeps one column of the convolution's input more than engines do.
+        real["conv_state"] += sum(t[..., 1:].numel() for t in tensors_in(layer, "conv_states"))
+    expected = dict.fromkeys(real, 0)
+    for spec, times in checkpoint.architecture.distinct_caches():
+        expected[spec.name] += 2 * times * spec.num_elements * (tokens if spec.per_token else 1)
+    assert expected == real
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"model_type": "gpt_new"}, "gpt_new"),
-        ({"hybrid_override_pattern": "M-E"}, "'E'"),
-        ({"hybrid_override_pattern": ""}, "no layers"),
-        ({"mamba_num_heads": 5}, "multiple"),
-        ({"intermediate_size": None}, "intermediate_size"),
-        ({"hidden_size": "32"}, "hidden_size"),
-    ],
-)
-def test_a_config_that_cannot_be_read_is_an_error_that_names_the_field(change: dict[str, Any], word: str) -> None:
-    with pytest.raises(MinipuzzleError, match=word):
-        read_architecture({**FAMILIES["nemotron_h"].tiny_config, **change})
+def test_layers_run_one_by_one_give_the_hidden_states_of_the_whole_model(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint)
+    stack = LayerStack(checkpoint)
+    with torch.no_grad():
+        expected_BTV = model(random_tokens()).logits
+        hidden_BTH = parts_of(model, checkpoint.family).logits_input(random_tokens())
+        streamed_BTH = stack.embed(random_tokens())
+        for layer_idx in range(stack.num_layers):
+            stack.apply(layer_idx, streamed_BTH, out=streamed_BTH)
+    assert torch.equal(hidden_BTH @ model.get_parameter("lm_head.weight").T, expected_BTV)
+    assert torch.allclose(stack.final_norm(streamed_BTH), hidden_BTH, rtol=1e-4, atol=1e-5)
 
 
-def test_every_kind_of_a_family_is_in_the_registry(family: Family) -> None:
-    assert set(family.read(family.tiny_config).names.mixers) <= set(LAYER_KINDS)
+def test_cutting_nothing_is_byte_identical(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    write_pruned(checkpoint, keep_everything(checkpoint.architecture), tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (checkpoint.folder / name).read_bytes()
+
+
+def half_of_the_units(source: Architecture, axis: str) -> tuple[int, ...]:
+    """The first half of the units of each group."""
+    size, kind = source.width(axis), kind_of_axis(axis)
+    assert size is not None
+    groups = source.width(kind.unit_groups[axis]) or 1 if kind and axis in kind.unit_groups else 1
+    per_group = size // groups
+    return tuple(unit for unit in range(size) if unit % per_group < per_group // 2)
+
+
+def plan_keeping(source: Architecture, axis: str, kept: tuple[int, ...]) -> Plan:
+    """A plan for one axis, with energies that are one where units stay and zero where they go."""
+    layers = [idx for idx, layer in enumerate(source.layers) if axis in layer.sizes]
+    keys = [WHOLE_MODEL] if axis == "hidden" else [str(idx) for idx in layers]
+    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(keys, kept)})
+    energies = {"hidden.final": energy(((axis,),), {"hidden": source.hidden}, axis, kept)} if axis == "hidden" else {}
+    for placed in source.tensors():
+        if placed.spec.rms_groups and placed.layer_idx is not None:
+            owner = "hidden" if placed.spec.dims == (HIDDEN,) else LAYER_KINDS[placed.part].inner_norm_energy
+            energies[f"{owner}.{placed.layer_idx}"] = energy(placed.spec.dims[0], placed.sizes, axis, kept)
+    return replace(plan, norm_scales=norm_scales(source, Scores(layer={}, energies=energies), plan))
+
+
+def energy(dimension: Any, sizes: Any, axis: str, kept: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    values = np.zeros(sum(int(np.prod([sizes[name] for name in segment])) for segment in dimension))
+    positions = kept_positions(dimension, sizes, {axis: kept})
+    values[slice(None) if positions is None else positions] = 1
+    return values
+
+
+def silence(tensor: torch.Tensor, placed: PlacedTensor, axis: str, kept: tuple[int, ...]) -> None:
+    """Make the units that go silent: whatever writes them writes zeros."""
+    if placed.spec.rms_groups:
+        return
+    writes = 1 if placed.part == "embeddings" else 0
+    positions = kept_positions(placed.spec.dims[writes], placed.sizes, {axis: kept})
+    if positions is not None:
+        silent = np.setdiff1d(np.arange(tensor.shape[writes]), positions)
+        tensor.index_fill_(writes, torch.from_numpy(silent), 0)
+
+
+@pytest.fixture
+def silenced(tmp_path: Path) -> Any:
+    def make(model_type: str, axis: str) -> tuple[Checkpoint, tuple[int, ...]]:
+        # An epsilon in the norm would not scale along; 1e-30 leaves the exact statement.
+        epsilons: dict[str, Any] = {name: 1e-30 for name in NORM_EPSILONS if name in FAMILIES[model_type].tiny_config}
+        folder = write_family_checkpoint(tmp_path / "source", model_type, dtype="float64", **epsilons)
+        source = Checkpoint.open(folder).architecture
+        kept = half_of_the_units(source, axis)
+        tensors = load_file(folder / "model.safetensors")
+        for placed in source.tensors():
+            silence(tensors[placed.name], placed, axis, kept)
+        save_file(tensors, folder / "model.safetensors")
+        return Checkpoint.open(folder), kept
+
+    return make
+
+
+@pytest.mark.parametrize(("model_type", "axis"), EVERY_AXIS)
+def test_removing_silent_units_keeps_the_logits(silenced: Any, model_type: str, axis: str) -> None:
+    checkpoint, kept = silenced(model_type, axis)
+    plan = plan_keeping(checkpoint.architecture, axis, kept)
+    config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
+    before = logits_of(load_model(checkpoint, dtype=torch.float64))
+    after = logits_of(build_model(config, cut_tensors(checkpoint, plan), dtype=torch.float64))
+    assert (before - after).abs().max() < 1e-9 * before.abs().max()
+    assert before.std() > 0.1
+
+
+def cut_of_everything(source: Architecture) -> Plan:
+    """A plan that keeps half of the units on every axis, and all blocks but one."""
+    dropped = source.removable()[1]
+    kept_layers = tuple(idx for idx in range(len(source.layers)) if idx not in dropped)
+    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    for axis in PRUNABLE_AXES:
+        if source.width(axis) is not None:
+            keys = (
+                [WHOLE_MODEL] if axis == "hidden" else [str(i) for i in kept_layers if axis in source.layers[i].sizes]
+            )
+            kept_units[axis] = dict.fromkeys(keys, half_of_the_units(source, axis))
+    return replace(keep_everything(source), kept_layers=kept_layers, kept_units=kept_units)
+
+
+def test_a_cut_on_all_axes_loads_strictly_in_transformers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plan = cut_of_everything(checkpoint.architecture)
+    write_pruned(checkpoint, plan, tmp_path)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sum(p.numel() for p in model.parameters()) == plan.apply(checkpoint.architecture).num_parameters
+    with torch.no_grad():
+        logits = model(random_tokens(), use_cache=False).logits
+        ours = load_model(Checkpoint.open(tmp_path))(random_tokens(), use_cache=False).logits
+    assert torch.allclose(logits, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_score_is_what_removing_that_layer_does(checkpoint: Checkpoint) -> None:
+    """Removed in transformers' model: whatever the layer writes into the hidden states is multiplied by zero."""
+    found = score_layers(LayerStack(checkpoint), random_tokens())["mse"]
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.entries}
+
+    def head_input(removed: int | None) -> torch.Tensor:
+        changed = dict(tensors)
+        for placed in checkpoint.architecture.layer_tensors(removed) if removed is not None else ():
+            if placed.spec.dims[0] == HIDDEN and not placed.spec.rms_groups:
+                changed[placed.name] = torch.zeros_like(tensors[placed.name])
+        model = build_model(checkpoint.config, changed.items())
+        with torch.no_grad():
+            hidden_BTH: torch.Tensor = model.get_submodule("model")(random_tokens(), use_cache=False).last_hidden_state
+        return hidden_BTH.double()
+
+    full = head_input(None)
+    wanted = [float((head_input(idx) - full).square().mean()) for idx in range(len(checkpoint.architecture.layers))]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert min(wanted) > 0
+
+
+@pytest.mark.parametrize("model_type", ["gpt_new", None, 7])
+def test_an_unknown_family_is_refused_by_its_name(model_type: Any) -> None:
+    with pytest.raises(MinipuzzleError, match=repr(model_type)):
+        read_architecture({"model_type": model_type})

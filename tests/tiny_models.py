@@ -27,14 +27,23 @@ def write_tiny_checkpoint(folder: Path, *, pattern: str = "M-M*-M-", seed: int =
 
     Norms, biases, D and A_log are made uneven, so that a test that forgets one of them fails.
     """
+    return _write_checkpoint(folder, tiny_config(pattern, **config_changes), seed)
+
+
+def _write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_config(pattern, **config_changes)
     write_json(folder / "config.json", config)
     tensors = random_tensors(config, seed)
     stored_dtype = getattr(torch, config["dtype"])
     save_file({n: t.to(stored_dtype) for n, t in tensors.items()}, folder / SINGLE_FILE, metadata={"format": "pt"})
     write_byte_tokenizer(folder)
     return folder
+
+
+def write_family_checkpoint(folder: Path, model_type: str, *, seed: int = 0, **config_changes: Any) -> Path:
+    """A random model of any family from its tiny config, with a byte-level tokenizer."""
+    config = {**FAMILIES[model_type].tiny_config, "vocab_size": VOCABULARY, **config_changes}
+    return _write_checkpoint(folder, config, seed)
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -50,6 +59,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
+    modules = FAMILIES[config["model_type"]].modules
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         hf_config = AutoConfig.for_model(config["model_type"], **settings)
@@ -60,11 +70,10 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
                 parameter += 0.2 * torch.randn_like(parameter)
             else:
                 parameter *= 4  # transformers' initial layers are close to the identity
-            module_prefix = FAMILIES["nemotron_h"].modules.module_prefix
-            disk_name = name.replace(module_prefix, FAMILIES["nemotron_h"].modules.disk_prefix, 1)
+            disk_name = name.replace(modules.module_prefix, modules.disk_prefix, 1)
             tensors[disk_name] = parameter.detach().clone()
     if config["tie_word_embeddings"]:
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)
     return tensors
 
 

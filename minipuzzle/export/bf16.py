@@ -37,11 +37,8 @@ class ExportedFolder:
 
 
 def deployed_architecture(architecture: Architecture) -> Architecture:
-    """The architecture as exported: the LM head is written out even where it is tied to the embeddings.
-
-    vLLM does not look at ``tie_word_embeddings`` for nemotron_h and computes garbage from a missing head.
-    """
-    return replace(architecture, tied_embeddings=False)
+    """The architecture as exported: the LM head is written out where engines do not read one that is tied."""
+    return replace(architecture, tied_embeddings=architecture.tied_embeddings and architecture.names.ties_head)
 
 
 def portable_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -50,13 +50,6 @@ def calibration_bytes(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> int
     return hidden_bytes + 4 * largest_activation_bytes(checkpoint, token_ids_BT.shape[1], torch.float32)
 
 
-def module_on_disk(stack: LayerStack, name: str) -> nn.Module:
-    """The module of a layer by its name on disk."""
-    modules = stack.checkpoint.family.modules
-    layer_idx, _, path = modules.module_name(name).removeprefix(f"{modules.layers}.").partition(".")
-    return stack.layer(int(layer_idx)).get_submodule(path)
-
-
 @torch.inference_mode()
 def measure_amax(
     stack: LayerStack,
@@ -72,7 +65,7 @@ def measure_amax(
 
     Raises: MinipuzzleError if an activation is not finite.
     """
-    modules = {name: module_on_disk(stack, name) for name in (*input_modules, *output_modules)}
+    modules = {name: stack.module_on_disk(name) for name in (*input_modules, *output_modules)}
     inputs = {name: torch.zeros((), device=stack.device) for name in input_modules}
     outputs = {name: torch.zeros((), device=stack.device) for name in output_modules}
     hidden_BTH = stack.embed(token_ids_BT)

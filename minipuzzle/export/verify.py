@@ -16,7 +16,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import divergence_sums, head_chunks
 from minipuzzle.export.bf16 import deployed_architecture, portable_config, read_source
-from minipuzzle.export.calibration import module_on_disk, open_stack
+from minipuzzle.export.calibration import open_stack
 from minipuzzle.export.e4m3 import fake_quantize
 from minipuzzle.export.layout import WEIGHT, Fp8Layout
 from minipuzzle.export.reader import Fp8Checkpoint, round_activations
@@ -135,7 +135,7 @@ def verify_fp8(
 def _rounded_states(
     stack: LayerStack, layout: Fp8Layout, scales: Mapping[str, torch.Tensor], token_ids_BT: torch.Tensor
 ) -> torch.Tensor:
-    round_activations(lambda name: module_on_disk(stack, name), layout, scales)
+    round_activations(stack.module_on_disk, layout, scales)
     return _states(stack, token_ids_BT)
 
 

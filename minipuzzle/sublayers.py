@@ -1,0 +1,86 @@
+"""Runnable layers cut out of transformers' decoder blocks: one residual branch each, over hidden states.
+
+A decoder block that adds attention and then an MLP to the hidden states is two layers here. Each is a module that
+holds its part of the block under the block's own names, so that tensors find their place, and hooks theirs.
+
+Shape suffixes: B batch, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Branch(nn.Module):
+    """``hidden + residual_scale * mixer(norm(hidden))`` with a norm and a mixer of a decoder block."""
+
+    def __init__(self, block: nn.Module, norm: str, mixer: str, *, residual_scale: float = 1.0) -> None:
+        super().__init__()
+        self.norm_name, self.mixer_name, self.residual_scale = norm, mixer, residual_scale
+        self.add_module(norm, block.get_submodule(norm))
+        self.add_module(mixer, block.get_submodule(mixer))
+
+    def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """Hidden states after this layer."""
+        added_BTH = self.mix(self.get_submodule(self.norm_name)(hidden_BTH))
+        return hidden_BTH + (added_BTH if self.residual_scale == 1.0 else added_BTH * self.residual_scale)
+
+    def mix(self, normed_BTH: torch.Tensor) -> torch.Tensor:
+        """What the mixer adds, before scaling."""
+        added_BTH: torch.Tensor = self.get_submodule(self.mixer_name)(normed_BTH)
+        return added_BTH
+
+
+class Positions:
+    """Where tokens are and what they may see: rotary embeddings and masks as transformers' models make them.
+
+    Not a module: its tables are not weights, and must not leave the memory when a layer does.
+    """
+
+    def __init__(self, rotary: nn.Module | None, config: Any) -> None:
+        self.rotary = rotary
+        self.config = config
+
+    def embeddings(self, hidden_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines for the positions 0, 1, ...; None without rotary embeddings."""
+        if self.rotary is None:
+            return None
+        positions_1T = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
+        cosines, sines = self.rotary(hidden_BTH, positions_1T)
+        return cosines, sines
+
+    def mask(self, hidden_BTH: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """What a token may not see; None: whatever comes later, which attention kernels know without a mask."""
+        if window is None or hidden_BTH.shape[1] <= window:
+            return None
+        from transformers.masking_utils import create_sliding_window_causal_mask
+
+        mask: torch.Tensor = create_sliding_window_causal_mask(
+            config=self.config, inputs_embeds=hidden_BTH, attention_mask=None, past_key_values=None
+        )
+        return mask
+
+
+class AttentionBranch(Branch):
+    """A residual branch with causal attention, over a sliding window where the module or the config has one."""
+
+    def __init__(
+        self, block: nn.Module, norm: str, mixer: str, positions: Positions, *, residual_scale: float = 1.0
+    ) -> None:
+        super().__init__(block, norm, mixer, residual_scale=residual_scale)
+        self.positions = positions
+        attention = block.get_submodule(mixer)
+        of_model = getattr(positions.config, "sliding_window", None)
+        self.window: int | None = getattr(attention, "sliding_window", of_model)
+
+    def mix(self, normed_BTH: torch.Tensor) -> torch.Tensor:
+        """What attention adds, before scaling."""
+        added_BTH: torch.Tensor = self.get_submodule(self.mixer_name)(
+            hidden_states=normed_BTH,
+            position_embeddings=self.positions.embeddings(normed_BTH),
+            attention_mask=self.positions.mask(normed_BTH, self.window),
+        )[0]
+        return added_BTH
