@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses import LossSettings, LossTerms, chunked_kl
+from distill.divergences import FORMS
+from distill.losses import (
+    LossSettings,
+    LossTerms,
+    chunked_kl,
+    chunked_topk_kl,
+    hidden_cosine_distance,
+    topk_targets,
+)
 from minipuzzle.corpus import IGNORE
 
 ROWS, VOCABULARY, STUDENT_HIDDEN, TEACHER_HIDDEN = 23, 41, 8, 12
@@ -45,15 +55,45 @@ def distance(given: dict[str, Tensor], denominator: float, settings: LossSetting
     )
 
 
-def reference_loss(given: dict[str, Tensor], denominator: float, temperature: float, ce_weight: float) -> Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+
+
+def mixture(share: float, log_first: Tensor, log_second: Tensor) -> Tensor:
+    return (share * log_first.exp() + (1 - share) * log_second.exp()).log()
+
+
+# By torch's own divergence; a: share of the first distribution in the mixture.
+REFERENCE_FORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward": lambda p, q, _a: kl(p, q),
+    "reverse": lambda p, q, _a: kl(q, p),
+    "jsd": lambda p, q, a: a * kl(p, mixture(a, p, q)) + (1 - a) * kl(q, mixture(a, p, q)),
+    "skewed": lambda p, q, a: kl(p, mixture(a, p, q)),
+    "reverse-skewed": lambda p, q, a: kl(q, mixture(a, q, p)),
+}
+
+
+def coarse(log_probabilities: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probabilities of some tokens and of all others together, by plain sums."""
+    probabilities = log_probabilities.exp()
+    is_other = torch.ones_like(probabilities).scatter_(1, token_ids, 0.0)
+    return torch.cat([probabilities.gather(1, token_ids), (probabilities * is_other).sum(1, keepdim=True)], 1).log()
+
+
+def reference_loss(given: dict[str, Tensor], denominator: float, settings: LossSettings = LossSettings()) -> Tensor:  # noqa: B008
     """The loss by torch's own functions, on logits that exist whole."""
     valid = given["labels_N"] != IGNORE
     logits = (given["student_hidden_NH"] @ given["student_head_VH"].T)[valid]
     teacher_logits = (given["teacher_hidden_NG"] @ given["teacher_head_VG"].T)[valid]
-    log_q, log_p = F.log_softmax(logits / temperature, -1), F.log_softmax(teacher_logits / temperature, -1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    log_q, log_p = (F.log_softmax(z / settings.temperature, -1) for z in (logits, teacher_logits))
+    if settings.top_k is not None:
+        token_ids = log_p.argsort(dim=-1, descending=True)[:, : settings.top_k]
+        log_q, log_p = coarse(log_q, token_ids), coarse(log_p, token_ids)
+    share = FORMS[settings.form].default_share if settings.mixture_share is None else settings.mixture_share
+    divergence = REFERENCE_FORMS[settings.form](log_p, log_q, share)
     ce = F.cross_entropy(logits, given["labels_N"][valid], reduction="sum")
-    return ((1 - ce_weight) * temperature**2 * kl + ce_weight * ce) / denominator
+    kl_weight = (1 - settings.ce_weight) * settings.temperature**2
+    return (kl_weight * divergence + settings.ce_weight * ce) / denominator
 
 
 def gradients(loss: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -64,19 +104,106 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("chunk_bytes", [1, SEVEN_ROWS, 10**9])
+@pytest.mark.parametrize("top_k", [None, 5])
 def test_loss_and_gradients_equal_autograd_over_whole_logits(
-    temperature: float, ce_weight: float, chunk_bytes: int
+    form: str, temperature: float, ce_weight: float, top_k: int | None
 ) -> None:
     given = inputs()
-    settings = LossSettings(temperature=temperature, ce_weight=ce_weight, chunk_bytes=chunk_bytes)
-    loss = distance(given, denominator=17, settings=settings).loss
-    wanted = reference_loss(given, 17, temperature, ce_weight)
-    assert abs((loss - wanted).item()) < 1e-10
-    for found, reference in zip(gradients(3 * loss, given), gradients(3 * wanted, given), strict=True):
-        assert (found - reference).abs().max() < 1e-10
+    for share, chunk_bytes in ((None, 1), (0.37, SEVEN_ROWS), (None, 10**9)):
+        settings = LossSettings(
+            form=form,
+            mixture_share=share,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            top_k=top_k,
+            chunk_bytes=chunk_bytes,
+        )
+        loss = distance(given, denominator=17, settings=settings).loss
+        wanted = reference_loss(given, 17, settings)
+        assert abs((loss - wanted).item()) < 1e-10
+        for found, reference in zip(gradients(3 * loss, given), gradients(3 * wanted, given), strict=True):
+            assert (found - reference).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_float32_stays_within_a_millionth_of_float64(form: str, top_k: int | None) -> None:
+    settings = LossSettings(form=form, temperature=1.5, ce_weight=0.2, top_k=top_k)
+    given = inputs(torch.float32)
+    wide = {n: t.detach().double().requires_grad_() if t.is_floating_point() else t for n, t in given.items()}
+    loss, wanted = distance(given, denominator=18, settings=settings).loss, reference_loss(wide, 18, settings)
+    assert abs(loss.item() / wanted.item() - 1) < 1e-6
+    for found, reference in zip(gradients(loss, given), gradients(wanted, wide), strict=True):
+        assert found.dtype == torch.float32
+        assert relative_error(found, reference) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_tokens_as_the_likeliest_ones_change_nothing(form: str) -> None:
+    given = inputs()
+    whole = distance(given, denominator=1, settings=LossSettings(form=form)).loss
+    top = distance(given, denominator=1, settings=LossSettings(form=form, top_k=VOCABULARY)).loss
+    assert abs((whole - top).item()) < 1e-10
+    for found, wanted in zip(gradients(top, given), gradients(whole, given), strict=True):
+        assert (found - wanted).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_targets_computed_before_give_the_loss_of_targets_computed_now(form: str) -> None:
+    given = inputs()
+    settings = LossSettings(form=form, temperature=2.0, ce_weight=0.3, top_k=6, chunk_bytes=SEVEN_ROWS)
+    targets = topk_targets(
+        given["teacher_hidden_NG"], given["teacher_head_VG"], top_k=6, temperature=2.0, chunk_bytes=SEVEN_ROWS
+    )
+    assert targets.token_ids.shape == (ROWS, 6) and targets.log_p.shape == (ROWS, 7)
+    assert (targets.log_p.exp().sum(1) - 1).abs().max() < 1e-12
+    now = distance(given, denominator=2, settings=settings).loss
+    student = given["student_hidden_NH"], given["student_head_VH"]
+    before = chunked_topk_kl(*student, targets, denominator=2, labels_N=given["labels_N"], settings=settings).loss
+    assert abs((now - before).item()) < 1e-12
+    for found, wanted in zip(gradients(before, given), gradients(now, given), strict=True):
+        assert (found - wanted).abs().max() < 1e-12
+    targets.log_p.requires_grad_(False)
+    again = chunked_topk_kl(*student, targets, denominator=2, labels_N=given["labels_N"], settings=settings).loss
+    assert again.item() == before.item()  # targets serve several students and epochs: they are not overwritten
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_padding_rows_of_the_longer_head_have_no_logits(padded: str, top_k: int | None) -> None:
+    given = inputs()
+    settings = LossSettings(temperature=2.0, top_k=top_k)
+    wanted = distance(given, denominator=1, settings=settings).loss
+    wanted_gradients = gradients(wanted, given)
+    name = "student_head_VH" if padded == "student" else "teacher_head_VG"
+    head = given[name].detach()
+    given[name] = torch.cat([head, 9 * torch.ones(3, head.shape[1], dtype=head.dtype)]).requires_grad_()
+    loss = distance(given, denominator=1, settings=settings).loss
+    assert abs((loss - wanted).item()) < 1e-12
+    hidden_gradient, head_gradient = gradients(loss, given)
+    assert (hidden_gradient - wanted_gradients[0]).abs().max() < 1e-12
+    assert (head_gradient[:VOCABULARY] - wanted_gradients[1]).abs().max() < 1e-12
+    assert padded == "teacher" or head_gradient[VOCABULARY:].abs().max() == 0
+
+
+def test_the_hidden_loss_compares_the_channels_that_were_kept() -> None:
+    given = inputs()
+    kept = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])
+    student, teacher, labels = (given[n] for n in ("student_hidden_NH", "teacher_hidden_NG", "labels_N"))
+    loss = hidden_cosine_distance(student, teacher, denominator=18, labels_N=labels, kept_channels_H=kept)
+    valid = labels != IGNORE
+    rows = zip(student[valid], teacher[valid][:, kept], strict=True)
+    wanted = sum((1 - (s @ t) / (s.norm() * t.norm()) for s, t in rows), start=torch.zeros(())) / 18
+    assert abs((loss - wanted).item()) < 1e-12
+    found, reference = (torch.autograd.grad(term, student, retain_graph=True)[0] for term in (loss, wanted))
+    assert (found - reference).abs().max() < 1e-12
+    scaled = hidden_cosine_distance(7 * teacher[:, kept], teacher, denominator=1, kept_channels_H=kept)
+    assert abs(scaled.item()) < 1e-12
+    with pytest.raises(AssertionError, match="widths differ"):
+        hidden_cosine_distance(student, teacher, denominator=1)
 
 
 def test_ignored_rows_get_no_gradient() -> None:
@@ -126,7 +253,7 @@ def test_bfloat16_inputs_lose_nothing_in_the_logits() -> None:
     given["teacher_head_VG"] = (given["student_head_VH"].detach() + nudge).bfloat16()
     loss = distance(given, denominator=1).loss
     wide = {n: t.detach().double().requires_grad_() if t.is_floating_point() else t for n, t in given.items()}
-    wanted = reference_loss(wide, 1, 1.0, 0.0)
+    wanted = reference_loss(wide, 1)
     assert loss.dtype == torch.float32
     assert abs(loss.item() / wanted.item() - 1) < 1e-4
     for found, reference in zip(gradients(loss, given), gradients(wanted, wide), strict=True):
@@ -138,7 +265,7 @@ def test_bfloat16_inputs_lose_nothing_in_the_logits() -> None:
         - F.log_softmax((given["teacher_hidden_NG"] @ given["teacher_head_VG"].T).double(), -1).exp()
     )
     naive = naive[given["labels_N"] != IGNORE].T @ given["student_hidden_NH"].double()[given["labels_N"] != IGNORE]
-    assert relative_error(naive.detach(), gradients(reference_loss(wide, 1, 1.0, 0.0), wide)[1]) > 5e-2
+    assert relative_error(naive.detach(), gradients(reference_loss(wide, 1), wide)[1]) > 5e-2
 
 
 class LargestTensor(TorchDispatchMode):
@@ -156,15 +283,18 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
-def test_the_logits_of_all_rows_never_exist_at_once(ce_weight: float) -> None:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("ce_weight", "top_k"), [(0.0, None), (0.5, None), (0.0, 5)])
+def test_the_logits_of_all_rows_never_exist_at_once(form: str, ce_weight: float, top_k: int | None) -> None:
     given = inputs()
-    chunk = LossSettings(temperature=2.0, ce_weight=ce_weight, chunk_bytes=SEVEN_ROWS)
+    num_buffers = FORMS[form].num_buffers + (ce_weight > 0)
+    seven_rows = 7 * num_buffers * VOCABULARY * 8
+    chunk = LossSettings(form=form, temperature=2.0, ce_weight=ce_weight, top_k=top_k, chunk_bytes=seven_rows)
     with LargestTensor() as largest:
         gradients(distance(given, denominator=1, settings=chunk).loss, given)
     assert largest.num_elements == max(7 * VOCABULARY, VOCABULARY * TEACHER_HIDDEN)  # a chunk, or a head itself
     with LargestTensor() as largest:
-        gradients(reference_loss(given, 1, 2.0, ce_weight), given)
+        gradients(reference_loss(given, 1, chunk), given)
     assert largest.num_elements == ROWS * VOCABULARY  # the probe does see whole logits
 
 
@@ -174,5 +304,5 @@ def test_without_gradients_nothing_is_prepared_for_them() -> None:
         terms = distance(given, denominator=1, settings=LossSettings(chunk_bytes=1))
     assert not terms.loss.requires_grad
     assert largest.num_elements == VOCABULARY * TEACHER_HIDDEN  # a transposed view of the teacher's head
-    wanted = reference_loss(given, 1, 1.0, 0.0)
+    wanted = reference_loss(given, 1)
     assert abs((terms.kl - wanted).item()) < 1e-10
