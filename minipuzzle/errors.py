@@ -36,6 +36,10 @@ class InfeasibleBudgetError(MinipuzzleError):
     exit_code = ExitCode.INFEASIBLE
 
 
+class NothingToPruneError(MinipuzzleError):
+    """The model meets every limit as it is."""
+
+
 class InputChangedError(MinipuzzleError):
     """An interrupted run cannot resume, because one of its inputs is no longer the same."""
 

@@ -111,12 +111,12 @@ def deployment_options(function: Function) -> Function:
 
     @wraps(function)
     def with_deployment(**params: Any) -> Any:
-        return function(named_deployment=_pop_deployment(params), **params)
+        return function(named_deployment=pop_deployment(params), **params)
 
-    return _with_options(with_deployment, _deployment_options())  # type: ignore[no-any-return]
+    return with_options(with_deployment, deployment_option_list())  # type: ignore[no-any-return]
 
 
-def _pop_deployment(params: dict[str, Any]) -> NamedDeployment:
+def pop_deployment(params: dict[str, Any]) -> NamedDeployment:
     """The named deployment that was asked for (or the defaults), with whatever else was given on top."""
     name, file = params.pop("deployment_name"), params.pop("deployments_file")
     named = find_deployment(name, file) if name else NamedDeployment(name="", deployment=Deployment())
@@ -126,7 +126,7 @@ def _pop_deployment(params: dict[str, Any]) -> NamedDeployment:
     return replace(named, deployment=replace(named.deployment, **given))
 
 
-def _deployment_options() -> list[Callable[[Function], Function]]:
+def deployment_option_list() -> list[Callable[[Function], Function]]:
     defaults = Deployment()
     precision = click.Choice(list(PRECISIONS))
     named = (
@@ -154,7 +154,7 @@ def _deployment_options() -> list[Callable[[Function], Function]]:
     return options
 
 
-def _with_options(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
+def with_options(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
     for option in reversed(options):
         function = option(function)
     return function
@@ -163,59 +163,3 @@ def _with_options(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any
 def echo_json(value: Any) -> None:
     """Print a result for machines."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _assignments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    """NAME=COUNT pairs."""
-    found = {}
-    for value in values:
-        name, equals, count = value.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{value!r} is not NAME=COUNT", ctx, param)
-        found[name.strip()] = COUNT.convert(count, param, ctx)
-    return found
-
-
-def search_options(function: Function) -> Function:
-    """Budget, targets and bounds of a search with the deployment they hold for; passed on as ``request`` (None where
-    nothing was asked) and ``deployment``. A named deployment brings its machine's budget, unless --memory says else."""
-    from minipuzzle.scores import LAYER_METRICS
-    from minipuzzle.search import DEFAULT_GRANULARITY, SearchRequest
-
-    @wraps(function)
-    def with_request(**params: Any) -> Any:
-        named = _pop_deployment(params)
-        names = ("memory", "keep", "width", "minimum", "depth_step", "granularity", "metric")
-        chosen = {name: params.pop(name) for name in names}
-        fractions = {"min_kept_fraction": params.pop("min_kept"), "min_ffn_fraction": params.pop("min_ffn")}
-        is_asked = chosen["memory"] is not None or chosen["keep"] or chosen["width"]
-        if not is_asked and named.memory is not None and params.get("plan_path") is None:
-            chosen["memory"], is_asked = named.memory, True
-        request = SearchRequest(**chosen, **fractions) if is_asked else None
-        return function(request=request, deployment=named.deployment, **params)
-
-    repeat: dict[str, Any] = {"multiple": True, "callback": _assignments}
-    metrics = click.Choice(list(LAYER_METRICS))
-    fraction = click.FloatRange(min=0, max=1)
-    options = (
-        click.option("--memory", default=None, help="Budget: 31.7GiB, or a share of the source such as 75%."),
-        click.option("--keep", metavar="KIND=N", help="Keep exactly N layers of a kind. Repeatable.", **repeat),
-        click.option("--width", metavar="AXIS=N", help="Cut an axis (ffn, ssm_head, ...) to N. Repeatable.", **repeat),
-        click.option(
-            "--min", "minimum", metavar="KIND=N", help="Keep at least N layers of a kind. Repeatable.", **repeat
-        ),
-        click.option("--metric", type=metrics, default="mse", help="Layer score to rank by.", show_default=True),
-        click.option(
-            "--min-kept", type=fraction, default=0.5, help="Share of each kind's layers to keep.", show_default=True
-        ),
-        click.option("--min-ffn", type=fraction, default=0.75, help="Narrowest FFN, as a share.", show_default=True),
-        click.option("--depth-step", type=click.IntRange(min=1), default=1, help="Step of counts.", show_default=True),
-        click.option(
-            "--granularity",
-            type=click.IntRange(min=1),
-            default=DEFAULT_GRANULARITY,
-            help="Widths of the FFN are multiples of this; FP8 kernels and tensor parallelism like 128.",
-            show_default=True,
-        ),
-    )
-    return _with_options(with_request, [*options, *_deployment_options()])  # type: ignore[no-any-return]

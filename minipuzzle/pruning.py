@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minipuzzle.candidates import Candidate
 from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, write_json
 from minipuzzle.corpus import EvaluationWindows, read_documents, sample_windows, windows_of_tokens
 from minipuzzle.errors import MinipuzzleError
@@ -20,7 +21,7 @@ from minipuzzle.plan import Plan, read_plan
 from minipuzzle.progress import Advance, no_progress, progress_bar
 from minipuzzle.ranking import RankedPlan, rank_plans
 from minipuzzle.scores import Scores, read_scores, write_scores
-from minipuzzle.search import Candidate, SearchRequest, find_candidates, plan_of
+from minipuzzle.search import SearchRequest, find_candidates, plan_of
 from minipuzzle.surgery import cut_tensors
 
 PLAN_FILE = "plan.json"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import mean
 from typing import Any
 
-from minipuzzle.architecture import Architecture
+from minipuzzle.architecture import UNIFORM, Architecture
+from minipuzzle.candidates import Candidate
 from minipuzzle.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.plan import Plan
-from minipuzzle.search import Candidate
 from minipuzzle.units import format_count, format_gib
 
 PATTERN_COLUMNS = 60
@@ -100,17 +101,33 @@ def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int
         left = target.layer_counts.get(kind, 0)
         table.add_row(f"{kind} layers", str(count), str(left), f"{left / count:.0%}")
     for axis in PRUNABLE_AXES:
-        before, after = source.width(axis), target.width(axis)
+        before, after = widths_of_axis(source, axis), widths_of_axis(target, axis)
         if before and after:
-            table.add_row(axis, str(before), str(after), f"{after / before:.0%}")
+            table.add_row(axis, _range(before), _range(after), f"{mean(after) / mean(before):.0%}")
     parameters = source.num_parameters, target.num_parameters
     table.add_row("parameters", *(format_count(count) for count in parameters), f"{parameters[1] / parameters[0]:.1%}")
-    memory = [memory_breakdown(architecture, deployment).total_bytes for architecture in (source, target)]
-    table.add_row("[bold]memory", *(format_gib(size) for size in memory), f"[bold]{memory[1] / memory[0]:.1%}")
+    memory = [memory_breakdown(architecture, deployment) for architecture in (source, target)]
+    for before_term, after_term in zip(memory[0].terms, memory[1].terms, strict=True):
+        if before_bytes := before_term.num_bytes:
+            sizes = format_gib(before_bytes), format_gib(after_term.num_bytes)
+            table.add_row(before_term.name, *sizes, f"{after_term.num_bytes / before_bytes:.0%}")
+    total = [breakdown.total_bytes for breakdown in memory]
+    table.add_row("[bold]memory", *(format_gib(size) for size in total), f"[bold]{total[1] / total[0]:.1%}")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     console.print(f"[dim]memory at {deployment.describe()}", highlight=False)
+
+
+def widths_of_axis(architecture: Architecture, axis: str) -> list[int]:
+    """The widths of an axis, one for each layer that has it."""
+    if axis == "hidden":
+        return [architecture.hidden]
+    return [layer.sizes[axis] for layer in architecture.layers if axis in layer.sizes]
+
+
+def _range(widths: Sequence[int]) -> str:
+    return str(widths[0]) if min(widths) == max(widths) else f"{min(widths)} to {max(widths)}"
 
 
 def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
@@ -118,13 +135,20 @@ def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("candidate", "parameters", "memory", "predicted loss", title_justify="left")
-    table.title = f"{len(candidates)} best of {num_found} candidates that fit and that no other one dominates"
+    is_timed = any(candidate.costs.step_nanoseconds for candidate in candidates)
+    columns = ("candidate", "parameters", "memory", *(("tokens/s",) if is_timed else ()), "predicted loss")
+    table = Table(*columns, title_justify="left")
+    if candidates[0].layout == UNIFORM:
+        table.title = f"{len(candidates)} best of {num_found} candidates that fit and that no other one dominates"
+    else:
+        table.title = f"The {len(candidates)} best of all"
     for candidate in candidates:
+        throughput = candidate.pricing.throughput(candidate.costs)
         table.add_row(
             candidate.describe(),
             format_count(candidate.num_parameters),
             format_gib(candidate.memory_bytes),
+            *((f"{throughput:,.0f}",) if throughput else ()),
             f"{candidate.predicted_loss:.4g}",
         )
     for column in table.columns[1:]:

@@ -2,9 +2,10 @@
 
 ``scores.safetensors`` holds ``layer.<metric>`` [num_layers] float64, ``unit.<axis>.<layer_idx>`` [num_units] float32
 (``unit.hidden`` for the axis of the whole model), ``variant.<axis>.<width>`` [num_layers] float64 (the score of each
-layer at a smaller width of one of its axes, 0 where a layer has no such axis), ``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>``
-(mean squares of what each RMS norm averages, needed to correct the norms of a cut model), and ``token_ids`` [samples,
-length] int32. Layer scores measured elsewhere may come as JSON: ``{"layer": {"mse": [...]}}``.
+layer at a smaller width of one of its axes, 0 where a layer has no such axis), ``energy.ssm.<layer_idx>`` and
+``energy.hidden.<layer_idx|final>`` (mean squares of what each RMS norm averages, needed to correct the norms of a cut
+model), and ``token_ids`` [samples, length] int32. Layer scores measured elsewhere may come as JSON:
+``{"layer": {"mse": [...]}}``.
 """
 
 from __future__ import annotations

@@ -5,16 +5,38 @@ Layers are ranked inside their kind, units inside their layer (and group). Ties 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minipuzzle.architecture import UNIFORM, Architecture
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.layer_kinds import LAYER_KINDS, kind_of_axis
+from minipuzzle.layer_kinds import LAYER_KINDS
 from minipuzzle.plan import WHOLE_MODEL, Plan
 from minipuzzle.scores import FINAL, Array, Scores
+
+
+def rank_layers(
+    source: Architecture,
+    layer_scores: Array,
+    layout: str = UNIFORM,
+    keep_layers: frozenset[int] = frozenset(),
+) -> dict[str, list[tuple[int, ...]]]:
+    """For each kind, what of it stays or goes together, best first: what must stay, then by score.
+
+    Layers that can only go together (``Architecture.removable``) are of the kind of the first of them, and are worth
+    the sum of their scores. Of equals the later one comes last, and so goes first.
+    """
+    ranked: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in source.removable_counts(layout)}
+    for together in source.removable(layout):
+        ranked[source.layers[together[0]].kind].append(together)
+
+    def badness(together: tuple[int, ...]) -> tuple[bool, float, tuple[int, ...]]:
+        return not keep_layers & set(together), -float(layer_scores[list(together)].sum()), together
+
+    return {kind: sorted(found, key=badness) for kind, found in ranked.items()}
 
 
 def keep_best_layers(
@@ -22,19 +44,16 @@ def keep_best_layers(
 ) -> tuple[int, ...]:
     """Indices of the layers that stay: of each kind as many of the best as ``counts`` says, all where it is silent.
 
-    Layers that can only go together (``Architecture.removable``) count as one, of the kind of the first of them, and
-    are worth the sum of their scores.
-
     Raises: MinipuzzleError if more layers of a kind are asked for than there are.
     """
     kept: list[int] = []
-    for kind, available in source.removable_counts(layout).items():
-        wanted = counts.get(kind, available)
-        if not 0 <= wanted <= available:
-            raise MinipuzzleError(f"cannot keep {wanted} {kind} layers: the model has {available}", "lower --keep")
-        together = [indices for indices in source.removable(layout) if source.layers[indices[0]].kind == kind]
-        best_first = sorted(together, key=lambda indices: (-layer_scores[list(indices)].sum(), indices))
-        kept += [layer_idx for indices in best_first[:wanted] for layer_idx in indices]
+    for kind, best_first in rank_layers(source, layer_scores, layout).items():
+        wanted = counts.get(kind, len(best_first))
+        if not 0 <= wanted <= len(best_first):
+            raise MinipuzzleError(
+                f"cannot keep {wanted} {kind} layers: the model has {len(best_first)}", "lower --keep"
+            )
+        kept += [layer_idx for together in best_first[:wanted] for layer_idx in together]
     return tuple(sorted(kept))
 
 
@@ -58,30 +77,29 @@ def make_plan(
     source: Architecture,
     scores: Scores,
     *,
-    counts: Mapping[str, int],
-    widths: Mapping[str, int],
-    metric: str,
+    kept_layers: Sequence[int],
+    widths: Mapping[int, Mapping[str, int]],
     notes: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan that keeps the best layers and units for given numbers of them.
+    """The plan that keeps these layers, and in each of them the best units for its widths (layer -> axis -> width).
 
     Raises: MinipuzzleError if scores are missing or numbers impossible.
     """
-    kept_layers = keep_best_layers(source, layer_scores(scores, metric), counts)
     kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
-    for axis, width in widths.items():
-        if width != source.width(axis):
-            kept_units[axis] = _keep_units_of_axis(source, scores, axis, width, kept_layers)
+    for layer_idx in kept_layers:
+        for axis, width in widths.get(layer_idx, {}).items():
+            if width != source.layers[layer_idx].sizes[axis]:
+                key = WHOLE_MODEL if axis == "hidden" else str(layer_idx)
+                by_layer = kept_units.setdefault(axis, {})
+                if key not in by_layer:
+                    by_layer[key] = _keep_units(source, scores, axis, width, layer_idx)
     without_scales = Plan(
-        source_fingerprint=source.fingerprint(), kept_layers=kept_layers, kept_units=kept_units, notes=notes or {}
-    )
-    return Plan(
-        source_fingerprint=without_scales.source_fingerprint,
-        kept_layers=kept_layers,
+        source_fingerprint=source.fingerprint(),
+        kept_layers=tuple(kept_layers),
         kept_units=kept_units,
-        norm_scales=norm_scales(source, scores, without_scales),
-        notes=without_scales.notes,
+        notes=notes or {},
     )
+    return replace(without_scales, norm_scales=norm_scales(source, scores, without_scales))
 
 
 def layer_scores(scores: Scores, metric: str) -> Array:
@@ -94,20 +112,10 @@ def layer_scores(scores: Scores, metric: str) -> Array:
     return scores.layer[metric]
 
 
-def _keep_units_of_axis(
-    source: Architecture, scores: Scores, axis: str, width: int, kept_layers: tuple[int, ...]
-) -> dict[str, tuple[int, ...]]:
-    if axis == "hidden":
-        return {WHOLE_MODEL: keep_best_units(scores.unit_scores(axis, 0), width)}
-    kind = kind_of_axis(axis)
-    assert kind is not None
-    chosen = {}
-    for layer_idx in kept_layers:
-        layer = source.layers[layer_idx]
-        if layer.kind == kind.name:
-            num_groups = layer.sizes[kind.unit_groups[axis]] if axis in kind.unit_groups else 1
-            chosen[str(layer_idx)] = keep_best_units(scores.unit_scores(axis, layer_idx), width, num_groups)
-    return chosen
+def _keep_units(source: Architecture, scores: Scores, axis: str, width: int, layer_idx: int) -> tuple[int, ...]:
+    unit_groups = {} if axis == "hidden" else LAYER_KINDS[source.layers[layer_idx].kind].unit_groups
+    num_groups = source.layers[layer_idx].sizes[unit_groups[axis]] if axis in unit_groups else 1
+    return keep_best_units(scores.unit_scores(axis, layer_idx), width, num_groups)
 
 
 def norm_scales(source: Architecture, scores: Scores, plan: Plan) -> dict[str, tuple[float, ...]]:

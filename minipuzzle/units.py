@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 
 from minipuzzle.errors import MinipuzzleError
 
@@ -62,6 +62,16 @@ def parse_count(text: str) -> int:
     if count != count.to_integral_value():
         raise MinipuzzleError(f"{text!r} is not a whole number", "use a count such as 4096 or 128k")
     return int(count)
+
+
+def parse_share_or_count(text: str, whole: int) -> int:
+    """A count, or a share of ``whole`` such as ``75%``, rounded up to a whole number."""
+    if not text.strip().endswith("%"):
+        return parse_count(text)
+    number, suffix = _split_number(text.strip()[:-1], "percentage", "75%")
+    if suffix or not 0 < number <= 100:
+        raise MinipuzzleError(f"{text!r} is not a share of {whole}", "use a percentage from 1% to 100%")
+    return int((whole * number / 100).to_integral_value(ROUND_CEILING))
 
 
 def format_gib(num_bytes: int) -> str:

@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 
 from minipuzzle.architecture import Architecture
-from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError
+from minipuzzle.candidates import resized
+from minipuzzle.constraints import Limits
+from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError, NothingToPruneError
 from minipuzzle.families import FAMILIES, read_architecture
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.plan import keep_everything
 from minipuzzle.scores import Scores, read_scores, write_scores
-from minipuzzle.search import SearchRequest, find_candidates, plan_of, requested_space
+from minipuzzle.search import SearchRequest, find_candidates, plan_of
+from minipuzzle.search_space import requested_space
 from minipuzzle.selection import keep_best_layers, keep_best_units, make_plan
+from minipuzzle.units import format_gib
 
 PATTERN = "M-M*-MM-*-M-"
 DEPLOYMENTS = (Deployment(), Deployment(context_tokens=1_000_000, batch=3, weights="nvfp4", kv_cache="fp8"))
@@ -43,7 +47,7 @@ def random_scores(source: Architecture, seed: int = 0) -> Scores:
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
-@pytest.mark.parametrize("share", ["55%", "70%", "90%", "100%"])
+@pytest.mark.parametrize("share", ["55%", "70%", "90%", "99.9%"])
 def test_the_candidates_are_exactly_the_undominated_ones_that_fit(share: str, deployment: Deployment) -> None:
     source = source_architecture()
     request = SearchRequest(memory=share, granularity=16, min_ffn_fraction=0.25, min_kept_fraction=0.3)
@@ -105,6 +109,112 @@ def test_units_are_ranked_inside_their_group() -> None:
         keep_best_units(scores, 3, num_groups=2)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_candidate_is_the_best_of_all_subsets(seed: int) -> None:
+    """Every subset of the layers at every width is priced and its loss added up, layer by layer."""
+    config = {**FAMILIES["nemotron_h"].tiny_config, "hybrid_override_pattern": "M-*M-*-", "intermediate_size": 64}
+    source = read_architecture(config)
+    scores, deployment = random_scores(source, seed), Deployment(context_tokens=500)
+    limits = {"memory": "62%", "params": "70%"}
+    request = SearchRequest(**limits, granularity=16, min_ffn_fraction=0.25, min_kept_fraction=0)  # type: ignore[arg-type]
+    most_bytes = request.budget_bytes(memory_breakdown(source, deployment).total_bytes)
+    best = np.inf
+    for kept in itertools.chain.from_iterable(itertools.combinations(range(7), size) for size in range(8)):
+        for width in (16, 32, 48, 64):
+            target = resized(source, {idx: {"ffn": width} if idx in (1, 4, 6) else {} for idx in kept})
+            if memory_breakdown(target, deployment).total_bytes > most_bytes:
+                continue
+            if target.num_parameters > -(-source.num_parameters * 70 // 100):
+                continue
+            loss = scores.layer["mse"][[idx for idx in range(7) if idx not in kept]].sum()
+            for idx in set(kept) & {1, 4, 6}:
+                energy = np.sort(scores.units[f"ffn.{idx}"].astype(np.float64) ** 2)
+                loss += scores.layer["mse"][idx] * energy[: 64 - width].sum() / energy.sum()
+            best = min(best, loss)
+    assert find_candidates(source, scores, request, deployment)[0].predicted_loss == pytest.approx(best, rel=1e-12)
+
+
+def test_all_limits_bounds_and_axes_combine() -> None:
+    """All points of a grid over five axes and three kinds, each built and priced as a whole model."""
+    source, deployment = source_architecture(), Deployment(context_tokens=100, batch=2, weights="fp8")
+    scores = replace(random_scores(source), units={**random_scores(source).units, "hidden": np.ones(32, np.float32)})
+    request = SearchRequest(
+        memory="80%",
+        params="75%",
+        active_params="74%",
+        widths={
+            "ffn": "32:64:32",
+            "ssm_head": "50%:100%",
+            "ssm_head_channel": "4,8",
+            "kv_group": "1,2",
+            "hidden": "24,32",
+        },
+        minimum={"mamba": 3},
+        maximum={"mlp": 4},
+        keep_layers=(8, 9),
+        depth_step=2,
+    )
+    space = requested_space(source, request)
+    assert space.counts == {"mamba": (3, 5), "attention": (2,), "mlp": (4,)}
+    assert space.widths["ssm_head"] == (2, 4)
+    limits = request.limits(source, deployment)
+    fitting = set()
+    for point in itertools.product(*space.counts.values(), *space.widths.values()):
+        widths = dict(zip(space.widths, point[3:], strict=True))
+        counts = dict(zip(space.counts, point[:3], strict=True))
+        kept = keep_best_layers(source, scores.layer["mse"], counts)
+        of_layer = {idx: {a: w for a, w in widths.items() if a in source.layers[idx].sizes} for idx in kept}
+        target = resized(source, of_layer)
+        within_memory = memory_breakdown(target, deployment).total_bytes <= limits.memory_bytes
+        if within_memory and target.num_parameters <= limits.num_active_parameters:
+            fitting.add(point)
+    found = find_candidates(source, scores, request, deployment)
+    points = {(*candidate.counts.values(), *candidate.widths.values()) for candidate in found}
+    assert points and points == {
+        point
+        for point in fitting
+        if not any(other != point and all(a >= b for a, b in zip(other, point, strict=True)) for other in fitting)
+    }
+    for candidate in found:
+        candidate.check()
+        assert {8, 9} <= set(candidate.kept_layers)
+
+
+def test_candidates_that_fit_by_the_search_but_not_by_their_sum_are_refused() -> None:
+    source = source_architecture()
+    (candidate,) = find_candidates(source, random_scores(source), SearchRequest(keep={"mamba": 3}), Deployment())
+    limits = Limits(memory_bytes=candidate.memory_bytes - 1)
+    with pytest.raises(MinipuzzleError, match="exceeds"):
+        replace(candidate, limits=limits).check()
+    with pytest.raises(AssertionError, match="counted"):
+        replace(candidate, costs=replace(candidate.costs, num_parameters=1)).check()
+
+
+@pytest.mark.parametrize("min_different", [1, 3, 6])
+def test_candidates_differ_in_as_many_layers_as_asked(min_different: int) -> None:
+    source = source_architecture()
+    loose: dict[str, Any] = {"granularity": 16, "min_kept_fraction": 0.2, "min_ffn_fraction": 0.25}
+    request = SearchRequest(memory="65%", diversity=min_different, **loose)
+    short = Deployment(context_tokens=64)
+    found = find_candidates(source, random_scores(source), request, short, max_candidates=4)
+    assert len(found) > 1
+    for one, other in itertools.combinations(found, 2):
+        symbols = [{idx: candidate.widths_of(idx) for idx in candidate.kept_layers} for candidate in (one, other)]
+        assert sum(symbols[0].get(idx) != symbols[1].get(idx) for idx in range(len(PATTERN))) >= min_different
+
+
+def test_measured_losses_of_narrower_layers_are_used_and_interpolated() -> None:
+    source = source_architecture()
+    measured = {"ffn.48": np.full(len(PATTERN), 0.1), "ffn.32": np.full(len(PATTERN), 0.4)}
+    scores = replace(random_scores(source), layer={"mse": np.ones(len(PATTERN))}, variants=measured)
+    losses = {}
+    for width in (16, 32, 40, 48, 56):
+        request = SearchRequest(width={"ffn": width})
+        losses[width] = find_candidates(source, scores, request, Deployment())[0].predicted_loss
+    # Five MLP layers; removed they cost 1 each, whole 0.
+    assert losses == pytest.approx({16: 5 * 0.7, 32: 5 * 0.4, 40: 5 * 0.25, 48: 5 * 0.1, 56: 5 * 0.05})
+
+
 def test_explicit_targets_give_one_candidate_with_just_these_numbers() -> None:
     source = source_architecture()
     request = SearchRequest(keep={"mamba": 3, "attention": 1}, width={"ffn": 40, "ssm_head": 2})
@@ -128,10 +238,38 @@ def test_narrowing_costs_more_the_more_the_lost_units_score() -> None:
 def test_an_infeasible_budget_names_the_smallest_feasible_memory() -> None:
     source = source_architecture()
     request = SearchRequest(memory="20%", granularity=16)
-    with pytest.raises(InfeasibleBudgetError, match=r"needs .* GiB \(linear weights") as caught:
+    with pytest.raises(InfeasibleBudgetError) as caught:
         find_candidates(source, random_scores(source), request, Deployment())
     assert caught.value.exit_code == 3
     assert "--memory" in caught.value.hint
+    # 3 mamba, 1 attention and 3 mlp layers are the fewest by default, 48 of 64 the narrowest FFN.
+    smallest = {idx: {"ffn": 48} if PATTERN[idx] == "-" else {} for idx in (0, 1, 2, 3, 4, 5, 7)}
+    needed = memory_breakdown(resized(source, smallest), Deployment())
+    assert f"{format_gib(needed.total_bytes)} is the least" in caught.value.problem
+    assert all(format_gib(term.num_bytes) in caught.value.problem for term in needed.terms if term.num_bytes)
+    assert "lower bound on attention layers" in caught.value.problem
+
+
+def test_a_bound_that_binds_is_named_and_none_if_none_does() -> None:
+    source, scores = source_architecture(), random_scores(source_architecture())
+
+    def problem(**fields: Any) -> str:
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            find_candidates(source, scores, SearchRequest(granularity=16, **fields), Deployment())
+        return caught.value.problem
+
+    all_attention = problem(memory="60%", minimum={"attention": 2})
+    assert "binds is the lower bound on attention layers" in all_attention
+    assert "no single bound" in problem(memory="0.1%")
+    assert "parameters" in problem(params="30%")
+    assert "memory" in problem(params="60%", memory="10%")
+
+
+def test_a_budget_above_the_source_says_that_nothing_needs_pruning() -> None:
+    source = source_architecture()
+    for fields in ({"memory": "100%"}, {"memory": "1TiB"}, {"params": "100%", "memory": "1TiB"}):
+        with pytest.raises(NothingToPruneError, match="nothing needs pruning"):
+            find_candidates(source, random_scores(source), SearchRequest(**fields), Deployment())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +282,16 @@ def test_an_infeasible_budget_names_the_smallest_feasible_memory() -> None:
         ({"width": {"ssm_head": 3}}, "groups"),
         ({"memory": "12"}, "unit"),
         ({"memory": "150%"}, "share"),
+        ({"memory": "50%", "keep_layers": (12,)}, "12"),
+        ({"memory": "50%", "minimum": {"mamba": 9}}, "9"),
+        ({"memory": "50%", "maximum": {"mamba": 1}, "keep_layers": (0, 2)}, "keep-layers"),
+        ({"memory": "50%", "minimum": {"mamba": 4}, "maximum": {"mamba": 3}}, "above"),
+        ({"memory": "50%", "widths": {"ffn": "9:1"}}, "range"),
+        ({"memory": "50%", "widths": {"ffn": "a,b"}}, "count"),
+        ({"memory": "50%", "widths": {"expert": "4"}}, "expert"),
+        ({"memory": "50%", "layout": "random"}, "layout"),
+        ({"memory": "50%", "layout": "per-layer", "widths": {"hidden": "16,32"}}, "hidden"),
+        ({"throughput": 5.0}, "measured times"),
         ({}, "how small"),
     ],
 )
@@ -156,13 +304,13 @@ def test_an_impossible_request_is_an_error_that_names_it(request_fields: dict[st
 def test_a_cut_of_heads_without_measured_energies_is_refused() -> None:
     source = source_architecture()
     with pytest.raises(MinipuzzleError, match="energies"):
-        make_plan(source, random_scores(source), counts={}, widths={"ssm_head": 2}, metric="mse")
+        make_plan(source, random_scores(source), kept_layers=range(len(PATTERN)), widths={0: {"ssm_head": 2}})
 
 
 def test_a_plan_that_cuts_nothing_keeps_everything() -> None:
     source = source_architecture()
-    widths = {"ffn": 64, "ssm_head": 4}
-    plan = make_plan(source, random_scores(source), counts=source.layer_counts, widths=widths, metric="mse")
+    widths = {1: {"ffn": 64}, 0: {"ssm_head": 4}}
+    plan = make_plan(source, random_scores(source), kept_layers=range(len(PATTERN)), widths=widths)
     assert plan == keep_everything(source)
 
 

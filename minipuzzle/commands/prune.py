@@ -20,9 +20,9 @@ from minipuzzle.options import (
     model_argument,
     out_option,
     overwrite_option,
-    search_options,
 )
 from minipuzzle.search import SearchRequest
+from minipuzzle.search_options import search_options
 
 if TYPE_CHECKING:
     import torch

@@ -1,22 +1,21 @@
-"""``minipuzzle search``: scores and a budget in, a plan out, in seconds and without weights."""
+"""``minipuzzle search``: scores and limits in, a plan out, in seconds and without weights."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.errors import MinipuzzleError
 from minipuzzle.memory import Deployment
-from minipuzzle.options import (
-    FOLDER_OR_FILE,
-    echo_json,
-    json_option,
-    model_argument,
-    search_options,
-)
+from minipuzzle.options import FOLDER_OR_FILE, echo_json, json_option, model_argument
 from minipuzzle.search import SearchRequest
+from minipuzzle.search_options import require_request, search_options
+
+if TYPE_CHECKING:
+    from minipuzzle.architecture import Architecture
+    from minipuzzle.scores import Scores
 
 
 @click.command()
@@ -37,7 +36,7 @@ def search(
     top: int,
     as_json: bool,
 ) -> None:
-    """Find the cut that fits a budget and is predicted to lose least.
+    """Find the cut that meets all limits and is predicted to lose least.
 
     Works from config.json and a score file alone. The prediction adds up scores of single layers; `prune` measures the
     best candidates instead.
@@ -45,34 +44,56 @@ def search(
     from rich.console import Console
 
     from minipuzzle.checkpoint import read_json
+    from minipuzzle.errors import NothingToPruneError
     from minipuzzle.families import read_architecture
-    from minipuzzle.outputs import output_file
-    from minipuzzle.report import architecture_summary, print_candidates, print_plan
+    from minipuzzle.report import architecture_summary
     from minipuzzle.scores import read_scores
-    from minipuzzle.search import find_candidates, plan_of
-    from minipuzzle.selection import keep_best_layers, layer_scores
 
-    if request is None:
-        raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+    request = require_request(request)
     source = read_architecture(read_json(model / "config.json" if model.is_dir() else model))
     scores = read_scores(scores_path)
-    candidates = find_candidates(source, scores, request, deployment)
+    if not scores.is_measured_here:
+        Console(stderr=True).print("[yellow]note:[/] these scores carry no fingerprint; their origin is unverified")
+    try:
+        _search(source, scores, request, deployment, out=out, top=top, as_json=as_json)
+    except NothingToPruneError as nothing:
+        if as_json:
+            echo_json({"needs_pruning": False, **architecture_summary(source, deployment)})
+        else:
+            click.echo(nothing.problem)
+
+
+def _search(
+    source: Architecture,
+    scores: Scores,
+    request: SearchRequest,
+    deployment: Deployment,
+    *,
+    out: Path | None,
+    top: int,
+    as_json: bool,
+) -> None:
+    from minipuzzle.architecture import UNIFORM
+    from minipuzzle.outputs import output_file
+    from minipuzzle.report import architecture_summary, print_candidates, print_plan
+    from minipuzzle.search import find_candidates, plan_of
+
+    max_candidates = None if request.layout == UNIFORM else top
+    candidates = find_candidates(source, scores, request, deployment, max_candidates=max_candidates)
+    for candidate in candidates[:top]:
+        candidate.check()
     best = candidates[0]
-    kept_layers = keep_best_layers(source, layer_scores(scores, request.metric), best.counts)
-    dropped = [layer_idx for layer_idx in range(len(source.layers)) if layer_idx not in set(kept_layers)]
     if out is not None:
         plan = plan_of(source, scores, best, metric=request.metric)
         with output_file(out) as path:
             path.write_text(plan.to_json(), encoding="utf-8")
     if as_json:
-        best_summary = {"dropped_layers": dropped, **architecture_summary(best.architecture, deployment)}
-        others = [candidate.to_json() for candidate in candidates[:top]]
-        facts = {"predicted_loss": best.predicted_loss, "candidates": others, "request": asdict(request)}
-        echo_json({**best_summary, **facts})
+        facts: dict[str, Any] = {"needs_pruning": True, **best.to_json()}
+        facts |= architecture_summary(best.architecture, deployment)
+        facts |= {"candidates": [candidate.to_json() for candidate in candidates[:top]], "request": asdict(request)}
+        echo_json(facts)
         return
-    if not scores.is_measured_here:
-        Console(stderr=True).print("[yellow]note:[/] these scores carry no fingerprint; their origin is unverified")
-    print_plan(source, best.architecture, dropped, deployment)
+    print_plan(source, best.architecture, best.dropped_layers, deployment)
     print_candidates(candidates[:top], len(candidates))
     if out is not None:
         click.echo(f"plan written to {out}")

@@ -1,0 +1,63 @@
+"""What a cut should cost in quality, added up from scores of single layers.
+
+A removed layer costs its score. A narrowed one costs what was measured for that width (``score --variants``); between
+measured widths the loss is interpolated, with the whole layer (0) and the removed layer (its score) as the two ends.
+Where no width was measured, it costs the share of its score that the lost units have in its units' squared scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minipuzzle.architecture import Architecture
+from minipuzzle.scores import Array, Scores
+from minipuzzle.selection import layer_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossModel:
+    """Predicted losses of cuts of single layers; those of a whole cut are their sum."""
+
+    source: Architecture
+    scores: Scores
+    metric: str
+    _widths_measured: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for key in self.scores.variants:
+            axis, _, width = key.rpartition(".")
+            known = self._widths_measured.get(axis, ())
+            self._widths_measured[axis] = tuple(sorted((*known, int(width))))
+
+    @property
+    def removal(self) -> Array:
+        """Loss of removing each layer, ``[layers]``."""
+        return layer_scores(self.scores, self.metric)
+
+    def narrowing(self, layer_idx: int, widths: Mapping[str, int]) -> float:
+        """Loss of narrowing one layer; losses of several axes add up. Axes that it does not have cost nothing."""
+        sizes = self.source.layers[layer_idx].sizes
+        total = 0.0
+        for axis, width in widths.items():
+            if axis in sizes and width < sizes[axis]:
+                total += self._narrowing_on(axis, layer_idx, width)
+        return total
+
+    def _narrowing_on(self, axis: str, layer_idx: int, width: int) -> float:
+        size, removal = self.source.layers[layer_idx].sizes[axis], float(self.removal[layer_idx])
+        measured = [known for known in self._widths_measured.get(axis, ()) if known < size]
+        if measured:
+            losses = [float(self.scores.variants[f"{axis}.{known}"][layer_idx]) for known in measured]
+            return float(np.interp(width, [0, *measured, size], [removal, *losses, 0.0]))
+        return removal * self._lost_share(axis, layer_idx, width)
+
+    def _lost_share(self, axis: str, layer_idx: int, width: int) -> float:
+        size = self.source.layers[layer_idx].sizes[axis]
+        key = axis if axis == "hidden" else f"{axis}.{layer_idx}"
+        if key not in self.scores.units:  # only layer scores are known, as in files measured elsewhere
+            return (size - width) / size
+        energy = np.sort(self.scores.units[key].astype(np.float64) ** 2)
+        return float(energy[: size - width].sum() / max(energy.sum(), np.finfo(np.float64).tiny))
