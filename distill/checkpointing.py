@@ -1,32 +1,48 @@
-"""Saved training state: weights, optimiser, random generators and position, written whole or not at all.
+"""Saved training states: weights, optimiser, random generators and position, written whole or not at all.
 
-``<folder>/state/step-00000120/`` holds safetensors and one JSON file. It is written under another name and renamed
-when complete, and only then is the one before it removed; a run killed at any moment finds the last complete one.
+``<folder>/state/step-00000120/`` is a PyTorch distributed checkpoint (DCP): each process writes its own part, and any
+number of processes can read it. It is copied while training waits and written while training goes on, under another
+name; it gets its own name only when all parts are on disk, and only then are older states removed. So a run killed
+at any moment finds a whole state. ``<folder>`` must be one that all processes see.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 from minipuzzle.checkpoint import read_json, write_json
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.processes import Processes
 
 STATE_FOLDER = "state"
 _UNFINISHED_SUFFIX = ".unfinished"
 _PROGRESS_FILE = "progress.json"
+# DCP says of every save and load of a single process that it assumes a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+_MODEL, _OPTIMIZER, _GENERATOR = "model/", "optimizer/", "generator/"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands after ``step`` steps. ``epoch`` and ``index`` name the next window of the data."""
+    """Where a run stands after ``step`` steps. ``epoch`` and ``index`` name the next window of the data.
+
+    ``recent_losses``: those of the last steps that were taken, by which a sudden rise is known.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -35,6 +51,7 @@ class Progress:
     train_seconds: float = 0.0
     validation_kl_before: float | None = None
     validation_kl_after: float | None = None
+    recent_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,41 +63,156 @@ class TrainingState:
     device: torch.device
 
 
-def save_training_state(folder: Path, state: TrainingState, progress: Progress) -> None:
-    """Save to ``folder/state/`` and forget the state before it."""
-    target = folder / STATE_FOLDER / f"step-{progress.step:08d}"
-    if target.exists():
-        return
-    unfinished = target.with_name(target.name + _UNFINISHED_SUFFIX)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file({k: t.contiguous() for k, t in state.model.state_dict().items()}, unfinished / "model.safetensors")
-    save_file(_optimizer_tensors(state.optimizer), unfinished / "optimizer.safetensors")
-    save_file(_generator_states(state.device), unfinished / "generators.safetensors")
-    write_json(unfinished / _PROGRESS_FILE, asdict(progress))
-    for path in (*unfinished.iterdir(), unfinished):
-        _flush_to_disk(path)  # or a power cut could keep the new name and lose what is in the files
-    unfinished.rename(target)
-    for other in target.parent.iterdir():
-        if other != target:
-            shutil.rmtree(other)
+class StateStore:
+    """The saved states of one run. All processes of the job must call its methods together."""
+
+    def __init__(
+        self, folder: Path, state: TrainingState, *, processes: Processes | None = None, keep_last: int = 1
+    ) -> None:
+        assert keep_last >= 1
+        self.folder = folder / STATE_FOLDER
+        self._state = state
+        self._processes = processes or Processes()
+        self._keep_last = keep_last
+        self._saved_at_seconds = time.monotonic()
+        self._writing: tuple[Path, Future[Any]] | None = None
+        self._protected_steps: tuple[int, ...] = ()
+        # Training and writing run at once: in one group their messages could be taken for each other.
+        is_distributed = self._processes.world_size > 1
+        self._group = dist.new_group(backend="gloo") if is_distributed else None
+
+    def save(self, progress: Progress, *, protected_steps: tuple[int, ...] = ()) -> None:
+        """Begin to save; wait for a state that is still being written. ``protected_steps`` are never removed."""
+        self.finish()
+        self._saved_at_seconds = time.monotonic()
+        target = step_folder(self.folder, progress.step)
+        if self._processes.broadcast(target.exists()):
+            return
+        unfinished = target.with_name(target.name + _UNFINISHED_SUFFIX)
+        if self._processes.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            write_json(unfinished / _PROGRESS_FILE, asdict(progress))
+        self._protected_steps = protected_steps
+        self._processes.wait()
+        writer = FileSystemWriter(unfinished, sync_files=True, overwrite=True)
+        future = dcp_async_save(
+            self._tensors(),
+            storage_writer=writer,
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        assert isinstance(future, Future)
+        self._writing = (unfinished, future)
+
+    @property
+    def seconds_since_save(self) -> float:
+        """Since the last save began, or this store was made."""
+        return time.monotonic() - self._saved_at_seconds
+
+    def poll(self) -> None:
+        """Give a state that has been written meanwhile its name."""
+        if self._writing and self._writing[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the state that is being written, if any, has its name."""
+        if self._writing is None:
+            return
+        (unfinished, future), self._writing = self._writing, None
+        # The first process's part ends after those of all others: it writes the table of contents.
+        future.result()
+        if not self._processes.is_first:
+            return
+        for path in (*unfinished.iterdir(), unfinished):
+            _flush_to_disk(path)  # or a power cut could keep the new name and lose what is in the files
+        unfinished.rename(unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED_SUFFIX)))
+        _flush_to_disk(self.folder)
+        steps = saved_steps(self.folder)
+        kept = {*steps[-self._keep_last :], *self._protected_steps}
+        for path in self.folder.iterdir():
+            if path.name not in {step_folder(self.folder, step).name for step in kept}:
+                shutil.rmtree(path)
+
+    def load_last(self) -> Progress | None:
+        """Restore the last whole state into model, optimiser and generators; None if there is none."""
+        steps: list[int] = self._processes.broadcast(saved_steps(self.folder))
+        return self.load(steps[-1]) if steps else None
+
+    def load(self, step: int) -> Progress:
+        """Restore the state saved after ``step`` steps, by however many processes."""
+        source = step_folder(self.folder, step)
+        reader = FileSystemReader(source)
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = self._tensors()
+        for name in tensors.keys() - stored.keys():
+            # The optimiser starts empty, and other processes may have written the state.
+            assert name.startswith(_GENERATOR), f"{source} lacks {name}"
+            del tensors[name]
+        parameters = dict(self._state.model.named_parameters())
+        for name, entry in stored.items():
+            if name.startswith(_OPTIMIZER) and name not in tensors:
+                tensors[name] = _room_for(name, entry, parameters)
+        dcp_load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        # What the model keeps was filled in place; the rest is handed over.
+        _restore_optimizer(self._state.optimizer, _with_prefix(tensors, _OPTIMIZER))
+        _restore_generators(_with_prefix(tensors, self._generator_prefix), self._state.device)
+        values = read_json(source / _PROGRESS_FILE)
+        return Progress(**{**values, "recent_losses": tuple(values["recent_losses"])})
+
+    def remove_all(self) -> None:
+        """Remove all saved states, once the run's result is written."""
+        self.finish()
+        if self._processes.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _generator_prefix(self) -> str:
+        return f"{_GENERATOR}{self._processes.rank}/"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        groups: dict[str, Mapping[str, Tensor]] = {
+            _MODEL: dict(self._state.model.named_parameters()),
+            _OPTIMIZER: _optimizer_tensors(self._state.optimizer),
+            self._generator_prefix: _generator_states(self._state.device),
+        }
+        return {
+            prefix + name: tensor.detach() for prefix, tensors in groups.items() for name, tensor in tensors.items()
+        }
 
 
-def load_training_state(folder: Path, state: TrainingState) -> Progress | None:
-    """Restore the last complete state into model, optimiser and generators; None if there is none."""
-    complete = [path for path in (folder / STATE_FOLDER).glob("step-*") if not path.name.endswith(_UNFINISHED_SUFFIX)]
-    if not complete:
-        return None
-    source = max(complete)
-    state.model.load_state_dict(load_file(source / "model.safetensors"), strict=True)
-    _restore_optimizer(state.optimizer, load_file(source / "optimizer.safetensors"))
-    _restore_generators(load_file(source / "generators.safetensors"), state.device)
-    return Progress(**read_json(source / _PROGRESS_FILE))
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the state after so many steps is kept, in a run's folder of states."""
+    return folder / f"step-{step:08d}"
 
 
-def remove_training_state(folder: Path) -> None:
-    """Remove all saved state, once the run's result is written."""
-    shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose states are whole, ascending."""
+    names = [path.name for path in folder.glob("step-*") if not path.name.endswith(_UNFINISHED_SUFFIX)]
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def weight_reader(folder: Path, step: int) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """A function that reads one float32 weight, by its name in memory and its shape, from a saved state.
+
+    Raises: MinipuzzleError naming the states there are, if there is none of this step.
+    """
+    steps = saved_steps(folder)
+    if step not in steps:
+        found = ", ".join(str(step) for step in steps) or "none"
+        raise MinipuzzleError(f"{folder} has no state of step {step}", f"states are kept of these steps: {found}")
+    reader = FileSystemReader(step_folder(folder, step))
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensors = {_MODEL + name: torch.empty(shape, dtype=torch.float32)}
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
+        return tensors[_MODEL + name]
+
+    return read
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _parameter_names(optimizer_state: Mapping[str, Any]) -> dict[int, str]:
@@ -96,10 +228,18 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     optimizer_state = optimizer.state_dict()
     names = _parameter_names(optimizer_state)
     return {
-        f"{key}/{names[parameter_id]}": tensor.contiguous()
+        f"{key}/{names[parameter_id]}": tensor
         for parameter_id, tensors in optimizer_state["state"].items()
         for key, tensor in tensors.items()
     }
+
+
+def _room_for(name: str, entry: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Memory for one of the optimiser's tensors, split as its parameter is where it has the same shape."""
+    parameter = parameters[name.removeprefix(_OPTIMIZER).partition("/")[2]]
+    if entry.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+    return torch.zeros(entry.size, dtype=entry.properties.dtype)
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -120,7 +260,8 @@ def _generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 

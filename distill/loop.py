@@ -1,7 +1,7 @@
 """The training loop: a student learns the next-token distribution of a frozen teacher.
 
-One process on one device. Nothing here is global, the loss takes its denominator from outside, and a batch is a pure
-function of the step, so that several processes can share a step later.
+The same loop runs in one process and in many. A batch is a pure function of the step, of which each process takes its
+own sequences; the loss is divided by the number of valid tokens in the batches of all of them.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from distill.checkpointing import Progress, TrainingState, load_training_state, save_training_state
+from distill.checkpointing import Progress, StateStore, TrainingState
 from distill.data import PackedWindows
+from distill.engine import SPIKE_WINDOW, EngineSettings
 from distill.interrupts import deferred_interrupts
 from distill.optimizers import make_optimizer
 from distill.pair import DistillPair
+from distill.parallel import make_pair, rows_of_process, whole
 from distill.settings import DistillSettings, OnStep, StepRecord, ignore_step
-from minipuzzle.corpus import EvaluationWindows
+from minipuzzle.corpus import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import Family
-from minipuzzle.models import parts_of
+from minipuzzle.processes import Processes
 
-MAX_SKIPPED_STEPS = 20
 SAVE_SECONDS = 300.0
 EVALUATED_MICRO_BATCHES = 8  # at once, because an evaluation keeps no activations of earlier layers
 METRICS_FILE = "metrics.jsonl"
@@ -42,32 +44,61 @@ def distill(
     folder: Path,
     validation: EvaluationWindows | None = None,
     device: str = "cpu",
+    engine: EngineSettings | None = None,
     on_step: OnStep = ignore_step,
 ) -> Progress:
-    """Train ``student_model`` in place, from the last state saved in ``folder`` if there is one, and report.
+    """Train ``student_model`` in place in this process alone; otherwise as ``distill_pair``.
 
-    The student's weights are float32, the teacher's any; both are on ``device``. State is kept in ``folder/state/``,
-    and ``folder/metrics.jsonl`` gets a line a step.
-
-    Raises: MinipuzzleError if losses or gradients are not finite in more than MAX_SKIPPED_STEPS steps.
-    KeyboardInterrupt after Ctrl-C or a termination signal, with the state saved.
+    The student's weights are float32, the teacher's any; both are whole on ``device``.
     """
-    teacher_model.requires_grad_(False).eval()
-    student_model.requires_grad_(True).train()
-    compute_dtype = getattr(torch, settings.dtype)
-    pair = DistillPair(
-        teacher=parts_of(teacher_model, family),
-        student=parts_of(student_model, family),
+    pair = make_pair(
+        teacher_model,
+        student_model,
+        family,
         device=torch.device(device),
-        compute_dtype=compute_dtype,
+        compute_dtype=getattr(torch, settings.dtype),
     )
-    optimizer = make_optimizer(student_model, settings)
-    state = TrainingState(model=student_model, optimizer=optimizer, device=pair.device)
+    return distill_pair(
+        pair=pair,
+        data=data,
+        settings=settings,
+        folder=folder,
+        validation=validation,
+        engine=engine,
+        on_step=on_step,
+    )
+
+
+def distill_pair(
+    *,
+    pair: DistillPair,
+    data: PackedWindows,
+    settings: DistillSettings,
+    folder: Path,
+    validation: EvaluationWindows | None = None,
+    engine: EngineSettings | None = None,
+    processes: Processes | None = None,
+    on_step: OnStep = ignore_step,
+) -> Progress:
+    """Train the student of a pair, from the last state saved in ``folder`` if there is one, and report.
+
+    State is kept in ``folder/state/``, and ``folder/metrics.jsonl`` gets a line a step. All processes of a job call
+    this together; ``on_step`` is called in the first alone.
+
+    Raises: MinipuzzleError if too many steps had to be skipped, or a batch cannot be divided among the processes.
+    KeyboardInterrupt in all processes after Ctrl-C or a termination signal in one, with the state saved.
+    """
+    engine, processes = engine or EngineSettings(), processes or Processes()
+    optimizer = make_optimizer(pair.student.model, settings)
+    state = TrainingState(model=pair.student.model, optimizer=optimizer, device=pair.device)
     run = _Run(
         pair=pair,
         state=state,
+        store=StateStore(folder, state, processes=processes, keep_last=engine.keep_last),
         data=data,
         settings=settings,
+        engine=engine,
+        processes=processes,
         folder=folder,
         validation=validation,
         on_step=on_step,
@@ -81,42 +112,61 @@ class _Run:
 
     pair: DistillPair
     state: TrainingState
+    store: StateStore
     data: PackedWindows
     settings: DistillSettings
+    engine: EngineSettings
+    processes: Processes
     folder: Path
     validation: EvaluationWindows | None
     on_step: OnStep
 
     def finish(self) -> Progress:
         """Run all steps that are left."""
-        progress = load_training_state(self.folder, self.state)
+        progress = self.store.load_last()
         if progress is None:
             torch.manual_seed(self.settings.seed)
             progress = Progress(validation_kl_before=self._validation_kl())
-        _forget_metrics_after(self.folder / METRICS_FILE, progress.step)
-        saved_at_seconds = time.monotonic()
+        if self.processes.is_first:
+            _forget_metrics_after(self.folder / METRICS_FILE, progress.step)
         with deferred_interrupts() as is_interrupted:
-            while progress.step < self.settings.total_steps:
-                record = self._step_and_evaluate(progress.step)
-                progress = self._advance(progress, record)
-                must_stop = is_interrupted()
-                if must_stop or self._is_time_to_save(progress.step, saved_at_seconds):
-                    save_training_state(self.folder, self.state, progress)
-                    saved_at_seconds = time.monotonic()
-                self.on_step(record)
-                if must_stop:
-                    raise KeyboardInterrupt
+            try:
+                while progress.step < self.settings.total_steps:
+                    progress, must_stop = self._step_and_save(progress, is_interrupted)
+                    if must_stop:
+                        raise KeyboardInterrupt
+            finally:
+                self.store.finish()  # a step that fails takes no state with it
         return progress
+
+    def _step_and_save(self, progress: Progress, is_interrupted: Callable[[], bool]) -> tuple[Progress, bool]:
+        """One step and what follows it; also says whether to stop."""
+        record = self._step_and_evaluate(progress)
+        progress = self._advance(progress, record)
+        must_stop, is_save_due = self._agreed(is_interrupted(), self._is_time_to_save(progress.step))
+        self.store.poll()
+        if must_stop or is_save_due:
+            self.store.save(progress)
+        if self.processes.is_first:
+            self.on_step(record)
+        return progress, must_stop
+
+    def _agreed(self, *wishes: bool) -> tuple[bool, ...]:
+        """Which wishes any process has: clocks and signals differ, and a save is one of all processes."""
+        counts = self.processes.sum_(torch.tensor(wishes, dtype=torch.float32, device=self.pair.device))
+        return tuple(count > 0 for count in counts.tolist())
 
     def _advance(self, progress: Progress, record: StepRecord) -> Progress:
         next_window = self.data.position(record.step * self.settings.batch_sequences)
         skipped_steps = progress.skipped_steps + record.skipped
-        if skipped_steps > MAX_SKIPPED_STEPS:
+        if skipped_steps > self.engine.max_skipped_steps:
             raise MinipuzzleError(
-                f"losses or gradients were not finite in {skipped_steps} of {record.step} steps",
-                "lower --learning-rate, or use --dtype float32",
+                f"losses or gradients were not finite, or rose suddenly, in {skipped_steps} of {record.step} steps",
+                "lower --learning-rate, use --dtype float32, or raise --spike-factor if the text changed that much",
             )
-        _append_metrics(self.folder / METRICS_FILE, record)
+        if self.processes.is_first:
+            _append_metrics(self.folder / METRICS_FILE, record)
+        recent_losses = progress.recent_losses if record.skipped else (*progress.recent_losses, record.loss)
         return replace(
             progress,
             step=record.step,
@@ -125,31 +175,35 @@ class _Run:
             skipped_steps=skipped_steps,
             train_seconds=progress.train_seconds + self.settings.tokens_per_step / record.tokens_per_second,
             validation_kl_after=record.validation_kl,
+            recent_losses=recent_losses[-SPIKE_WINDOW:],
         )
 
-    def _is_time_to_save(self, step: int, saved_at_seconds: float) -> bool:
+    def _is_time_to_save(self, step: int) -> bool:
         if step == self.settings.total_steps:
             return True  # writing the result may fail, on a full disk for one
         if self.settings.save_every:
             return step % self.settings.save_every == 0
-        return time.monotonic() - saved_at_seconds >= SAVE_SECONDS
+        return self.store.seconds_since_save >= SAVE_SECONDS
 
-    def _step_and_evaluate(self, step_idx: int) -> StepRecord:
-        record = self._train_step(step_idx)
+    def _step_and_evaluate(self, progress: Progress) -> StepRecord:
+        record = self._train_step(progress)
         is_last = record.step == self.settings.total_steps
         if is_last or (self.settings.eval_every and record.step % self.settings.eval_every == 0):
             return replace(record, validation_kl=self._validation_kl())
         return record
 
-    def _train_step(self, step_idx: int) -> StepRecord:
-        settings, started_seconds = self.settings, time.monotonic()
+    def _train_step(self, progress: Progress) -> StepRecord:
+        settings, step_idx, started_seconds = self.settings, progress.step, time.monotonic()
         learning_rate = settings.learning_rate_at(step_idx)
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
         loss, kl = self._accumulate_gradients(step_idx)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.state.model.parameters(), settings.clip_norm))
+        norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), settings.clip_norm)
+        grad_norm = float(whole(norm))
+        # Loss and norm are those of all processes, so that all of them decide alike.
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if is_finite:
+        is_taken = is_finite and not self.engine.is_spike(loss, progress.recent_losses)
+        if is_taken:
             self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
         return StepRecord(
@@ -160,33 +214,38 @@ class _Run:
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             tokens_per_second=settings.tokens_per_step / (time.monotonic() - started_seconds),
-            skipped=not is_finite,
+            skipped=not is_taken,
         )
 
     def _accumulate_gradients(self, step_idx: int) -> tuple[float, float]:
-        """Loss and KL of a step's batch, whose gradients are added up micro-batch by micro-batch."""
+        """Loss and KL of a step's batch, whose gradients are added up over micro-batches and processes."""
         settings = self.settings
-        token_ids_BT, labels_BT = self.data.batch(step_idx * settings.batch_sequences, settings.batch_sequences)
-        loss = kl = torch.zeros((), device=self.pair.device)
-        for start in range(0, settings.batch_sequences, settings.micro_batch_sequences):
+        first_row, num_rows = rows_of_process(settings.batch_sequences, self.processes)
+        first_window = step_idx * settings.batch_sequences + first_row
+        token_ids_BT, labels_BT = self.data.batch(first_window, num_rows)
+        num_valid = (labels_BT != IGNORE).sum().to(self.pair.device, torch.float64)
+        denominator = max(1.0, float(self.processes.sum_(num_valid)))
+        sums = torch.zeros(2, device=self.pair.device)
+        for start in range(0, num_rows, settings.micro_batch_sequences):
             micro_batch = slice(start, start + settings.micro_batch_sequences)
             terms = self.pair.loss(
                 token_ids_BT[micro_batch],
                 labels_BT[micro_batch],
-                denominator=settings.tokens_per_step,
+                denominator=denominator,
                 temperature=settings.temperature,
                 ce_weight=settings.ce_weight,
             )
             terms.loss.backward()
-            loss, kl = loss + terms.loss.detach(), kl + terms.kl
-        return float(loss), float(kl)
+            sums += torch.stack([terms.loss.detach(), terms.kl])
+        loss, kl = self.processes.sum_(sums).tolist()
+        return loss, kl
 
     def _validation_kl(self) -> float | None:
         if self.validation is None:
             return None
         self.state.model.eval()
         batch_sequences = EVALUATED_MICRO_BATCHES * self.settings.micro_batch_sequences
-        validation_kl = self.pair.mean_kl(self.validation, batch_sequences=batch_sequences)
+        validation_kl = self.pair.mean_kl(self.validation, batch_sequences=batch_sequences, processes=self.processes)
         self.state.model.train()
         return validation_kl
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from distill.checkpointing import Progress, remove_training_state
+from distill.checkpointing import STATE_FOLDER, Progress
 from distill.data import PackedWindows
+from distill.engine import EngineSettings
 from distill.estimate import MemoryEstimate, estimate_memory
-from distill.loop import distill
+from distill.loop import distill_pair
+from distill.pair import DistillPair
+from distill.parallel import Placement, joined_placement, open_pair, rows_of_process, whole
 from distill.settings import DistillSettings, OnStep, ignore_step
+from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, read_json, write_json
 from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.models import load_model, load_tokenizer, parts_of
+from minipuzzle.models import load_tokenizer
 from minipuzzle.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files, output_folder
+from minipuzzle.processes import Processes, processes_from_environment
 
 GIVE_TEACHER = "give the model it was cut from with --teacher"
 
@@ -33,6 +40,7 @@ class DistillRequest:
     data: tuple[Path, ...]
     settings: DistillSettings
     out: Path
+    engine: EngineSettings = field(default_factory=EngineSettings)
     validation: tuple[Path, ...] = ()
     device: str = "cpu"
     overwrite: bool = False
@@ -98,7 +106,8 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
     Raises: MinipuzzleError naming what does not fit.
     """
     settings = request.settings
-    check_target_folder(request.out, overwrite=request.overwrite)
+    if processes_from_environment().is_first:
+        check_target_folder(request.out, overwrite=request.overwrite)
     for checkpoint in (request.student, request.teacher):
         checkpoint.require_plain_weights()
     if request.student.family is not request.teacher.family:
@@ -122,14 +131,22 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
 def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> DistillResult:
     """Distil and write the output folder; an interrupted run of the same request is continued.
 
+    Under torchrun all processes of the job call this together; the first alone writes folders and calls ``on_step``.
+
     Raises: InputChangedError if an interrupted run in the way had other inputs or settings.
     """
     request = prepared.request
-    with output_folder(request.out, provenance_of(request), overwrite=request.overwrite) as folder:
-        student_model, progress = _train(prepared, folder, on_step)
-        write_result(student_model, request.student, folder)
-        # Last, because until now a run that is killed can still continue from it.
-        remove_training_state(folder)
+    with joined_placement(request.device, request.engine) as placement:
+        processes = placement.processes
+        rows_of_process(request.settings.batch_sequences, processes)
+        with shared_output_folder(
+            request.out, provenance_of(request), processes, overwrite=request.overwrite
+        ) as folder:
+            pair, progress = _train(prepared, placement, folder, on_step)
+            write_result(pair, request.student, folder, processes)
+            # Last, because until now a run that is killed can still continue from it.
+            if processes.is_first:
+                shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     return DistillResult(
         out=request.out,
         steps=progress.step,
@@ -142,6 +159,20 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
     )
 
 
+@contextmanager
+def shared_output_folder(
+    target: Path, provenance: dict[str, Any], processes: Processes, *, overwrite: bool
+) -> Iterator[Path]:
+    """An ``output_folder`` that the first process opens and completes, and that all of them write into."""
+    with ExitStack() as stack:
+        folder: Path | None = None
+        if processes.is_first:
+            folder = stack.enter_context(output_folder(target, provenance, overwrite=overwrite))
+        shared: Path = processes.broadcast(folder)
+        yield shared
+        processes.wait()  # nobody still writes when the folder gets its name
+
+
 def distill_checkpoint(
     *,
     student: Checkpoint,
@@ -152,6 +183,7 @@ def distill_checkpoint(
     validation: Sequence[Path] = (),
     device: str = "cpu",
     overwrite: bool = False,
+    engine: EngineSettings | None = None,
     on_step: OnStep = ignore_step,
 ) -> DistillResult:
     """Check, distil and write ``out``: what ``minipuzzle distill`` does, for callers in Python.
@@ -164,6 +196,7 @@ def distill_checkpoint(
         data=tuple(data),
         settings=settings,
         out=out,
+        engine=engine or EngineSettings(),
         validation=tuple(validation),
         device=device,
         overwrite=overwrite,
@@ -185,47 +218,64 @@ def provenance_of(request: DistillRequest) -> dict[str, Any]:
     }
 
 
-def write_result(student_model: nn.Module, student: Checkpoint, folder: Path) -> None:
-    """Write a trained student as a Hugging Face checkpoint in the precision in which it was stored before."""
-    # The output never ties head and embeddings, so that all engines read it alike.
-    architecture = replace(student.architecture, tied_embeddings=False)
+def write_result(pair: DistillPair, student: Checkpoint, folder: Path, processes: Processes) -> None:
+    """Write a trained student as a Hugging Face checkpoint in the precision in which it was stored before.
+
+    A split student is gathered tensor by tensor, so that no process ever holds all of it.
+    """
+    weights = dict(pair.student.model.named_parameters())
+
+    def gathered(name: str, _shape: tuple[int, ...]) -> Tensor:
+        return whole(weights[name].detach())
+
+    if processes.is_first:
+        write_student(gathered, student, folder)
+        return
+    for tensor in written_architecture(student).tensors():
+        gathered(student.family.modules.module_name(tensor.name), tensor.shape)
+
+
+def written_architecture(student: Checkpoint) -> Architecture:
+    """What is written: head and embeddings are never tied, so that all engines read the result alike."""
+    return replace(student.architecture, tied_embeddings=False)
+
+
+def write_student(read: Callable[[str, tuple[int, ...]], Tensor], student: Checkpoint, folder: Path) -> None:
+    """Write a student whose weights ``read`` gives one by one, by their name in memory and shape."""
+    architecture = written_architecture(student)
     write_json(folder / "config.json", student.family.write(student.config, architecture))
     copy_companions(student.folder, folder)
-    weights = student_model.state_dict()
     writer = ShardWriter(folder)
     for tensor in architecture.tensors():
         stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
-        weight = weights[student.family.modules.module_name(tensor.name)]
-        writer.add(tensor.name, weight.detach().to("cpu", _TORCH_DTYPES[stored.dtype]))
+        weight = read(student.family.modules.module_name(tensor.name), tensor.shape)
+        writer.add(tensor.name, weight.to("cpu", _TORCH_DTYPES[stored.dtype]))
     writer.finish()
 
 
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _train(prepared: PreparedRun, folder: Path, on_step: OnStep) -> tuple[nn.Module, Progress]:
+def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: OnStep) -> tuple[DistillPair, Progress]:
     request = prepared.request
-    device, compute_dtype = request.device, getattr(torch, request.settings.dtype)
-    student_model = load_model(request.student, dtype=torch.float32, device=device)
-    _untie(student_model, request.student)
-    progress = distill(
-        teacher_model=load_model(request.teacher, dtype=compute_dtype, device=device),
-        student_model=student_model,
-        family=request.student.family,
+    pair = open_pair(
+        student=request.student,
+        teacher=request.teacher,
+        placement=placement,
+        compute_dtype=getattr(torch, request.settings.dtype),
+        engine=request.engine,
+    )
+    progress = distill_pair(
+        pair=pair,
         data=prepared.train_windows,
         settings=request.settings,
         folder=folder,
         validation=prepared.validation_windows,
-        device=device,
+        engine=request.engine,
+        processes=placement.processes,
         on_step=on_step,
     )
-    return student_model, progress
-
-
-def _untie(model: nn.Module, checkpoint: Checkpoint) -> None:
-    if checkpoint.architecture.tied_embeddings:
-        head = parts_of(model, checkpoint.family).head
-        head.weight = nn.Parameter(head.weight.detach().clone())
+    return pair, progress
 
 
 def _shared_tokenizer(student: Checkpoint, teacher: Checkpoint) -> Any:

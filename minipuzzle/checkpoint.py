@@ -156,17 +156,34 @@ class Checkpoint:
 
         Raises: MinipuzzleError if it holds NaN or infinite values.
         """
-        import torch
+        tensor: torch.Tensor = self._open_shard(name).get_tensor(name)
+        self._require_finite(name, tensor)
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read some rows of one tensor, those from ``start`` to before ``stop``, in its stored precision.
+
+        Raises: MinipuzzleError if they hold NaN or infinite values.
+        """
+        tensor: torch.Tensor = self._open_shard(name).get_slice(name)[start:stop]
+        self._require_finite(name, tensor)
+        return tensor
+
+    def _open_shard(self, name: str) -> Any:
         from safetensors import safe_open
 
         shard = self.entries[name].shard
         if shard not in self._open_shards:
             self._open_shards[shard] = safe_open(shard, framework="pt")
-        tensor: torch.Tensor = self._open_shards[shard].get_tensor(name)
+        return self._open_shards[shard]
+
+    def _require_finite(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
         # FP8 has no isfinite kernel; its codes were checked when they were written.
         if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
+            shard = self.entries[name].shard
             raise MinipuzzleError(f"{name} in {shard} holds NaN or infinite values", "restore the checkpoint")
-        return tensor
 
     @property
     def weight_bytes(self) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from distill.engine import OFFLOADS, EngineSettings
 from distill.settings import DTYPES, DistillSettings
 from minipuzzle.options import (
     COUNT,
     FOLDER_OR_FILE,
+    Function,
     data_option,
     default_device,
     device_option,
@@ -22,12 +25,63 @@ from minipuzzle.options import (
     out_option,
     overwrite_option,
 )
+from minipuzzle.processes import processes_from_environment
 from minipuzzle.units import format_count, format_gib
 
 if TYPE_CHECKING:
     from distill.run import DistillResult, PreparedRun
 
 DEFAULTS = DistillSettings(tokens=1)
+ENGINE_DEFAULTS = EngineSettings()
+
+
+def engine_options(function: Function) -> Function:
+    """How the run is executed, whatever it learns; passed on as one ``engine``."""
+
+    @wraps(function)
+    def with_engine(**params: Any) -> Any:
+        engine = EngineSettings(**{field.name: params.pop(field.name) for field in fields(EngineSettings)})
+        return function(engine=engine, **params)
+
+    options = (
+        click.option(
+            "--activation-checkpointing",
+            is_flag=True,
+            help="Keep only the inputs of layers and compute the rest twice: less memory, a third more work.",
+        ),
+        click.option(
+            "--teacher-offload",
+            type=click.Choice(OFFLOADS),
+            default=ENGINE_DEFAULTS.teacher_offload,
+            show_default=True,
+            help="Keep the teacher in host memory and copy it to the device layer by layer.",
+        ),
+        click.option(
+            "--keep-last",
+            type=COUNT,
+            default=ENGINE_DEFAULTS.keep_last,
+            show_default=True,
+            help="Saved states to keep while the run lasts.",
+        ),
+        click.option(
+            "--spike-factor",
+            type=float,
+            default=ENGINE_DEFAULTS.spike_factor,
+            show_default=True,
+            help="Skip a step whose loss is so many times the median of recent ones.",
+        ),
+        click.option(
+            "--max-skipped-steps",
+            type=click.IntRange(min=0),
+            default=ENGINE_DEFAULTS.max_skipped_steps,
+            show_default=True,
+            help="Stop a run that has skipped more steps than this.",
+        ),
+    )
+    decorated: Any = with_engine
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
 
 
 @click.command()
@@ -86,6 +140,7 @@ DEFAULTS = DistillSettings(tokens=1)
     help="Precision of the computation; default: bfloat16 on a GPU, float32 on a CPU. Weights are trained in float32.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Order of the text.")
+@engine_options
 @device_option
 @overwrite_option
 @dry_run_option
@@ -98,6 +153,7 @@ def distill(
     out: Path,
     device: str | None,
     dtype: str | None,
+    engine: EngineSettings,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -105,7 +161,9 @@ def distill(
 ) -> None:
     """Recover a cut model: STUDENT learns the next-token distributions of its teacher.
 
-    Interrupted with Ctrl-C or killed, the run leaves OUT.partial, and the same command continues from there.
+    Interrupted with Ctrl-C or killed, the run leaves OUT.partial, and the same command continues from there. On many
+    GPUs: torchrun --nproc-per-node=8 -m minipuzzle.cli distill ...; any number of processes continues what any other
+    number began.
     """
     from distill.display import distill_progress
     from distill.run import DistillRequest, find_teacher, prepare_run, run_prepared
@@ -120,17 +178,21 @@ def distill(
         data=data,
         settings=settings,
         out=out,
+        engine=engine,
         validation=validation,
         device=device,
         overwrite=overwrite,
     )
     prepared = prepare_run(request)
+    is_first = processes_from_environment().is_first
     if dry_run:
-        _show_plan(prepared, as_json=as_json)
+        if is_first:
+            _show_plan(prepared, as_json=as_json)
         return
-    with distill_progress(settings.total_steps, quiet=as_json) as on_step:
+    with distill_progress(settings.total_steps, quiet=as_json or not is_first) as on_step:
         result = run_prepared(prepared, on_step=on_step)
-    _show_result(result, as_json=as_json)
+    if is_first:
+        _show_result(result, as_json=as_json)
 
 
 def _settings(options: dict[str, Any], dtype: str) -> DistillSettings:
@@ -184,5 +246,7 @@ def _show_result(result: DistillResult, *, as_json: bool) -> None:
         f"{result.tokens / seconds:,.0f} tokens/s"
     )
     if result.skipped_steps:
-        click.echo(f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite")
+        click.echo(
+            f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite or rose suddenly"
+        )
     click.echo(f"written to {result.out}\nnext: minipuzzle export {result.out} --fp8 -o ...")

@@ -1,0 +1,46 @@
+"""How a run is executed, apart from what it learns; free of torch, so that commands can show defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from minipuzzle.errors import MinipuzzleError
+
+OFFLOADS = ("none", "cpu")
+SPIKE_WINDOW = 32  # losses that a spike is measured against
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Memory and safety of a run.
+
+    ``teacher_offload``: "cpu" keeps the teacher's weights in host memory and copies a layer at a time to the device.
+    ``activation_checkpointing``: layers keep their inputs only and are computed again in the backward pass.
+    ``keep_last``: how many saved states are kept.
+    ``spike_factor``: a step whose loss exceeds so many times the median of recent ones is skipped, and a run that
+    skips more than ``max_skipped_steps`` stops; steps whose loss or gradient is not finite are always skipped.
+
+    Raises: MinipuzzleError for a value out of range.
+    """
+
+    teacher_offload: str = "none"
+    activation_checkpointing: bool = False
+    keep_last: int = 1
+    spike_factor: float = 5.0
+    max_skipped_steps: int = 20
+
+    def __post_init__(self) -> None:
+        if self.teacher_offload not in OFFLOADS:
+            raise MinipuzzleError(f"teacher offload is {self.teacher_offload!r}", f"give {' or '.join(OFFLOADS)}")
+        for name, least in (("keep_last", 1), ("max_skipped_steps", 0)):
+            if getattr(self, name) < least:
+                found = getattr(self, name)
+                raise MinipuzzleError(f"{name.replace('_', ' ')} is {found!r}", f"give {least} or more")
+        if self.spike_factor <= 1:
+            raise MinipuzzleError(f"spike factor is {self.spike_factor!r}", "give a number above 1")
+
+    def is_spike(self, loss: float, recent_losses: Sequence[float]) -> bool:
+        """Whether a loss is far above those of recent steps; never before there are SPIKE_WINDOW of them."""
+        return len(recent_losses) >= SPIKE_WINDOW and loss > self.spike_factor * median(recent_losses)

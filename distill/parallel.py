@@ -1,0 +1,210 @@
+"""Models split over the processes of a job with PyTorch's FSDP2, and started without any process reading all of one.
+
+A model is built without memory, split, and then filled: of each tensor a process reads the rows that are its own.
+While it runs, a layer's weights are gathered just before the layer and forgotten after it; gradients come back summed
+over all processes, as parts of one mean whose denominator the caller knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from distill.engine import EngineSettings
+from distill.pair import DistillPair, HiddenStates
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.families import Family
+from minipuzzle.models import build_on_meta, load_model, parts_of
+from minipuzzle.processes import Processes, joined_processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where models live: this process's device, and the mesh they are split over; None: whole in one process."""
+
+    processes: Processes
+    device: torch.device
+    mesh: DeviceMesh | None
+
+
+@contextmanager
+def joined_placement(device: str, engine: EngineSettings) -> Iterator[Placement]:
+    """Connect the processes of the job, if there are several, while the block runs.
+
+    A single process on a GPU is a mesh of one, so that it computes exactly as many do; on a CPU models stay whole
+    unless the teacher is to be offloaded.
+    """
+    with joined_processes(device) as processes:
+        own = torch.device(processes.device(device))
+        if processes.world_size == 1 and own.type == "cpu" and engine.teacher_offload == "none":
+            yield Placement(processes=processes, device=own, mesh=None)
+            return
+        is_ours = not dist.is_initialized()
+        if is_ours:
+            backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh(own.type, (processes.world_size,), mesh_dim_names=("shard",))
+            yield Placement(processes=processes, device=own, mesh=mesh)
+        finally:
+            if is_ours:
+                dist.destroy_process_group()
+
+
+def open_pair(
+    *,
+    student: Checkpoint,
+    teacher: Checkpoint,
+    placement: Placement,
+    compute_dtype: torch.dtype,
+    engine: EngineSettings,
+) -> DistillPair:
+    """Student and teacher with their weights on this process's device: whole, or this process's part of them.
+
+    The student's weights are float32 and its head is its own, the teacher's are frozen in ``compute_dtype``.
+    """
+    if placement.mesh is None:
+        models = [
+            load_model(checkpoint, dtype=dtype, device=str(placement.device))
+            for checkpoint, dtype in ((student, torch.float32), (teacher, compute_dtype))
+        ]
+    else:
+        models = [
+            build_on_meta({**student.config, "tie_word_embeddings": False}, torch.float32),
+            build_on_meta({**teacher.config, "tie_word_embeddings": False}, compute_dtype),
+        ]
+    student_model, teacher_model = models
+    if student.architecture.tied_embeddings and placement.mesh is None:
+        head = parts_of(student_model, student.family).head
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    if engine.activation_checkpointing:
+        recompute_layers(student_model, student.family)
+    pair = make_pair(teacher_model, student_model, student.family, device=placement.device, compute_dtype=compute_dtype)
+    if placement.mesh is not None:
+        low_dtype = None if compute_dtype == torch.float32 else compute_dtype
+        split(pair.student, placement.mesh, low_dtype=low_dtype)
+        split(pair.teacher, placement.mesh, offload_to_cpu=engine.teacher_offload == "cpu")
+        fill(pair.student, student, placement.device)
+        fill(pair.teacher, teacher, torch.device("cpu") if engine.teacher_offload == "cpu" else placement.device)
+    return pair
+
+
+def make_pair(
+    teacher_model: nn.Module,
+    student_model: nn.Module,
+    family: Family,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype = torch.float32,
+) -> DistillPair:
+    """A trainable student and a frozen teacher."""
+    teacher_model.requires_grad_(False).eval()
+    student_model.requires_grad_(True).train()
+    return DistillPair(
+        teacher=HiddenStates(teacher_model, family),
+        student=HiddenStates(student_model, family),
+        device=device,
+        compute_dtype=compute_dtype,
+    )
+
+
+def recompute_layers(model: nn.Module, family: Family) -> None:
+    """Make every layer keep its inputs alone and compute the rest again in the backward pass.
+
+    Inside FSDP's own hooks, so that a layer is gathered once for its second forward and its backward pass. No layer
+    draws random numbers, so none are kept.
+    """
+    for layer in parts_of(model, family).layers:
+        forward = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.__dict__["forward"] = forward
+
+
+def split(
+    part: HiddenStates, mesh: DeviceMesh, *, low_dtype: torch.dtype | None = None, offload_to_cpu: bool = False
+) -> None:
+    """Split a model along the first dimension of each parameter; a layer is what is gathered at once.
+
+    ``low_dtype``: what weights are gathered and multiplied in; gradients are summed in float32 always. The final norm
+    and the LM head stay gathered from the forward pass on, because the loss uses them after it.
+    """
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=low_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload_to_cpu else OffloadPolicy(),
+    }
+    parts = part.parts
+    for unit in (parts.embeddings, *parts.layers):
+        fully_shard(unit, reshard_after_forward=True, **options)
+    fully_shard(part, **options)
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Gloo has no sum with a factor; a plain sum is what is wanted anyway.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def fill(part: HiddenStates, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Read this process's rows of every tensor of a split model that has no memory yet.
+
+    Raises: MinipuzzleError if values are not finite. Names and shapes were checked before.
+    """
+    module_name = checkpoint.family.modules.module_name
+    disk_names = {module_name(name): name for name in checkpoint.entries}
+    head = f"{checkpoint.family.modules.head}.weight"
+    disk_names.setdefault(head, disk_names[f"{checkpoint.family.modules.embeddings}.weight"])
+    state: dict[str, Tensor] = {}
+    for name, parameter in part.model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is not split"
+        first, count = own_rows(parameter)
+        local = checkpoint.rows(disk_names.pop(name), first, first + count)
+        state[name] = DTensor.from_local(
+            local.to(device, parameter.dtype, copy=True),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    assert not disk_names, f"nothing takes {sorted(disk_names)}"
+    part.model.load_state_dict(state, strict=True, assign=True)
+    checkpoint.family.prepare(part.model)
+
+
+def own_rows(parameter: DTensor) -> tuple[int, int]:
+    """First row and number of rows of a split parameter that this process holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0], shape[0]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all processes, which must all call this; a whole tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of_process(batch_sequences: int, processes: Processes) -> tuple[int, int]:
+    """First sequence and number of sequences of each batch that fall to this process.
+
+    Raises: MinipuzzleError if a batch cannot be divided equally, as all processes must take every step together.
+    """
+    count, left_over = divmod(batch_sequences, processes.world_size)
+    if left_over or count == 0:
+        raise MinipuzzleError(
+            f"a batch of {batch_sequences} sequences cannot be divided equally among {processes.world_size} processes",
+            f"give --batch a multiple of {processes.world_size}",
+        )
+    return processes.rank * count, count

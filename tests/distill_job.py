@@ -1,0 +1,108 @@
+"""A distillation job of several processes, started by torchrun from tests; each process reports what it held and did.
+
+Usage: torchrun ... distill_job.py MODELS FOLDER RESUMED [OPTIONS AS JSON]
+``FOLDER`` is for a run from its start, ``RESUMED`` for the rest of a run whose state already lies there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from distill.engine import EngineSettings
+from distill.loop import distill_pair
+from distill.parallel import Placement, joined_placement, open_pair, whole
+from distill.run import write_result
+from minipuzzle.checkpoint import Checkpoint
+from tests.test_distill_loop import SETTINGS, held_out, windows
+
+STEPS = 20
+
+
+def settings_of(**changes: Any) -> Any:
+    from dataclasses import replace
+
+    tokens = STEPS * SETTINGS.tokens_per_step
+    return replace(SETTINGS, tokens=tokens, micro_batch_sequences=1, save_every=10, **changes)
+
+
+def run(
+    models: Path, folder: Path, placement: Placement, engine: EngineSettings, dtype: str, *, count: bool = True
+) -> dict[str, Any]:
+    """Distil; report what this process read and holds, and write the student from the first process."""
+    student, teacher = (Checkpoint.open(models / name) for name in ("student", "teacher"))
+    rows_read = count_rows(student, teacher) if count else []
+    pair = open_pair(
+        student=student,
+        teacher=teacher,
+        placement=placement,
+        compute_dtype=getattr(torch, dtype),
+        engine=engine,
+    )
+    held = {
+        part: sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
+        for part, module in (("student", pair.student), ("teacher", pair.teacher))
+    }
+    folder.mkdir(exist_ok=True)
+    settings = settings_of(dtype=dtype)
+    progress = distill_pair(
+        pair=pair,
+        data=windows(),
+        settings=settings,
+        folder=folder,
+        validation=held_out(),
+        engine=engine,
+        processes=placement.processes,
+    )
+    write_result(pair, student, folder, placement.processes)
+    gradients = [name for name, parameter in pair.teacher.named_parameters() if parameter.grad is not None]
+    return {
+        "held": held,
+        "read": sum(rows_read),
+        "all_split": all(isinstance(parameter, DTensor) for parameter in pair.student.parameters()),
+        "step": progress.step,
+        "teacher_gradients": gradients,
+        "weight_sums": {n: float(whole(p.detach()).sum()) for n, p in pair.student.model.named_parameters()},
+    }
+
+
+def count_rows(*checkpoints: Checkpoint) -> list[int]:
+    """Elements that are read from now on, one entry a read; reading a whole tensor is an error."""
+    read: list[int] = []
+
+    def counted(checkpoint: Checkpoint) -> None:
+        rows = checkpoint.rows
+
+        def count(name: str, start: int, stop: int) -> torch.Tensor:
+            tensor = rows(name, start, stop)
+            read.append(tensor.numel())
+            return tensor
+
+        checkpoint.__dict__["rows"] = count
+        checkpoint.__dict__["tensor"] = None
+
+    for checkpoint in checkpoints:
+        counted(checkpoint)
+    return read
+
+
+def main() -> None:
+    models, folder, resumed = (Path(argument) for argument in sys.argv[1:4])
+    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    dtype = options.pop("dtype", "float32")
+    engine = EngineSettings(**{"keep_last": 2, "activation_checkpointing": True, **options})
+    with joined_placement("cpu", engine) as placement:
+        report = run(models, folder, placement, engine, dtype)
+        if resumed.exists():
+            report["resumed"] = run(models, resumed, placement, engine, dtype)
+        (folder / f"report-{placement.processes.rank}.json").write_text(json.dumps(report))
+        placement.processes.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Several processes learn what one learns: same losses and weights from models that are really split between them.
+
+A state saved by one number of processes is continued by another, and no process reads or holds more than its part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.checkpointing import STATE_FOLDER
+from distill.engine import EngineSettings
+from distill.loop import METRICS_FILE
+from distill.parallel import joined_placement, rows_of_process
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.processes import Processes
+from tests.distill_job import run
+from tests.test_distill_loop import models  # noqa: F401  the fixture
+
+ROOT = Path(__file__).parent.parent
+Job = dict[str, Any]
+
+
+def torchrun(num_processes: int, *arguments: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, *arguments], check=True, timeout=280, env=environment)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def run_alone(models: Path, folder: Path) -> Job:  # noqa: F811
+    engine = EngineSettings(keep_last=2)
+    with joined_placement("cpu", engine) as placement:
+        assert placement.mesh is None
+        return run(models, folder, placement, engine, "float32", count=False)
+
+
+def keep_only_step_10(folder: Path, target: Path) -> None:
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / STATE_FOLDER / "step-00000020")
+
+
+@pytest.fixture(scope="module")
+def jobs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """``one``: a run of one process. ``two``: of two. ``one_two``: begun by one and continued by two processes."""
+    root = tmp_path_factory.mktemp("jobs")
+    run_alone(models, root / "one")
+    keep_only_step_10(root / "one", root / "one_two")
+    torchrun(2, str(ROOT / "tests/distill_job.py"), str(models), str(root / "two"), str(root / "one_two"))
+    return root
+
+
+def reports(jobs: Path) -> list[Job]:
+    return [json.loads((jobs / "two" / f"report-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_have_the_losses_of_one_over_20_steps(jobs: Path) -> None:
+    alone, together = losses(jobs / "one"), losses(jobs / "two")
+    assert len(alone) == 20 and alone[-1] < 0.9 * alone[0]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_both_processes_end_with_the_weights_of_one(jobs: Path) -> None:
+    alone, together = (load_file(jobs / name / "model.safetensors") for name in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-5)
+    first, second = reports(jobs)
+    assert first["weight_sums"] == second["weight_sums"]
+
+
+def test_models_are_really_split_and_each_process_reads_its_part_alone(jobs: Path, models: Path) -> None:  # noqa: F811
+    sizes = {part: Checkpoint.open(models / part).architecture.num_parameters for part in ("student", "teacher")}
+    both = reports(jobs)
+    for part, size in sizes.items():
+        held = [report["held"][part] for report in both]
+        assert sum(held) == size
+        assert max(held) < 0.52 * size
+    assert all(report["all_split"] for report in both)
+    assert [report["read"] for report in both] == [sum(report["held"].values()) for report in both]
+    assert [report["teacher_gradients"] for report in both] == [[], []]
+
+
+def test_a_run_of_one_process_is_continued_by_two(jobs: Path) -> None:
+    assert len(losses(jobs / "one_two")) == 20
+    assert losses(jobs / "one_two") == pytest.approx(losses(jobs / "one"), abs=1e-5)
+    assert losses(jobs / "one_two")[:10] == losses(jobs / "one")[:10]
+
+
+def test_a_run_of_two_processes_is_continued_by_one(jobs: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
+    keep_only_step_10(jobs / "two", tmp_path / "two_one")
+    run_alone(models, tmp_path / "two_one")
+    assert losses(tmp_path / "two_one") == pytest.approx(losses(jobs / "two"), abs=1e-5)
+    assert losses(tmp_path / "two_one")[:10] == losses(jobs / "two")[:10]
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    shares = [rows_of_process(6, Processes(rank=rank, world_size=3)) for rank in range(3)]
+    assert shares == [(0, 2), (2, 2), (4, 2)]
+    for batch in (2, 7):
+        with pytest.raises(MinipuzzleError, match="cannot be divided equally among 3"):
+            rows_of_process(batch, Processes(world_size=3))
