@@ -35,7 +35,7 @@ UNIT_DEFINITIONS: Mapping[str, str] = {
 }
 ENERGY_DEFINITIONS: Mapping[str, str] = {
     "ssm": "input of the gated norm after the gate: mean square over all tokens",
-    "hidden": "input of the block's norm or of the final norm: mean square over all tokens",
+    "hidden": "input of the block's norm or of the final norm, minus its mean for a LayerNorm: mean square over tokens",
 }
 Array = NDArray[np.float32]
 Observe = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]  # a forward hook
@@ -122,10 +122,11 @@ def _require_finite(measured: Mapping[str, Array]) -> None:
 @contextmanager
 def _hooks(stack: LayerStack, sums: _Sums) -> Iterator[None]:
     """Observe the modules of all layers, and the final norm, while the block runs."""
-    handles = [stack.final_norm_module.register_forward_hook(_observe_norm(sums, FINAL))]
+    is_centered = stack.architecture.names.norm.is_centered
+    handles = [stack.final_norm_module.register_forward_hook(_observe_norm(sums, FINAL, is_centered))]
     for layer_idx, spec in enumerate(stack.architecture.layers):
         mixer_prefix, norm_name = stack.architecture.names.mixers[spec.kind]
-        observers = {norm_name: _observe_norm(sums, layer_idx)}
+        observers = {norm_name: _observe_norm(sums, layer_idx, is_centered)}
         observers |= {mixer_prefix + name: hook for name, hook in _OBSERVERS[spec.kind](sums, layer_idx, spec).items()}
         for tensor_name, observe in observers.items():
             module = stack.layer(layer_idx).get_submodule(tensor_name.removesuffix(".weight"))
@@ -146,10 +147,11 @@ def _mean_square(x_BTU: torch.Tensor) -> torch.Tensor:
     return x_BTU.to(torch.promote_types(x_BTU.dtype, torch.float32)).square().mean(dim=1)
 
 
-def _observe_norm(sums: _Sums, norm: int | str) -> Observe:
+def _observe_norm(sums: _Sums, norm: int | str, is_centered: bool) -> Observe:
     def observe(_module: nn.Module, args: tuple[torch.Tensor, ...], normed_BTH: torch.Tensor) -> None:
         sums.add(sums.squares, f"hidden.{norm}", _mean_size(normed_BTH).square())
-        sums.add(sums.energies, f"hidden.{norm}", _mean_square(args[0]))
+        input_BTH = args[0] - args[0].mean(-1, keepdim=True) if is_centered else args[0]
+        sums.add(sums.energies, f"hidden.{norm}", _mean_square(input_BTH))
 
     return observe
 

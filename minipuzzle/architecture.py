@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, CacheSpec, LayerSpec, TensorSpec
+from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, CacheSpec, LayerSpec, NormSpec, TensorSpec
 
 # Layouts of a cut model. Uniform: complete blocks and one width an axis, which every engine loads.
 UNIFORM, PER_LAYER = "uniform", "per-layer"
@@ -29,6 +29,7 @@ class TensorNames:
     embeddings: str
     final_norm: str
     head: str
+    norm: NormSpec = field(default_factory=NormSpec)
     slots: Mapping[str, int] = field(default_factory=dict)
     ties_head: bool = True
 
@@ -149,10 +150,10 @@ class Architecture:
         """The tensors of one layer, its input norm first."""
         layer = self.layers[layer_idx]
         mixer_prefix, norm_name = self.names.mixers[layer.kind]
-        norm = TensorSpec(name=norm_name, dims=(HIDDEN,), rms_groups=1)
+        norms = self.names.norm.tensors(norm_name)
         mixer = LAYER_KINDS[layer.kind].tensors(layer)
         prefix = self.names.block(self.block_of(layer_idx))
-        for spec, path in ((norm, prefix), *((spec, prefix + mixer_prefix) for spec in mixer)):
+        for spec, path in (*((spec, prefix) for spec in norms), *((spec, prefix + mixer_prefix) for spec in mixer)):
             yield PlacedTensor(
                 name=path + spec.name, spec=spec, sizes=layer.sizes, layer_idx=layer_idx, part=layer.kind
             )
@@ -161,12 +162,12 @@ class Architecture:
         """Embeddings, final norm and LM head (none of its own where it is tied to the embeddings)."""
         sizes = {"hidden": self.hidden, "vocabulary": self.vocabulary}
         table = ((("vocabulary",),), HIDDEN)
-        outer = [("embeddings", self.names.embeddings, table, 0), ("final_norm", self.names.final_norm, (HIDDEN,), 1)]
+        outer = [("embeddings", TensorSpec(name=self.names.embeddings, dims=table))]
+        outer += [("final_norm", spec) for spec in self.names.norm.tensors(self.names.final_norm)]
         if not self.tied_embeddings:
-            outer.append(("head", self.names.head, table, 0))
-        for part, name, dims, rms_groups in outer:
-            spec = TensorSpec(name=name, dims=dims, rms_groups=rms_groups)
-            yield PlacedTensor(name=name, spec=spec, sizes=sizes, layer_idx=None, part=part)
+            outer.append(("head", TensorSpec(name=self.names.head, dims=table)))
+        for part, spec in outer:
+            yield PlacedTensor(name=spec.name, spec=spec, sizes=sizes, layer_idx=None, part=part)
 
     def tensors(self) -> Iterator[PlacedTensor]:
         """Every tensor of the model, layers in order, then what lies around them."""

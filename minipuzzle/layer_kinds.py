@@ -42,6 +42,7 @@ class TensorSpec:
 
     ``quantized``: a linear weight that FP8 and FP4 exports shrink. ``rms_groups``: for the weight of an RMS norm,
     the number of groups that are averaged separately (0: not such a weight). Cutting channels changes that average.
+    ``norm_offset``: what such a norm adds to its stored weight before it multiplies by it.
     ``routed``: weights of routed experts, of which a token uses ``experts_per_token`` of ``expert``.
     """
 
@@ -50,6 +51,7 @@ class TensorSpec:
     quantized: bool = False
     rms_groups: int = 0
     routed: bool = False
+    norm_offset: float = 0.0
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Elements along each dimension."""
@@ -62,11 +64,40 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """State kept by one layer while generating: elements per sequence, or per token of it."""
+    """State kept by one layer while generating: elements per sequence, or per token of it.
+
+    ``max_tokens``: of a sliding window, which keeps no more.
+    """
 
     name: str  # "kv", "ssm_state" or "conv_state"; each has its own precision in a deployment
     num_elements: int
     per_token: bool
+    max_tokens: int | None = None
+
+    def num_tokens(self, context_tokens: int) -> int:
+        """Times that ``num_elements`` are kept for one sequence."""
+        if not self.per_token:
+            return 1
+        return context_tokens if self.max_tokens is None else min(context_tokens, self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """The norms of a family, before each layer and before the head.
+
+    ``is_centered``: a LayerNorm, which subtracts the mean, rather than an RMS norm. ``weight_offset``: what is added to
+    the stored weight; LayerNorm1P stores it minus one.
+    """
+
+    has_bias: bool = False
+    is_centered: bool = False
+    weight_offset: float = 0.0
+
+    def tensors(self, name: str) -> tuple[TensorSpec, ...]:
+        """The tensors of a norm over the hidden axis whose weight has a name."""
+        weight = TensorSpec(name=name, dims=(HIDDEN,), rms_groups=1, norm_offset=self.weight_offset)
+        bias = TensorSpec(name=name.removesuffix("weight") + "bias", dims=(HIDDEN,))
+        return (weight, bias) if self.has_bias else (weight,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +170,7 @@ def _mamba_caches(layer: LayerSpec) -> tuple[CacheSpec, ...]:
     )
 
 
-# --- Grouped-query attention ---------------------------------------------------------------------------------------
+# --- Grouped-query attention; "window" among the sizes makes it slide ---------------------------------------------
 
 _QUERY_ROWS: Dimension = (("kv_group", "queries_per_group", "head_dim"),)
 _KEY_ROWS: Dimension = (("kv_group", "head_dim"),)
@@ -152,12 +183,19 @@ def _attention_tensors(layer: LayerSpec) -> tuple[TensorSpec, ...]:
         TensorSpec(name="v_proj.weight", dims=(_KEY_ROWS, HIDDEN), quantized=True),
         TensorSpec(name="o_proj.weight", dims=(HIDDEN, _QUERY_ROWS), quantized=True),
     )
-    return _with_biases(linears, "bias" in layer.options)
+    if "qk_norm" in layer.options:  # over the channels of each head, which are not cut
+        norms = tuple(TensorSpec(name=f"{name}_norm.weight", dims=((("head_dim",),),)) for name in ("q", "k"))
+    else:
+        norms = ()
+    if "qkv_bias" in layer.options:
+        return (*_with_biases(linears[:3], True), linears[3], *norms)
+    return (*_with_biases(linears, "bias" in layer.options), *norms)
 
 
 def _attention_caches(layer: LayerSpec) -> tuple[CacheSpec, ...]:
     keys_and_values = 2 * layer.sizes["kv_group"] * layer.sizes["head_dim"]
-    return (CacheSpec(name="kv", num_elements=keys_and_values, per_token=True),)
+    window = layer.sizes.get("window")
+    return (CacheSpec(name="kv", num_elements=keys_and_values, per_token=True, max_tokens=window),)
 
 
 # --- Feed-forward --------------------------------------------------------------------------------------------------

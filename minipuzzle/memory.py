@@ -162,7 +162,7 @@ def layer_bytes(architecture: Architecture, layer_idx: int, deployment: Deployme
     for cache in LAYER_KINDS[layer.kind].caches(layer):
         term = _TERM_OF_CACHE.get(cache.name, cache.name)
         precision = deployment.precision_of(term, architecture)
-        tokens = deployment.context_tokens if cache.per_token else 1
+        tokens = cache.num_tokens(deployment.context_tokens)
         total[term] += precision.num_bytes((deployment.batch, tokens, cache.num_elements))
         if cache.per_token and precision.has_scales:
             total["scales"] += 2 * _SCALE_BYTES  # one for keys, one for values

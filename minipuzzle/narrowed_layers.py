@@ -99,10 +99,10 @@ class NarrowedLayers:
         norm = self.stack.loaded_final_norm()
         if units is None:
             return norm
-        (placed,) = (tensor for tensor in source.outer_tensors() if tensor.part == "final_norm")
         narrowed = copy.deepcopy(self._blank_parts(replace(source, hidden=len(units))).final_norm)
-        weight = cut_tensor(norm.get_parameter("weight").detach(), placed, plan)
-        narrowed.load_state_dict({"weight": weight}, strict=True, assign=True)
+        placed = {self.stack.parameter_name(t): t for t in source.outer_tensors() if t.part == "final_norm"}
+        cut = {name: cut_tensor(norm.get_parameter(name).detach(), tensor, plan) for name, tensor in placed.items()}
+        narrowed.load_state_dict(cut, strict=True, assign=True)
         return narrowed
 
     def _reorder(self, layer_idx: int, layer: nn.Module, orders: Mapping[str, Units]) -> None:

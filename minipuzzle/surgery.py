@@ -57,8 +57,8 @@ def cut_tensor(tensor: torch.Tensor, placed: PlacedTensor, plan: Plan) -> torch.
         return tensor
     assert len(scales) == placed.spec.rms_groups, f"{placed.name} needs {placed.spec.rms_groups} scales"
     precise = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    by_group = precise.view(len(scales), -1) * precise.new_tensor(scales)[:, None]
-    return by_group.view(-1).to(tensor.dtype)
+    by_group = (precise + placed.spec.norm_offset).view(len(scales), -1) * precise.new_tensor(scales)[:, None]
+    return (by_group.view(-1) - placed.spec.norm_offset).to(tensor.dtype)
 
 
 def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:

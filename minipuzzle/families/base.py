@@ -95,19 +95,20 @@ def divide(numerator: int, denominator: int, what: str) -> int:
 
 
 def uniform_sizes(architecture: Architecture, kind: str) -> Mapping[str, int] | None:
-    """The sizes that all layers of a kind share; None if there are no such layers.
+    """The sizes that all layers of a kind share; None if there are no such layers. Windows may differ.
 
-    Raises: MinipuzzleError if they differ.
+    Raises: MinipuzzleError if others differ.
     """
     layers = [layer for layer in architecture.layers if layer.kind == kind]
     if not layers:
         return None
-    if any(layer.sizes != layers[0].sizes for layer in layers):
+    widths = [{axis: size for axis, size in layer.sizes.items() if axis != "window"} for layer in layers]
+    if any(other != widths[0] for other in widths):
         raise MinipuzzleError(
             f"the {kind} layers differ in width, which config.json of {architecture.model_type} cannot say",
             "give all layers of a kind the same widths",
         )
-    return layers[0].sizes
+    return widths[0]
 
 
 def require_whole_blocks(architecture: Architecture) -> None:

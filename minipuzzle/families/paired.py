@@ -6,9 +6,11 @@ In the Architecture such a block is two layers. They run as residual branches of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from minipuzzle.architecture import Architecture, TensorNames
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families.base import (
     Config,
     Family,
@@ -19,7 +21,7 @@ from minipuzzle.families.base import (
     require_whole_blocks,
     uniform_sizes,
 )
-from minipuzzle.layer_kinds import LayerSpec
+from minipuzzle.layer_kinds import LayerSpec, NormSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +44,8 @@ PAIRED_MODULES = ModulePaths(
     module_prefix="model.",
     rotary="model.rotary_emb",
 )
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
+_QWEN_MAX_WINDOW_LAYERS = 28  # where config.json is silent
 # Of the file's own history, or no longer true of weights that were read as plain numbers.
 STALE_KEYS = ("_name_or_path", "transformers_version", "auto_map")
 TINY_CONFIG: Mapping[str, Any] = {
@@ -82,13 +86,41 @@ def attention_sizes(config: Config) -> dict[str, int]:
 
 
 def paired_layers(
-    config: Config, attention_options: frozenset[str], mlp_options: frozenset[str]
+    config: Config, attention_options: frozenset[str], mlp_options: frozenset[str], windows: Sequence[int | None]
 ) -> tuple[LayerSpec, ...]:
-    """Attention and MLP of every block, all alike."""
-    attention = LayerSpec(kind="attention", sizes=attention_sizes(config), options=attention_options)
+    """Attention and MLP of every block. ``windows``: of each attention, in tokens; None where it sees everything."""
+    num_blocks = require(config, "num_hidden_layers")
+    if len(windows) != num_blocks:
+        problem = f"config.json: layer_types names {len(windows)} layers, num_hidden_layers {num_blocks}"
+        raise MinipuzzleError(problem, "correct the file")
     mlp_sizes = {"hidden": require(config, "hidden_size"), "ffn": require(config, "intermediate_size")}
     mlp = LayerSpec(kind="mlp", sizes=mlp_sizes, options=mlp_options)
-    return (attention, mlp) * require(config, "num_hidden_layers")
+    layers = []
+    for window in windows:
+        sizes = attention_sizes(config) | ({} if window is None else {"window": window})
+        layers += [LayerSpec(kind="attention", sizes=sizes, options=attention_options), mlp]
+    return tuple(layers)
+
+
+def no_windows(config: Config) -> list[int | None]:
+    """Full attention in every block."""
+    return [None] * require(config, "num_hidden_layers")
+
+
+def windows_by_layer_type(config: Config) -> list[int | None]:
+    """Windows as Qwen's configs give them: for each block in ``layer_types``, or from ``max_window_layers`` on.
+
+    Raises: MinipuzzleError for an unknown layer type.
+    """
+    num_blocks = require(config, "num_hidden_layers")
+    window = require(config, "sliding_window") if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", _QWEN_MAX_WINDOW_LAYERS)
+        return [window if block_idx >= first else None for block_idx in range(num_blocks)]
+    for block_idx, name in enumerate(types):
+        require_one_of({f"layer_types[{block_idx}]": name}, f"layer_types[{block_idx}]", LAYER_TYPES, "")
+    return [window if name == SLIDING else None for name in types]
 
 
 def write_paired(source: Config, architecture: Architecture) -> dict[str, Any]:
@@ -101,6 +133,9 @@ def write_paired(source: Config, architecture: Architecture) -> dict[str, Any]:
     config |= {"num_hidden_layers": len(architecture.blocks), "hidden_size": architecture.hidden}
     if attention := uniform_sizes(architecture, "attention"):
         queries = attention["kv_group"] * attention["queries_per_group"]
+        if "layer_types" in source or source.get("use_sliding_window"):
+            kept = [layer for layer in architecture.layers if layer.kind == "attention"]
+            config["layer_types"] = [SLIDING if "window" in layer.sizes else FULL for layer in kept]
         config |= {"num_attention_heads": queries, "num_key_value_heads": attention["kv_group"]}
         if "head_dim" in source or architecture.hidden != queries * attention["head_dim"]:
             config["head_dim"] = attention["head_dim"]
@@ -129,18 +164,28 @@ def paired_family(
     options: Callable[[Config], tuple[frozenset[str], frozenset[str]]],
     tiny_config: Config,
     activation: str = "silu",
+    windows: Callable[[Config], Sequence[int | None]] = no_windows,
+    norm: NormSpec | None = None,
+    head_dim: int | None = None,
 ) -> Family:
-    """An entry of the table with the common names. ``options`` reads those of attention and of the MLP."""
+    """An entry of the table with the common names.
+
+    ``options`` reads those of attention and of the MLP, ``windows`` the window of each attention. ``head_dim``: what
+    transformers assumes where config.json is silent; None: hidden size by heads.
+    """
+    names = replace(PAIRED_NAMES, norm=norm or NormSpec())
 
     def read(config: Config) -> Architecture:
+        if head_dim is not None:
+            config = {"head_dim": head_dim, **config}
         require_one_of(config, "hidden_act", (activation,), activation)
         return Architecture(
             model_type=model_type,
-            layers=paired_layers(config, *options(config)),
+            layers=paired_layers(config, *options(config), windows(config)),
             hidden=require(config, "hidden_size"),
             vocabulary=require(config, "vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            names=PAIRED_NAMES,
+            names=names,
         )
 
     return Family(
