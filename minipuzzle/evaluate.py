@@ -69,14 +69,37 @@ class Evaluation:
         }
 
 
+class ReferenceLogits:
+    """The next-token distributions that models are compared with on a chunk of tokens, made once for all of them."""
+
+    def __init__(self, logits_CV: torch.Tensor) -> None:
+        """From the reference model's float32 logits."""
+        self.log_prob_CV = logits_CV.log_softmax(-1)
+        self.prob_CV = self.log_prob_CV.exp()
+        self.best_C = logits_CV.argmax(-1)
+
+
 @dataclass(kw_only=True)
-class _Sums:
+class TokenSums:
+    """Sums over tokens, float64: of the loss and the forward KL in nats, and counts."""
+
     loss: float = 0.0
     num_correct: int = 0
     kl: float = 0.0
     num_agreed: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
+
+    def add(self, logits_CV: torch.Tensor, labels_C: torch.Tensor, reference: ReferenceLogits | None = None) -> None:
+        """Add a chunk of tokens, by float32 logits and next tokens."""
+        log_prob_CV, best_C = logits_CV.log_softmax(-1), logits_CV.argmax(-1)
+        self.loss -= float(_sum_float64(log_prob_CV.gather(-1, labels_C[:, None])[:, 0]))
+        self.num_correct += int((best_C == labels_C).sum())
+        self.num_tokens += len(labels_C)
+        if reference is not None:
+            rise_CV = reference.log_prob_CV - log_prob_CV
+            self.kl += float(_sum_float64(torch.linalg.vecdot(reference.prob_CV, rise_CV)))
+            self.num_agreed += int((best_C == reference.best_C).sum())
 
 
 @torch.inference_mode()
@@ -100,7 +123,7 @@ def evaluate(
     """
     student = _Scored(parts_of(model, family))
     teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
-    sums = _Sums()
+    sums = TokenSums()
     for start in range(0, len(windows.token_ids), batch):
         token_ids_BT = windows.token_ids[start : start + batch].to(device)
         labels_BT = windows.labels[start : start + batch].to(device)
@@ -111,7 +134,7 @@ def evaluate(
 
 def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
     """The evaluation of several sets of windows together, weighted by their tokens."""
-    sums = _Sums()
+    sums = TokenSums()
     for part in evaluations:
         sums.loss += part.loss * part.num_tokens
         sums.num_correct += round(part.next_token_accuracy * part.num_tokens)
@@ -136,9 +159,9 @@ def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) 
     return kept
 
 
-def head_chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Consecutive slices of tokens whose logits together fit a fixed memory."""
-    chunk_tokens = max(1, _CHUNK_LOGITS // vocabulary)
+def head_chunks(num_tokens: int, vocabulary: int, max_logits: int = _CHUNK_LOGITS) -> Iterator[slice]:
+    """Consecutive slices of tokens, each with no more than so many logits."""
+    chunk_tokens = max(1, max_logits // vocabulary)
     for start in range(0, num_tokens, chunk_tokens):
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
@@ -148,10 +171,9 @@ def divergence_sums(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Te
 
     Shapes: both float32 [tokens, vocabulary].
     """
-    teacher_logp_CV, student_logp_CV = teacher_logits_CV.log_softmax(-1), student_logits_CV.log_softmax(-1)
-    terms_CV = teacher_logp_CV.exp() * (teacher_logp_CV - student_logp_CV)
-    agreed_C = teacher_logits_CV.argmax(-1) == student_logits_CV.argmax(-1)
-    return float(_sum_float64(terms_CV)), int(agreed_C.sum())
+    sums = TokenSums()
+    sums.add(student_logits_CV, student_logits_CV.argmax(-1), ReferenceLogits(teacher_logits_CV))
+    return sums.kl, sums.num_agreed
 
 
 def _sum_float64(values: torch.Tensor) -> torch.Tensor:
@@ -179,7 +201,7 @@ class _Scored:
 
 
 def _add_batch(
-    sums: _Sums, student: _Scored, teacher: _Scored | None, token_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+    sums: TokenSums, student: _Scored, teacher: _Scored | None, token_ids_BT: torch.Tensor, labels_BT: torch.Tensor
 ) -> None:
     counts_BT = labels_BT != IGNORE
     labels_N = labels_BT[counts_BT]
@@ -188,16 +210,13 @@ def _add_batch(
     for chunk in head_chunks(len(labels_N), student.weight_VH.shape[0]):
         labels_C = labels_N[chunk]
         logits_CV = _timed(sums, labels_C.device, lambda chunk=chunk: student.logits(student_hidden_NH[chunk]))
-        sums.loss += float(_sum_float64(F.cross_entropy(logits_CV, labels_C, reduction="none")))
-        sums.num_correct += int((logits_CV.argmax(-1) == labels_C).sum())
+        reference = None
         if teacher is not None and teacher_hidden_NH is not None:
-            kl, num_agreed = divergence_sums(teacher.logits(teacher_hidden_NH[chunk]), logits_CV)
-            sums.kl += kl
-            sums.num_agreed += num_agreed
-    sums.num_tokens += len(labels_N)
+            reference = ReferenceLogits(teacher.logits(teacher_hidden_NH[chunk]))
+        sums.add(logits_CV, labels_C, reference)
 
 
-def _timed(sums: _Sums, device: torch.device, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _timed(sums: TokenSums, device: torch.device, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
     _wait_for(device)
     start = time.perf_counter()
     result = compute()
@@ -211,7 +230,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _finish(sums: _Sums, num_bytes: int, *, has_teacher: bool) -> Evaluation:
+def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Evaluation:
     loss = sums.loss / sums.num_tokens
     if not loss < _MAX_LOSS_NATS:  # also true for NaN
         raise MinipuzzleError(

@@ -149,8 +149,7 @@ def _choose(request: PruneRequest, scores: Scores, quiet: bool) -> Choice:
         return Choice(plan=plans[0])
     windows = _windows_of(scores, checkpoint)
     dtype: torch.dtype = getattr(torch, request.dtype)
-    with progress_bar("measuring candidates", len(plans), quiet=quiet) as advance:
-        ranked = rank_plans(checkpoint, plans, windows, dtype=dtype, device=request.device, advance=advance)
+    ranked = rank_plans(checkpoint, plans, windows, dtype=dtype, device=request.device, quiet=quiet)
     return Choice(plan=ranked[0].plan, ranked=tuple(ranked))
 
 

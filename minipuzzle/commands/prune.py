@@ -101,12 +101,12 @@ def prune(
     choice = run_prune(prune_request, measure, out=out, overwrite=overwrite, quiet=as_json)
     source = checkpoint.architecture
     if as_json:
-        measured = [{**ranked.plan.notes, **ranked.evaluation.to_json()} for ranked in choice.ranked]
+        measured = [{**ranked.plan.notes, **ranked.quality.to_json()} for ranked in choice.ranked]
         echo_json({"out": str(out), **plan_summary(source, choice.plan, deployment), "measured_candidates": measured})
         return
     print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), deployment)
     if choice.ranked:
-        click.echo(f"KL to the source {choice.ranked[0].evaluation.kl:.4f} nats/token before distillation")
+        click.echo(f"KL to the source {choice.ranked[0].quality.kl:.4f} nats/token before distillation")
     click.echo(f"written to {out}\nnext: minipuzzle distill {out} --data ... --tokens ... -o ...")
 
 
