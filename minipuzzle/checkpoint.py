@@ -53,6 +53,7 @@ class TensorEntry:
     dtype: str  # safetensors' name of it, e.g. BF16
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int  # of its first byte in the file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,7 +95,11 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
             continue
         begin, end_of_tensor = fields["data_offsets"]
         entries[name] = TensorEntry(
-            shard=path, dtype=fields["dtype"], shape=tuple(fields["shape"]), num_bytes=end_of_tensor - begin
+            shard=path,
+            dtype=fields["dtype"],
+            shape=tuple(fields["shape"]),
+            num_bytes=end_of_tensor - begin,
+            offset=_HEADER_LENGTH_BYTES + header_bytes + begin,
         )
         end = max(end, end_of_tensor)
     expected_bytes = _HEADER_LENGTH_BYTES + header_bytes + end
@@ -112,7 +117,6 @@ class Checkpoint:
         self.entries = entries
         self.family: Family = family_of(config)
         self.architecture: Architecture = self.family.read(config)
-        self._open_shards: dict[Path, Any] = {}
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -156,34 +160,31 @@ class Checkpoint:
 
         Raises: MinipuzzleError if it holds NaN or infinite values.
         """
-        tensor: torch.Tensor = self._open_shard(name).get_tensor(name)
-        self._require_finite(name, tensor)
-        return tensor
+        return self.rows(name, 0, None)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read some rows of one tensor, those from ``start`` to before ``stop``, in its stored precision.
+    def rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+        """Read part of one tensor along its first dimension, as a slice would; 0-d tensors are read whole.
 
-        Raises: MinipuzzleError if they hold NaN or infinite values.
+        The bytes are read, not mapped: pages of a mapped file would stay counted as this process's memory.
+
+        Raises: MinipuzzleError if it holds NaN or infinite values.
         """
-        tensor: torch.Tensor = self._open_shard(name).get_slice(name)[start:stop]
-        self._require_finite(name, tensor)
-        return tensor
-
-    def _open_shard(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        shard = self.entries[name].shard
-        if shard not in self._open_shards:
-            self._open_shards[shard] = safe_open(shard, framework="pt")
-        return self._open_shards[shard]
-
-    def _require_finite(self, name: str, tensor: torch.Tensor) -> None:
         import torch
 
-        # FP8 has no isfinite kernel; its codes were checked when they were written.
-        if tensor.is_floating_point() and tensor.element_size() > 1 and not torch.isfinite(tensor).all():
-            shard = self.entries[name].shard
-            raise MinipuzzleError(f"{name} in {shard} holds NaN or infinite values", "restore the checkpoint")
+        entry = self.entries[name]
+        num_rows = entry.shape[0] if entry.shape else 1
+        start, stop, _ = slice(start, stop).indices(num_rows)
+        row_bytes = entry.num_bytes // max(num_rows, 1)
+        content = torch.empty(max(stop - start, 0) * row_bytes, dtype=torch.uint8)
+        _read_into(entry.shard, entry.offset + start * row_bytes, content.numpy())
+        shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
+        tensor = content.view(torch_dtype(entry.dtype)).view(shape)
+        # FP8 has no isfinite kernel; readers of quantised exports check its codes.
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
+            smallest, largest = tensor.aminmax()  # NaN if there is one; much faster than isfinite on every element
+            if not torch.isfinite(smallest) or not torch.isfinite(largest):
+                raise MinipuzzleError(f"{name} in {entry.shard} holds NaN or infinite values", "restore the checkpoint")
+        return tensor
 
     @property
     def weight_bytes(self) -> int:
@@ -200,6 +201,47 @@ class Checkpoint:
         for shard in sorted({entry.shard for entry in self.entries.values()}):
             _hash_sampled_blocks(shard, digest)
         return digest.hexdigest()[:16]
+
+
+_TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's name of a precision that safetensors calls ``name``.
+
+    Raises: MinipuzzleError for one that torch or this tool does not know.
+    """
+    import torch
+
+    if name not in _TORCH_DTYPES:
+        raise MinipuzzleError(f"tensors stored as {name} cannot be read", f"known are {', '.join(_TORCH_DTYPES)}")
+    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[name])
+    return dtype
+
+
+def _read_into(path: Path, offset: int, buffer: Any) -> None:
+    """Fill a byte buffer from a file, in whatever pieces the system gives."""
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while view:
+            num_read = file.readinto(view)
+            if not num_read:
+                raise MinipuzzleError(f"{path} ended early", "the file changed while it was read")
+            view = view[num_read:]
 
 
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
