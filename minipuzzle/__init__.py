@@ -1,3 +1,32 @@
 """MiniPuzzle makes large language models smaller: measure, search, cut, distil, export."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 __version__ = "0.1.0"
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", rounds_activations: bool = True
+) -> nn.Module:
+    """A runnable transformers model from a checkpoint folder or from any export of ours, in evaluation mode.
+
+    The weights of a quantised export are decoded. ``rounds_activations``: activations are rounded as serving engines
+    round them; False leaves the decoded weights alone. ``dtype``: float32 by default, which alone holds decoded weights
+    exactly. torch is imported when this is called.
+
+    Raises: MinipuzzleError naming the tensor, if the folder is damaged.
+    """
+    import torch
+
+    from minipuzzle.export.reader import load_any_model
+
+    return load_any_model(
+        Path(folder), dtype=dtype or torch.float32, device=device, rounds_activations=rounds_activations
+    )

@@ -16,7 +16,7 @@ import click
 from minipuzzle import __version__
 from minipuzzle.errors import ExitCode, MinipuzzleError
 
-COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "evaluate", "demo")
+COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "demo")
 
 
 class MinipuzzleGroup(click.Group):

@@ -18,7 +18,7 @@ from minipuzzle.cli import main
 from minipuzzle.corpus import IGNORE, EvaluationWindows, document_tokens, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import combine, documents_within, evaluate
-from minipuzzle.export.fp8 import export_fp8
+from minipuzzle.export.run import ExportRequest, export_checkpoint
 from minipuzzle.families import FAMILIES
 from minipuzzle.models import load_model, load_tokenizer
 from tests.tiny_models import write_tiny_checkpoint
@@ -158,7 +158,9 @@ def test_the_command_gives_a_row_for_each_data_file_and_a_total(folder: Path) ->
 
 
 def test_the_command_reads_fp8_exports_and_sees_their_rounding(folder: Path, tmp_path: Path) -> None:
-    export_fp8(Checkpoint.open(folder), torch.arange(3, 131).view(4, 32), tmp_path / "fp8")
+    token_ids = torch.arange(3, 131).view(4, 32)
+    request = ExportRequest(scheme="fp8")
+    export_checkpoint(Checkpoint.open(folder), tmp_path / "fp8", request, calibration_token_ids=token_ids)
     arguments = ("--against", folder, "--data", folder.parent / "second.txt", "--json")
     result = run_cli("evaluate", tmp_path / "fp8", *arguments)
     assert result.exit_code == 0, result.output

@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 from minipuzzle.checkpoint import SINGLE_FILE, Checkpoint
 from minipuzzle.cli import main
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.bf16 import export_bf16, verify_bf16
+from minipuzzle.export.calibration import ActivationAmax
+from minipuzzle.export.layout import export_layout
 from minipuzzle.export.model_card import index_ranges, read_front_matter
+from minipuzzle.export.run import ExportRequest, export_checkpoint
+from minipuzzle.export.verify import verify_plain
+from minipuzzle.export.write import ExportTensors
 from minipuzzle.models import load_model
 from minipuzzle.plan import Plan
 from minipuzzle.pruning import PLAN_FILE
@@ -66,7 +70,8 @@ def test_a_bf16_card_keeps_the_licence_and_base_of_its_source(source: Path, tmp_
     pruned = write_tiny_checkpoint(tmp_path / "pruned")
     (pruned / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: someone/big\n---\n# Model\n")
     quality = {"speeches": {"bits_per_byte": 1.25, "num_tokens": 4000, "kl": None}}
-    export_bf16(Checkpoint.open(pruned), tmp_path / "out", quality=quality, command="minipuzzle export x --bf16")
+    request = ExportRequest(quality=quality, command="minipuzzle export x --bf16")
+    export_checkpoint(Checkpoint.open(pruned), tmp_path / "out", request)
     fields = read_front_matter(tmp_path / "out/README.md")
     assert (fields["license"], fields["base_model"]) == ("apache-2.0", "someone/big")
     assert fields["base_model_relation"] == "finetune"
@@ -79,7 +84,7 @@ def test_the_card_of_a_pruned_model_says_what_was_cut(source: Path, tmp_path: Pa
     units = {"ffn": {str(layer_idx): tuple(range(24)) for layer_idx in (1, 4)}}
     plan = Plan(source_fingerprint=Checkpoint.open(source).fingerprint, kept_layers=(0, 1, 3, 4), kept_units=units)
     (pruned / PLAN_FILE).write_text(plan.to_json())
-    export_bf16(Checkpoint.open(pruned), tmp_path / "out")
+    export_checkpoint(Checkpoint.open(pruned), tmp_path / "out", ExportRequest())
     card = (tmp_path / "out/README.md").read_text()
     assert "| layers kept, by their index in the original | 0-1, 3-4 |" in card
     assert "| ffn kept | 24 |" in card
@@ -105,7 +110,7 @@ def test_a_bf16_export_loads_strictly_in_transformers_and_computes_the_same(sour
 
 def test_exporting_bf16_twice_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        export_bf16(Checkpoint.open(source), tmp_path / name)
+        export_checkpoint(Checkpoint.open(source), tmp_path / name, ExportRequest())
     names = sorted(file.name for file in (tmp_path / "first").iterdir())
     assert {"README.md", "config.json", "minipuzzle.json", SINGLE_FILE, "tokenizer.json"} <= set(names)
     for name in names:
@@ -113,21 +118,26 @@ def test_exporting_bf16_twice_gives_the_same_bytes(source: Path, tmp_path: Path)
 
 
 def test_a_bf16_tensor_that_was_written_wrongly_is_found(source: Path, tmp_path: Path) -> None:
-    export_bf16(Checkpoint.open(source), tmp_path / "out")
+    checkpoint = Checkpoint.open(source)
+    export_checkpoint(checkpoint, tmp_path / "out", ExportRequest())
     tensors = load_file(tmp_path / "out" / SINGLE_FILE)
     tensors["backbone.layers.2.mixer.D"][1] += 0.25
     save_file(tensors, tmp_path / "out" / SINGLE_FILE, metadata={"format": "pt"})
     with pytest.raises(MinipuzzleError, match=r"layers\.2\.mixer\.D was not written correctly"):
-        verify_bf16(Checkpoint.open(source), Checkpoint.open(tmp_path / "out"))
+        verify_plain(
+            ExportTensors(checkpoint, export_layout(checkpoint.architecture), ActivationAmax()), tmp_path / "out"
+        )
 
 
 def test_the_format_and_its_data_must_be_said(source: Path, tmp_path: Path) -> None:
     data = ("--data", source.parent / "text.txt")
     for arguments, problem in (
-        ((), "--fp8 or --bf16"),
+        ((), "--bf16, --fp8, --nvfp4"),
         (("--fp8",), "--fp8 needs --data"),
-        (("--bf16", *data), "belong to --fp8"),
-        (("--bf16", "--kv-cache-fp8"), "belong to --fp8"),
+        (("--nvfp4", "--flavour", "compressed-tensors"), "--nvfp4 needs --data"),
+        (("--nvfp4", *data, "--activations", "dynamic"), "one calibrated scale"),
+        (("--bf16", "--kv-cache", "fp8"), "--kv-cache belongs to --fp8 and --nvfp4"),
+        (("--fp8", *data, "--override", "lm_head"), "is not PATTERN=FORMAT"),
     ):
         result = run_cli("export", source, *arguments, "-o", tmp_path / "out")
         assert result.exit_code == 2
@@ -149,16 +159,16 @@ def test_neither_the_model_itself_nor_a_foreign_folder_is_replaced(source: Path,
 def test_an_fp8_cache_needs_attention_layers(source: Path, tmp_path: Path) -> None:
     plain = write_tiny_checkpoint(tmp_path / "plain", pattern="M-M")
     arguments = ("--data", source.parent / "text.txt", *CALIBRATION, "-o", tmp_path / "out")
-    result = run_cli("export", plain, "--fp8", "--kv-cache-fp8", *arguments)
+    result = run_cli("export", plain, "--fp8", "--kv-cache", "fp8", *arguments)
     assert result.exit_code == 1
     assert "no attention layer" in result.stderr
     assert run_cli("export", plain, "--fp8", *arguments).exit_code == 0
 
 
-@pytest.mark.parametrize("layout", ["bf16", "fp8"])
-def test_dry_run_predicts_the_size_and_writes_nothing(source: Path, tmp_path: Path, layout: str) -> None:
-    data = ("--data", source.parent / "text.txt", *CALIBRATION) if layout == "fp8" else ()
-    arguments = ("export", source, f"--{layout}", *data, "-o", tmp_path / "out", "--json")
+@pytest.mark.parametrize("options", [("--bf16",), ("--fp8",), ("--nvfp4", "--flavour", "compressed-tensors")])
+def test_dry_run_predicts_the_size_and_writes_nothing(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    data = () if options == ("--bf16",) else ("--data", source.parent / "text.txt", *CALIBRATION)
+    arguments = ("export", source, *options, *data, "-o", tmp_path / "out", "--json")
     dry_run = run_cli(*arguments, "--dry-run")
     assert dry_run.exit_code == 0, dry_run.output
     assert not list(tmp_path.iterdir())

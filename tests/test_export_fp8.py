@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from minipuzzle.checkpoint import SINGLE_FILE, Checkpoint, write_json
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.calibration import calibration_bytes
+from minipuzzle.export.calibration import ActivationAmax, calibration_bytes
 from minipuzzle.export.e4m3 import encode, fake_quantize, scale_of
-from minipuzzle.export.fp8 import export_fp8
-from minipuzzle.export.layout import Fp8Layout, fp8_layout
+from minipuzzle.export.layout import ExportLayout, export_layout
 from minipuzzle.export.reader import load_any_model
-from minipuzzle.export.verify import ExpectedStates, verify_fp8
+from minipuzzle.export.run import ExportedFolder, ExportRequest, export_checkpoint
+from minipuzzle.export.verify import ExpectedStates, verify_against
+from minipuzzle.export.write import ExportTensors
 from minipuzzle.models import load_model
 from minipuzzle.streaming import largest_part_bytes
 from tests.tiny_models import VOCABULARY, write_tiny_checkpoint
@@ -34,6 +35,11 @@ LINEAR = ("in_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_
 
 def calibration_tokens() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(7))
+
+
+def export_fp8(source: Checkpoint, token_ids: torch.Tensor, out: Path, **settings: Any) -> ExportedFolder:
+    request = ExportRequest(scheme="fp8", **settings)
+    return export_checkpoint(source, out, request, calibration_token_ids=token_ids)
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +167,12 @@ def test_both_configs_name_the_same_unquantised_modules(exported: Path) -> None:
 
 def test_no_ignored_name_is_part_of_a_quantised_one_even_with_many_layers(tmp_path: Path) -> None:
     folder = write_tiny_checkpoint(tmp_path, pattern="M*" * 11)
-    layout = fp8_layout(Checkpoint.open(folder).architecture, recipe="mamba-safe", fp8_kv_cache=False)
+    layout = export_layout(Checkpoint.open(folder).architecture, scheme="fp8", recipe="mamba-safe")
     assert not any(ignored in module for ignored in layout.ignored for module in layout.quantized)
     with pytest.raises(AssertionError, match="would also catch"):
-        Fp8Layout(quantized=("backbone.layers.10.mixer.in_proj",), ignored=("backbone.layers.1",))
+        ExportLayout(quantized=("backbone.layers.10.mixer.in_proj",), ignored=("backbone.layers.1",))
     with pytest.raises(AssertionError, match="unprintable"):
-        Fp8Layout(quantized=(), ignored=("lm_head.\0backbone",))
+        ExportLayout(quantized=(), ignored=("lm_head.\0backbone",))
 
 
 def test_mamba_safe_leaves_all_of_attention_in_bf16_and_lists_it(source: Checkpoint, tmp_path: Path) -> None:
@@ -255,19 +261,21 @@ def test_verification_refuses_a_folder_with_one_scale_slightly_off(source: Check
     with torch.inference_mode():
         states = torch.cat([model.get_submodule("model")(window[None], use_cache=False)[0][0] for window in token_ids])
     expected = ExpectedStates(source=states, rounded=states)
-    assert verify_fp8(source, copied, token_ids, expected).relative_difference < 1e-5
+    tensors_of_export = ExportTensors(source, export_layout(source.architecture, scheme="fp8"), ActivationAmax())
+    found = verify_against(tensors_of_export, copied, token_ids, expected)
+    assert found.relative_difference < 1e-5
     tensors = load_file(copied / SINGLE_FILE)
     tensors[f"{ATTENTION}.o_proj.weight_scale"] *= 1.02
     save_file(tensors, copied / SINGLE_FILE)
     with pytest.raises(MinipuzzleError, match="does not compute what was calibrated"):
-        verify_fp8(source, copied, token_ids, expected)
+        verify_against(tensors_of_export, copied, token_ids, expected)
 
 
 def test_the_source_is_untouched_and_the_export_measures_its_own_cost(source: Checkpoint, tmp_path: Path) -> None:
     before = (source.folder / SINGLE_FILE).read_bytes()
     found = export_fp8(source, calibration_tokens(), tmp_path / "out").verification
     assert (source.folder / SINGLE_FILE).read_bytes() == before
-    assert found.relative_difference == 0.0
+    assert found is not None and found.relative_difference == 0.0
     assert 0 < found.kl_from_source < 1
     assert found.num_tokens == calibration_tokens().numel()
 
@@ -332,9 +340,9 @@ def test_the_reader_refuses_other_quantisation_formats_and_contradicting_configs
     fp8 = config["quantization_config"]
     for changes, problem in (
         ({"quant_method": "awq"}, "'awq'/'FP8' cannot be read"),
-        ({"quant_algo": "NVFP4"}, "'modelopt'/'NVFP4' cannot be read"),
+        ({"quant_algo": "INT4"}, "'modelopt'/'INT4' cannot be read"),
         ({"ignore": ["lm_head.\0sentinel"]}, "ignore list"),
-        ({"ignore": ["lm_head"]}, "leave different modules unquantised"),
+        ({"ignore": ["lm_head"]}, "exclude_modules is not ignore"),
     ):
         write_json(copied / "config.json", {**config, "quantization_config": {**fp8, **changes}})
         with pytest.raises(MinipuzzleError, match=problem):

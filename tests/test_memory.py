@@ -110,7 +110,7 @@ def test_cache_terms_are_the_bytes_of_the_filled_cache(embedded: Checkpoint, cut
 def test_weight_terms_are_the_data_of_an_fp8_export(embedded: Checkpoint, fp8_kv_cache: bool, tmp_path: Path) -> None:
     """Shared by the whole model and a cut of it, because an export calibrates and runs what it writes."""
     from minipuzzle.checkpoint import read_safetensors_header
-    from minipuzzle.export.fp8 import export_fp8
+    from minipuzzle.export.run import ExportRequest, export_checkpoint
     from minipuzzle.pruning import write_pruned
 
     pruned = tmp_path / "pruned"
@@ -119,7 +119,8 @@ def test_weight_terms_are_the_data_of_an_fp8_export(embedded: Checkpoint, fp8_kv
     for source in (embedded, Checkpoint.open(pruned)):
         out = tmp_path / f"{source.folder.name}-fp8"
         tokens = torch.arange(64).reshape(2, 32)
-        export_fp8(source, tokens, out, fp8_kv_cache=fp8_kv_cache)
+        request = ExportRequest(scheme="fp8", fp8_kv_cache=fp8_kv_cache)
+        export_checkpoint(source, out, request, calibration_token_ids=tokens)
         stored = sum(
             entry.num_bytes for file in out.glob("*.safetensors") for entry in read_safetensors_header(file).values()
         )

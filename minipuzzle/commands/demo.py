@@ -177,12 +177,12 @@ def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTex
 
 def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
     from minipuzzle.corpus import read_documents, sample_windows
-    from minipuzzle.export.fp8 import export_fp8
+    from minipuzzle.export.run import ExportRequest, export_checkpoint
     from minipuzzle.models import load_tokenizer
 
     documents = read_documents([texts.calibration])
     token_ids = sample_windows(load_tokenizer(checkpoint.folder), documents, num_samples=64, sequence_length=256)
-    export_fp8(checkpoint, token_ids, out)
+    export_checkpoint(checkpoint, out, ExportRequest(scheme="fp8"), calibration_token_ids=token_ids)
 
 
 def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: DemoTexts, quiet: bool) -> list[Stage]:

@@ -1,9 +1,11 @@
-"""``minipuzzle export``: a folder that serving engines load, in BF16 or FP8."""
+"""``minipuzzle export``: a folder that serving engines load, in BF16, FP8 or NVFP4."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ import click
 
 from minipuzzle.options import (
     COUNT,
+    FOLDER_OR_FILE,
+    Function,
     data_option,
     default_device,
     device_option,
@@ -26,67 +30,203 @@ if TYPE_CHECKING:
     import torch
 
     from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.export.run import ExportRequest
+
+FORMATS = {
+    "bf16": "BF16 weights, for every engine.",
+    "fp8": "FP8 weights and activations of linear layers.",
+    "nvfp4": "4-bit weights and activations of linear layers, for NVIDIA Blackwell.",
+}
 
 
-@click.command(short_help="Write a BF16 or FP8 folder for serving.")
+def _format_options(function: Function) -> Function:
+    decorated: Any = function
+    for name, text in reversed(FORMATS.items()):
+        decorated = click.option(f"--{name}", "format_name", flag_value=name, help=text)(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def _overrides(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """PATTERN=FORMAT pairs."""
+    found = []
+    for value in values:
+        pattern, equals, wanted = value.rpartition("=")
+        if not equals or not pattern:
+            raise click.BadParameter(f"{value!r} is not PATTERN=FORMAT", ctx, param)
+        found.append((pattern, wanted))
+    return tuple(found)
+
+
+def _quantization_options(function: Function) -> Function:
+    options: tuple[Callable[[Any], Any], ...] = (
+        click.option(
+            "--flavour",
+            type=click.Choice(["modelopt", "compressed-tensors"]),
+            default="modelopt",
+            show_default=True,
+            help="Layout: modelopt for vLLM, SGLang and TensorRT-LLM; compressed-tensors for vLLM and transformers.",
+        ),
+        click.option(
+            "--recipe",
+            type=click.Choice(["default", "mamba-safe", "all"]),
+            default="default",
+            show_default=True,
+            help="mamba-safe leaves attention in BF16; all adds the LM head.",
+        ),
+        click.option(
+            "--override",
+            "overrides",
+            metavar="PATTERN=FORMAT",
+            multiple=True,
+            callback=_overrides,
+            help="Linear layers whose names fit the pattern: bf16, or the format of this export. Repeatable; the last "
+            "that fits counts. Example: 'backbone.layers.0.*=bf16'.",
+        ),
+        click.option(
+            "--activations",
+            type=click.Choice(["static", "dynamic"]),
+            help="FP8: one calibrated scale a layer, or one scale a token found while serving, which needs no --data. "
+            "Default: static for modelopt, dynamic for compressed-tensors.",
+        ),
+        click.option(
+            "--kv-cache",
+            type=click.Choice(["bf16", "fp8"]),
+            default="bf16",
+            show_default=True,
+            help="fp8 stores scales for an FP8 KV cache, which engines then use.",
+        ),
+        click.option(
+            "--calibration",
+            "algorithm",
+            type=click.Choice(["max", "percentile", "mse"]),
+            default="max",
+            show_default=True,
+            help="How the largest activation is found, by ModelOpt's calibrators.",
+        ),
+        click.option(
+            "--percentile",
+            type=click.FloatRange(min=0, max=100, min_open=True),
+            default=99.99,
+            show_default=True,
+            help="Of --calibration percentile.",
+        ),
+    )
+    decorated: Any = function
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+@click.command(short_help="Write a BF16, FP8 or NVFP4 folder for serving.")
 @model_argument()
-@click.option("--fp8", "layout", flag_value="fp8", help="FP8 weights and activations, for vLLM, SGLang, TensorRT-LLM.")
-@click.option("--bf16", "layout", flag_value="bf16", help="BF16 weights, for every engine.")
+@_format_options
 @out_option()
+@_quantization_options
 @data_option(required=False)
-@click.option("--samples", type=COUNT, default=64, show_default=True, help="Calibration windows (--fp8).")
-@click.option(
-    "--sequence-length", type=COUNT, default=512, show_default=True, help="Tokens of a calibration window (--fp8)."
-)
+@click.option("--samples", type=COUNT, default=64, show_default=True, help="Calibration windows.")
+@click.option("--sequence-length", type=COUNT, default=512, show_default=True, help="Tokens of a calibration window.")
 @click.option(
     "--device-memory",
-    help="Memory that calibration may use, e.g. 24GiB; default: most of what is free. If the model does not fit, one "
-    "layer at a time is in memory (--fp8).",
+    help="Memory that calibration and verification may use, e.g. 24GiB; default: most of what is free. If the model "
+    "does not fit, one layer at a time is in memory.",
 )
-@click.option(
-    "--recipe",
-    type=click.Choice(["default", "mamba-safe"]),
-    default="default",
-    show_default=True,
-    help="mamba-safe leaves the attention layers in BF16 (--fp8).",
-)
-@click.option("--kv-cache-fp8", is_flag=True, help="Store scales for an FP8 KV cache, which engines then use (--fp8).")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Size of a file of weights at most.")
+@click.option("--no-verify", is_flag=True, help="Do not read the result back and compare what it computes.")
 @click.option("--base-model", help="The base model's name on a model hub, for the model card.")
+@click.option(
+    "--quality",
+    type=FOLDER_OR_FILE,
+    metavar="FILE",
+    help="What `minipuzzle evaluate --json` printed, for the model card.",
+)
 @device_option
 @overwrite_option
 @json_option
 @dry_run_option
-def export(model: Path, layout: str | None, out: Path, data: tuple[Path, ...], dry_run: bool, **params: Any) -> None:
+def export(
+    model: Path, format_name: str | None, out: Path, data: tuple[Path, ...], dry_run: bool, **params: Any
+) -> None:
     """Write MODEL as a folder for deployment, checked by reading it back.
 
-    --fp8 measures activations on --data, writes E4M3 codes and their scales, loads the result and compares what it
-    computes with MODEL rounded the same way.
+    --fp8 and --nvfp4 measure activations on --data, write codes and their scales, load the result and compare what it
+    computes with MODEL rounded the same way. Memory stays bounded: nothing needs the whole model at once.
     """
-    if layout is None:
-        raise click.UsageError("say which format: --fp8 or --bf16")
-    if layout == "fp8" and not data:
-        raise click.UsageError("--fp8 needs --data: text like what the model will see, to measure its activations on")
-    if layout == "bf16" and (data or params["kv_cache_fp8"] or params["recipe"] != "default"):
-        raise click.UsageError("--data, --recipe and --kv-cache-fp8 belong to --fp8")
+    if format_name is None:
+        raise click.UsageError("say which format: " + ", ".join(f"--{name}" for name in FORMATS))
+    _check_usage(format_name, data, params)
 
     from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.export.bf16 import check_export_target
+    from minipuzzle.export.run import check_export_target
 
+    request = _request(format_name, params)
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain_weights()
+    layout = request.layout(checkpoint)
     check_export_target(checkpoint, out, overwrite=params["overwrite"])
-    token_ids = _calibration_tokens(checkpoint, data, params) if layout == "fp8" else None
+    if layout.needs_calibration and not data:
+        raise click.UsageError(f"--{format_name} needs --data: text like what the model will see")
+    token_ids = _calibration_tokens(checkpoint, data, params) if data else None
     if dry_run:
-        _print_dry_run(checkpoint, token_ids, params)
-    elif token_ids is not None:
-        _export_fp8(checkpoint, token_ids, out, params)
+        _print_dry_run(checkpoint, request, token_ids, as_json=params["as_json"])
     else:
-        _export_bf16(checkpoint, out, params)
+        _export(checkpoint, request, token_ids, out, params)
+
+
+def _check_usage(format_name: str, data: tuple[Path, ...], params: dict[str, Any]) -> None:
+    context = click.get_current_context()
+    quantization = ("flavour", "recipe", "overrides", "activations", "kv_cache", "algorithm", "percentile")
+    names = {"overrides": "override", "kv_cache": "kv-cache", "algorithm": "calibration"}
+    given = [name for name in quantization if context.get_parameter_source(name).name == "COMMANDLINE"]  # type: ignore[union-attr]
+    if format_name == "bf16" and given:
+        raise click.UsageError(f"--{names.get(given[0], given[0])} belongs to --fp8 and --nvfp4")
+    if format_name == "nvfp4" and params["activations"] == "dynamic":
+        raise click.UsageError("--activations dynamic belongs to --fp8; NVFP4 needs one calibrated scale a layer")
+
+
+def _request(format_name: str, params: dict[str, Any]) -> ExportRequest:
+    from minipuzzle.export.calibration import CalibrationMethod
+    from minipuzzle.export.flavours import FLAVOURS, SCHEME_OF
+    from minipuzzle.export.run import ExportRequest
+    from minipuzzle.units import parse_bytes
+
+    activations = params["activations"] or FLAVOURS[params["flavour"]].default_activations
+    scheme = SCHEME_OF.get((format_name, activations), format_name)
+    method = CalibrationMethod(algorithm=params["algorithm"], percentile=params["percentile"])
+    memory = params["device_memory"]
+    return ExportRequest(
+        scheme=scheme,
+        flavour=params["flavour"],
+        recipe=params["recipe"],
+        overrides=tuple(
+            (pattern, scheme if wanted == format_name else wanted) for pattern, wanted in params["overrides"]
+        ),
+        fp8_kv_cache=params["kv_cache"] == "fp8",
+        method=method,
+        verifies=not params["no_verify"],
+        device=default_device(params["device"]),
+        device_memory_bytes=None if memory is None else parse_bytes(memory),
+        max_shard_bytes=parse_bytes(params["max_shard_size"]),
+        base_model=params["base_model"],
+        quality=_quality(params["quality"]),
+        command=shlex.join(["minipuzzle", *sys.argv[1:]]),
+    )
+
+
+def _quality(path: Path | None) -> dict[str, Any]:
+    from minipuzzle.checkpoint import read_json
+    from minipuzzle.errors import MinipuzzleError
+
+    if path is None:
+        return {}
+    rows = read_json(path)
+    if not all(isinstance(row, dict) for row in rows.values()):
+        raise MinipuzzleError(f"{path} holds no table of quality", "give what `minipuzzle evaluate --json` printed")
+    return json.loads(json.dumps(rows))  # type: ignore[no-any-return]
 
 
 def _calibration_tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: dict[str, Any]) -> torch.Tensor:
     from minipuzzle.corpus import read_documents, sample_windows
-    from minipuzzle.export.fp8 import check_calibration
+    from minipuzzle.export.run import check_calibration
     from minipuzzle.models import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.folder)
@@ -98,104 +238,75 @@ def _calibration_tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: 
     return token_ids
 
 
-def _command_line() -> str:
-    return shlex.join(["minipuzzle", *sys.argv[1:]])
-
-
-def _print_dry_run(checkpoint: Checkpoint, token_ids: torch.Tensor | None, params: dict[str, Any]) -> None:
+def _print_dry_run(
+    checkpoint: Checkpoint, request: ExportRequest, token_ids: torch.Tensor | None, *, as_json: bool
+) -> None:
     import torch
 
-    from minipuzzle.export.bf16 import deployed_architecture
     from minipuzzle.export.calibration import calibration_bytes
-    from minipuzzle.export.layout import WEIGHT, fp8_layout, scale_names
+    from minipuzzle.export.write import export_headers
     from minipuzzle.streaming import largest_part_bytes, resident_weight_bytes
     from minipuzzle.units import format_gib
 
-    architecture = deployed_architecture(checkpoint.architecture)
-    disk_bytes = 2 * architecture.num_parameters
-    facts = {"num_fp8_modules": 0, "calibration_tokens": 0, "memory_bytes": 0, "least_memory_bytes": 0}
+    layout = request.layout(checkpoint)
+    architecture = checkpoint.architecture
+    facts = {
+        "num_quantized_modules": len(layout.quantized),
+        "disk_bytes": sum(header.num_bytes for header in export_headers(architecture, layout).values()),
+        "calibration_tokens": 0,
+        "memory_bytes": 0,
+        "least_memory_bytes": 0,
+    }
     if token_ids is not None:
-        layout = fp8_layout(architecture, recipe=params["recipe"], fp8_kv_cache=params["kv_cache_fp8"])
-        fp8_weights = {module + WEIGHT for module in layout.quantized}
-        disk_bytes -= sum(t.num_elements for t in architecture.tensors() if t.name in fp8_weights)
-        disk_bytes += 4 * sum(1 for _ in scale_names(layout))
         beside_weights = calibration_bytes(checkpoint, token_ids)
-        facts = {
-            "num_fp8_modules": len(layout.quantized),
-            "calibration_tokens": token_ids.numel(),
+        facts |= {
+            "calibration_tokens": token_ids.numel() if layout.needs_calibration else 0,
             "memory_bytes": beside_weights + resident_weight_bytes(architecture, torch.float32),
             "least_memory_bytes": beside_weights + largest_part_bytes(architecture, torch.float32),
         }
-    facts["disk_bytes"] = disk_bytes
-    if params["as_json"]:
+    if as_json:
         echo_json(facts)
         return
-    click.echo(f"disk: {format_gib(disk_bytes)}")
+    click.echo(f"disk: {format_gib(facts['disk_bytes'])}")
+    click.echo(f"would quantise {facts['num_quantized_modules']} linear layers")
     if token_ids is not None:
         click.echo(
-            f"would calibrate on {token_ids.numel():,} tokens and write {facts['num_fp8_modules']} linear layers in "
-            f"FP8\nmemory: {format_gib(facts['memory_bytes'])}, or at least {format_gib(facts['least_memory_bytes'])} "
-            "with one layer at a time"
+            f"would calibrate on {facts['calibration_tokens']:,} tokens\nmemory: {format_gib(facts['memory_bytes'])}, "
+            f"or at least {format_gib(facts['least_memory_bytes'])} with one layer at a time"
         )
 
 
-def _export_fp8(checkpoint: Checkpoint, token_ids: torch.Tensor, out: Path, params: dict[str, Any]) -> None:
-    from minipuzzle.export.fp8 import export_fp8
+def _export(
+    checkpoint: Checkpoint, request: ExportRequest, token_ids: torch.Tensor | None, out: Path, params: dict[str, Any]
+) -> None:
+    from minipuzzle.export.run import export_checkpoint, total_steps
     from minipuzzle.progress import progress_bar
-    from minipuzzle.units import parse_bytes
-
-    device = default_device(params["device"])
-    num_layers = len(checkpoint.architecture.layers)
-    memory_limit = params["device_memory"]
-    with progress_bar("calibrating", num_layers, quiet=params["as_json"]) as advance:
-        exported = export_fp8(
-            checkpoint,
-            token_ids,
-            out,
-            recipe=params["recipe"],
-            fp8_kv_cache=params["kv_cache_fp8"],
-            device=device,
-            device_memory_bytes=None if memory_limit is None else parse_bytes(memory_limit),
-            overwrite=params["overwrite"],
-            base_model=params["base_model"],
-            command=_command_line(),
-            advance=advance,
-        )
-    if params["as_json"]:
-        echo_json(exported.to_json())
-        return
-    found = exported.verification
-    _print_summary(exported.to_json())
-    click.echo(
-        f"verified: reloaded and run on {found.num_tokens:,} tokens; differs from the source rounded alike by "
-        f"{found.relative_difference:.1e}\n"
-        f"cost of FP8: KL {found.kl_from_source:.4g} nats/token from the source, "
-        f"agreement {found.agreement_with_source:.2%}"
-    )
-
-
-def _export_bf16(checkpoint: Checkpoint, out: Path, params: dict[str, Any]) -> None:
-    from minipuzzle.export.bf16 import deployed_architecture, export_bf16
-    from minipuzzle.progress import progress_bar
-
-    num_tensors = sum(1 for _ in deployed_architecture(checkpoint.architecture).tensors())
-    with progress_bar("writing", num_tensors, quiet=params["as_json"]) as advance:
-        exported = export_bf16(
-            checkpoint,
-            out,
-            overwrite=params["overwrite"],
-            base_model=params["base_model"],
-            command=_command_line(),
-            advance=advance,
-        )
-    if params["as_json"]:
-        echo_json(exported.to_json())
-        return
-    _print_summary(exported.to_json())
-    click.echo("verified: every tensor read back and compared with the source, rounded once to BF16")
-
-
-def _print_summary(exported: dict[str, Any]) -> None:
     from minipuzzle.units import format_gib
 
-    click.echo(f"{exported['out']}: {exported['num_tensors']} tensors, {format_gib(exported['weight_bytes'])}")
+    with progress_bar("exporting", total_steps(checkpoint, request), quiet=params["as_json"]) as advance:
+        exported = export_checkpoint(
+            checkpoint,
+            out,
+            request,
+            calibration_token_ids=token_ids,
+            overwrite=params["overwrite"],
+            advance=advance,
+        )
+    for warning in exported.warnings:
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {warning}", err=True)
+    if params["as_json"]:
+        echo_json(exported.to_json())
+        return
+    click.echo(f"{exported.folder}: {exported.num_tensors} tensors, {format_gib(exported.weight_bytes)}")
+    if not request.verifies:
+        click.echo("not verified: run `minipuzzle verify` before deploying it")
+        return
+    if request.scheme == "bf16":
+        click.echo("verified: every tensor read back and compared with the source, rounded once to BF16")
+    if found := exported.verification:
+        click.echo(
+            f"verified: reloaded and run on {found.num_tokens:,} tokens; differs from the source rounded alike by "
+            f"{found.relative_difference:.1e}\n"
+            f"cost of {request.scheme}: KL {found.kl_from_source:.4g} nats/token from the source, "
+            f"agreement {found.agreement_with_source:.2%}, loss {found.source_loss:.4f} -> {found.loss:.4f}"
+        )

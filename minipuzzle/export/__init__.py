@@ -1,1 +1,1 @@
-"""Deployment formats: BF16 and FP8 folders that serving engines load, verified by our own reader."""
+"""Deployment formats: BF16, FP8 and NVFP4 folders that serving engines load, verified by our own reader."""

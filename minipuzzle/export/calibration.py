@@ -1,4 +1,4 @@
-"""Largest absolute activations of the linear layers that an FP8 export quantises, measured on calibration tokens.
+"""Largest activations of the linear layers that an export quantises, found by ModelOpt's quantisers on text.
 
 The model runs layer by layer over the hidden states of all windows, so one layer's weights in memory are enough.
 Shape suffixes: B windows, T tokens, H hidden.
@@ -6,9 +6,11 @@ Shape suffixes: B windows, T tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +18,48 @@ from torch.utils.hooks import RemovableHandle
 
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.e4m3 import E4M3_MAX, fake_quantize
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.streaming import LayerStack, largest_activation_bytes
+
+ALGORITHMS = ("max", "percentile", "mse")
+DEFAULT_PERCENTILE = 99.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationMethod:
+    """How the largest value that a scale must hold follows from the activations seen.
+
+    ``max``: the largest. ``percentile``: a percentile of a histogram, which clips outliers. ``mse``: the one that
+    minimises the squared error of rounding the histogram to E4M3.
+    """
+
+    algorithm: str = "max"
+    percentile: float = DEFAULT_PERCENTILE
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise MinipuzzleError(
+                f"unknown calibration algorithm {self.algorithm!r}", f"use one of {', '.join(ALGORITHMS)}"
+            )
+        if not 0 < self.percentile <= 100:
+            raise MinipuzzleError(f"{self.percentile} is not a percentile", "use a number up to 100, such as 99.99")
+
+    def describe(self) -> str:
+        """In words, for the model card."""
+        return f"{self.algorithm} {self.percentile:g}" if self.algorithm == "percentile" else self.algorithm
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationAmax:
     """Largest absolute input and output of modules, by their names on disk (without ``.weight``)."""
 
-    inputs: Mapping[str, float]
-    outputs: Mapping[str, float]
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    outputs: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """Both tables."""
+        return {"inputs": dict(self.inputs), "outputs": dict(self.outputs)}
 
 
 def open_stack(
@@ -50,6 +84,50 @@ def calibration_bytes(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> int
     return hidden_bytes + 4 * largest_activation_bytes(checkpoint, token_ids_BT.shape[1], torch.float32)
 
 
+def new_quantizer(method: CalibrationMethod) -> Any:
+    """ModelOpt's quantiser of one tensor to E4M3, collecting statistics and changing nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ModelOpt says of newer transformers that it has not tested them
+        from modelopt.torch.quantization.config import QuantizerAttributeConfig
+        from modelopt.torch.quantization.nn import TensorQuantizer
+
+    calibrator = "max" if method.algorithm == "max" else "histogram"
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3), axis=None, calibrator=calibrator))
+    quantizer.disable_quant()
+    quantizer.enable_calib()
+    return quantizer
+
+
+def calibrated_amax(quantizer: Any, method: CalibrationMethod) -> float:
+    """What a quantiser has found; 0 where it saw only zeros."""
+    calibrator = quantizer._calibrator
+    edges = getattr(calibrator, "_calib_bin_edges", None)
+    if edges is not None and not float(edges[-1]) > 0:
+        return 0.0
+    finders: Mapping[str, Callable[[], Any]] = {
+        "max": calibrator.compute_amax,
+        "percentile": lambda: calibrator.compute_amax("percentile", percentile=method.percentile),
+        # ModelOpt 0.47 fails on its own call for E4M3 (an argument is missing); the histogram is its, the search ours.
+        "mse": lambda: least_squares_amax(calibrator._calib_hist.cpu(), edges.cpu()),
+    }
+    return float(finders[method.algorithm]())
+
+
+def least_squares_amax(counts: torch.Tensor, edges: torch.Tensor, first_bin: int = 128) -> float:
+    """The bin centre that, as the largest value, rounds a histogram to E4M3 with the least squared error.
+
+    Shapes: ``counts`` [bins], ``edges`` [bins + 1], both of absolute values. The first 128 bins are not candidates,
+    as in ModelOpt.
+    """
+    centers = ((edges[1:] + edges[:-1]) / 2).float()
+    counts = counts.float()
+    errors = [
+        float((((fake_quantize(centers, center / E4M3_MAX) - centers) ** 2) * counts).sum())
+        for center in centers[first_bin:]
+    ]
+    return float(centers[first_bin + errors.index(min(errors))])
+
+
 @torch.inference_mode()
 def measure_amax(
     stack: LayerStack,
@@ -57,50 +135,57 @@ def measure_amax(
     *,
     input_modules: Iterable[str],
     output_modules: Iterable[str] = (),
+    method: CalibrationMethod | None = None,
     advance: Advance = no_progress,
 ) -> ActivationAmax:
-    """Run a model over calibration windows and keep the largest absolute activation of each module.
+    """Run a model over calibration windows and find each module's largest absolute activations.
 
     Shapes: ``token_ids_BT`` [windows, tokens] int64. ``advance`` is called once a layer.
 
     Raises: MinipuzzleError if an activation is not finite.
     """
-    modules = {name: stack.module_on_disk(name) for name in (*input_modules, *output_modules)}
-    inputs = {name: torch.zeros((), device=stack.device) for name in input_modules}
-    outputs = {name: torch.zeros((), device=stack.device) for name in output_modules}
+    method = method or CalibrationMethod()
+    inputs = {name: new_quantizer(method) for name in input_modules}
+    outputs = {name: new_quantizer(method) for name in output_modules}
+    modules = {name: stack.module_on_disk(name) for name in (*inputs, *outputs)}
     hidden_BTH = stack.embed(token_ids_BT)
     with _recording(modules, inputs, outputs):
         for layer_idx in range(stack.num_layers):
             stack.apply(layer_idx, hidden_BTH, out=hidden_BTH)
             advance(1)
-    return ActivationAmax(inputs=_checked(inputs), outputs=_checked(outputs))
+        head = stack.architecture.names.head.removesuffix(".weight")
+        if head in inputs:
+            inputs[head](stack.final_norm(hidden_BTH))
+    return ActivationAmax(
+        inputs={name: calibrated_amax(quantizer, method) for name, quantizer in inputs.items()},
+        outputs={name: calibrated_amax(quantizer, method) for name, quantizer in outputs.items()},
+    )
 
 
 @contextmanager
 def _recording(
-    modules: Mapping[str, nn.Module], inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+    modules: Mapping[str, nn.Module], inputs: Mapping[str, Any], outputs: Mapping[str, Any]
 ) -> Iterator[None]:
-    def record(amaxes: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
-        amaxes[name] = torch.maximum(amaxes[name], values.abs().amax().float())
+    def record(name: str, quantizer: Any, values: torch.Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise MinipuzzleError(f"{name} has NaN or infinite activations on the calibration data", "check the model")
+        quantizer(values)
 
     handles: list[RemovableHandle] = []
-    for name in inputs:
+    for name, quantizer in inputs.items():
         handles.append(
-            modules[name].register_forward_pre_hook(lambda _module, args, name=name: record(inputs, name, args[0]))
+            modules[name].register_forward_pre_hook(
+                lambda _module, args, name=name, quantizer=quantizer: record(name, quantizer, args[0])
+            )
         )
-    for name in outputs:
+    for name, quantizer in outputs.items():
         handles.append(
-            modules[name].register_forward_hook(lambda _module, _args, out, name=name: record(outputs, name, out))
+            modules[name].register_forward_hook(
+                lambda _module, _args, out, name=name, quantizer=quantizer: record(name, quantizer, out)
+            )
         )
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _checked(amaxes: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    for name, amax in amaxes.items():
-        if not torch.isfinite(amax):
-            raise MinipuzzleError(f"{name} has NaN or infinite activations on the calibration data", "check the model")
-    return {name: float(amax) for name, amax in amaxes.items()}

@@ -1,42 +1,51 @@
-"""ModelOpt's FP8 layout on disk: which modules are quantised, which share scales, what both config files say."""
+"""What of an architecture an export stores how: which modules are quantised, which share scales, what stays BF16."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from minipuzzle.architecture import Architecture, PlacedTensor
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.flavours import FLAVOURS, Flavour, StoredTensor
+from minipuzzle.export.schemes import SCHEMES, Scheme
 
-HF_QUANT_CONFIG = "hf_quant_config.json"
 WEIGHT = ".weight"
 RECIPES: Mapping[str, str] = {
-    "default": "all linear layers of Mamba, attention and MLP in FP8",
-    "mamba-safe": "linear layers of Mamba and MLP in FP8, attention in BF16",
+    "default": "all linear layers inside the model's layers; the LM head stays BF16",
+    "mamba-safe": "linear layers of Mamba and MLP; attention and the LM head stay BF16",
+    "all": "all linear layers and the LM head",
 }
+_RECIPE_SKIPS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "mamba-safe": frozenset({"attention"}),
+    "all": frozenset(),
+}
+_RECIPE_ADDS: Mapping[str, frozenset[str]] = {"all": frozenset({"head"})}
 # Engines fuse these into one matrix with one scale; with unequal scales they would round the weights a second time.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Where an FP8 cache's scales are stored: with the module that computes what is cached.
 CACHE_SCALES: Mapping[str, str] = {"k_proj": "k_scale", "v_proj": "v_scale"}
-# The layout's name and version, by which engines choose their reader.
-_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-_STATIC_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+PLAIN = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Layout:
-    """What of an architecture is FP8. Module names are those on disk, without ``.weight``.
+class ExportLayout:
+    """What of an architecture is quantised. Module names are those on disk, without ``.weight``.
 
     ``ignored``: modules with a matrix that stay BF16. ``fp8_kv_cache``: whether scales for the cache are stored.
+    ``scheme`` and ``flavour`` are None where nothing is quantised.
     """
 
-    quantized: tuple[str, ...]
-    ignored: tuple[str, ...]
+    scheme: Scheme | None = None
+    flavour: Flavour | None = None
+    quantized: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     fp8_kv_cache: bool = False
 
     def __post_init__(self) -> None:
+        assert (self.scheme is None) == (self.flavour is None)
         for entry in self.ignored:
             assert entry.isprintable(), f"ignore list: {entry!r} holds unprintable characters"
             # vLLM leaves out every module whose name contains an entry: "backbone.layers.1" would hit layers 10 to 19.
@@ -48,107 +57,184 @@ class Fp8Layout:
         """Modules whose outputs an FP8 cache keeps; none without one."""
         # Keys and values are cached in FP8 whether or not attention's own weights are.
         modules = (*self.quantized, *self.ignored) if self.fp8_kv_cache else ()
-        return tuple(module for module in modules if _last(module) in CACHE_SCALES)
+        return tuple(module for module in modules if last_name(module) in CACHE_SCALES)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some scale must be measured on text."""
+        return self.fp8_kv_cache or (self.scheme is not None and self.scheme.has_tensor_scale)
+
+    @property
+    def calibrated_inputs(self) -> tuple[str, ...]:
+        """Modules whose inputs have a stored scale."""
+        return self.quantized if self.scheme is not None and self.scheme.has_tensor_scale else ()
+
+    @property
+    def form(self) -> tuple[StoredTensor, ...]:
+        """How a quantised weight is stored; empty where nothing is quantised."""
+        return self.flavour.forms[self.scheme.name] if self.scheme is not None and self.flavour is not None else ()
 
     def scale_group(self, module: str) -> tuple[str, ...]:
         """The quantised modules that share scales with one, itself included."""
-        parent = module.removesuffix(_last(module))
-        siblings = next((group for group in _FUSED if _last(module) in group), (_last(module),))
-        return tuple(parent + name for name in siblings if parent + name in self.quantized)
+        return tuple(name for name in fused_modules(module) if name in self._quantized_set)
+
+    @property
+    def _quantized_set(self) -> frozenset[str]:
+        found: frozenset[str] | None = self.__dict__.get("_quantized_names")
+        if found is None:
+            found = self.__dict__["_quantized_names"] = frozenset(self.quantized)
+        return found
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether a module is quantised."""
+        return module in self._quantized_set
 
 
-def fp8_layout(architecture: Architecture, *, recipe: str, fp8_kv_cache: bool) -> Fp8Layout:
-    """The layout that a recipe gives an architecture.
+def export_layout(
+    architecture: Architecture,
+    *,
+    scheme: str = PLAIN,
+    flavour: str = "modelopt",
+    recipe: str = "default",
+    overrides: Sequence[tuple[str, str]] = (),
+    fp8_kv_cache: bool = False,
+) -> ExportLayout:
+    """The layout of an export. ``overrides``: (pattern of module names, the scheme or ``bf16``), later ones win.
 
-    Raises: MinipuzzleError for an unknown recipe, or an FP8 cache where no layer has a KV cache.
+    Raises: MinipuzzleError for an unknown recipe, an override that matches nothing or splits what engines fuse, a width
+    that the format cannot hold, or an FP8 cache where there is none or the flavour has no place for its scales.
     """
+    if scheme == PLAIN:
+        return ExportLayout(ignored=tuple(module_of(t) for t in _matrices(architecture)))
     if recipe not in RECIPES:
         raise MinipuzzleError(f"unknown recipe {recipe!r}", f"use one of {', '.join(RECIPES)}")
-    if fp8_kv_cache and not architecture.layer_indices("attention"):
-        raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out --kv-cache-fp8")
-    matrices = [tensor for tensor in architecture.tensors() if len(tensor.shape) > 1]
-    is_fp8 = {module_of(tensor): _is_quantized(tensor, recipe) for tensor in matrices}
-    return Fp8Layout(
-        quantized=tuple(module for module, quantized in is_fp8.items() if quantized),
-        ignored=tuple(module for module, quantized in is_fp8.items() if not quantized),
+    chosen_scheme, chosen_flavour = SCHEMES[scheme], FLAVOURS[flavour]
+    if fp8_kv_cache:
+        _check_cache(architecture, chosen_flavour)
+    is_quantized = {module_of(tensor): _by_recipe(tensor, recipe) for tensor in _matrices(architecture)}
+    linear = {module_of(t) for t in _matrices(architecture) if _is_linear(t)}
+    for pattern, wanted in overrides:
+        _apply_override(is_quantized, linear, pattern, wanted, scheme)
+    _check_fused(is_quantized)
+    _check_widths(architecture, is_quantized, chosen_scheme)
+    layout = ExportLayout(
+        scheme=chosen_scheme,
+        flavour=chosen_flavour,
+        quantized=tuple(module for module, quantized in is_quantized.items() if quantized),
+        ignored=tuple(module for module, quantized in is_quantized.items() if not quantized),
         fp8_kv_cache=fp8_kv_cache,
     )
+    if not layout.quantized:
+        raise MinipuzzleError("the overrides leave nothing to quantise", "use --bf16, or narrower patterns")
+    return layout
 
 
-def _is_quantized(tensor: PlacedTensor, recipe: str) -> bool:
-    return tensor.spec.quantized and not (recipe == "mamba-safe" and tensor.part == "attention")
+def _is_linear(tensor: PlacedTensor) -> bool:
+    return tensor.spec.quantized or tensor.part == "head"
+
+
+def _by_recipe(tensor: PlacedTensor, recipe: str) -> bool:
+    if tensor.part in _RECIPE_ADDS.get(recipe, frozenset()):
+        return True
+    return tensor.spec.quantized and tensor.part not in _RECIPE_SKIPS[recipe]
+
+
+def _apply_override(is_quantized: dict[str, bool], linear: set[str], pattern: str, wanted: str, scheme: str) -> None:
+    if wanted not in (PLAIN, scheme):
+        raise MinipuzzleError(
+            f"override {pattern}={wanted}: one folder holds one format", f"use {PLAIN} or {scheme} after the ="
+        )
+    matched = [module for module in is_quantized if module in linear and fnmatchcase(module, pattern)]
+    if not matched:
+        raise MinipuzzleError(f"override {pattern!r} matches no linear layer", "names look like " + min(linear))
+    is_quantized.update(dict.fromkeys(matched, wanted != PLAIN))
+
+
+def _check_fused(is_quantized: Mapping[str, bool]) -> None:
+    for module in is_quantized:
+        group = [name for name in fused_modules(module) if name in is_quantized]
+        if len({is_quantized[name] for name in group}) > 1:
+            raise MinipuzzleError(
+                f"{' and '.join(last_name(name) for name in group)} of {module.rpartition('.')[0]} must be quantised "
+                "together: engines fuse them",
+                "widen or narrow the override",
+            )
+
+
+def _check_widths(architecture: Architecture, is_quantized: Mapping[str, bool], scheme: Scheme) -> None:
+    for tensor in _matrices(architecture):
+        if is_quantized[module_of(tensor)] and tensor.shape[-1] % scheme.columns_multiple:
+            raise MinipuzzleError(
+                f"{module_of(tensor)} has {tensor.shape[-1]} inputs; {scheme.name} needs a multiple of "
+                f"{scheme.columns_multiple}",
+                f"leave it out: --override '{module_of(tensor)}={PLAIN}'",
+            )
+
+
+def _check_cache(architecture: Architecture, flavour: Flavour) -> None:
+    if family_named(architecture.model_type).modules.rotary:
+        # Engines cache keys after their rotation (and after a norm, where there is one), which is not measured here.
+        raise MinipuzzleError(
+            f"scales of an FP8 KV cache are not measured for {architecture.model_type}, whose keys are rotated",
+            "leave out --kv-cache fp8",
+        )
+    if not any(last_name(module_of(t)) in CACHE_SCALES for t in _matrices(architecture)):
+        raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out --kv-cache fp8")
+    if not flavour.has_cache_scales:
+        raise MinipuzzleError(
+            f"the {flavour.name} layout has no place for cache scales that engines read in hybrid models",
+            "use --flavour modelopt, or leave out --kv-cache fp8",
+        )
+
+
+def _matrices(architecture: Architecture) -> Iterator[PlacedTensor]:
+    return (tensor for tensor in architecture.tensors() if len(tensor.shape) > 1)
 
 
 def module_of(tensor: PlacedTensor) -> str:
     """The module that a matrix belongs to, by its name on disk."""
-    assert tensor.name.endswith(WEIGHT), f"{tensor.name} is a matrix but not a weight"
     return tensor.name.removesuffix(WEIGHT)
 
 
-def quantization_config(layout: Fp8Layout) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json."""
-    group = {"input_activations": _STATIC_FP8, "weights": _STATIC_FP8, "targets": ["Linear"]}
-    config: dict[str, Any] = {
-        "quant_method": "modelopt",
-        "quant_algo": "FP8",
-        "ignore": list(layout.ignored),
-        "config_groups": {"group_0": group},
-        "producer": _PRODUCER,
-    }
-    if layout.fp8_kv_cache:
-        config |= {"kv_cache_quant_algo": "FP8", "kv_cache_scheme": _STATIC_FP8}
-    return config
+def fused_modules(module: str) -> tuple[str, ...]:
+    """The names of modules that engines fuse with one, itself included."""
+    parent = module.removesuffix(last_name(module))
+    return tuple(parent + name for name in next((g for g in FUSED if last_name(module) in g), (last_name(module),)))
 
 
-def hf_quant_config(layout: Fp8Layout) -> dict[str, Any]:
-    """The content of hf_quant_config.json, which TensorRT-LLM and older engines read."""
-    return {
-        "producer": _PRODUCER,
-        "quantization": {
-            "quant_algo": "FP8",
-            "kv_cache_quant_algo": "FP8" if layout.fp8_kv_cache else None,
-            "exclude_modules": list(layout.ignored),
-        },
-    }
-
-
-def read_layout(architecture: Architecture, config: Mapping[str, Any]) -> Fp8Layout:
-    """The layout that a ``quantization_config`` describes.
+def read_layout(architecture: Architecture, config: Mapping[str, object]) -> ExportLayout:
+    """The layout that a config.json's ``quantization_config`` describes.
 
     Raises: MinipuzzleError for any other format, or an ignore list that fits no known engine.
     """
-    found = f"{config.get('quant_method')!r}/{config.get('quant_algo')!r}"
-    if (config.get("quant_method"), config.get("quant_algo")) != ("modelopt", "FP8"):
+    method = config.get("quant_method")
+    flavour = next((flavour for flavour in FLAVOURS.values() if flavour.name == method), None)
+    described = flavour.read(config) if flavour is not None else None
+    if flavour is None or described is None:
         raise MinipuzzleError(
-            f"weights quantised as {found} cannot be read",
-            "plain weights can, and FP8 exports in ModelOpt's layout ('modelopt'/'FP8')",
+            f"weights quantised as {method!r}/{config.get('quant_algo', config.get('format'))!r} cannot be read",
+            "plain weights can, and FP8 and NVFP4 exports in the layouts " + " and ".join(FLAVOURS),
         )
-    ignore = config.get("ignore")
+    ignore = described.ignore
     if not isinstance(ignore, Sequence) or not all(isinstance(name, str) and name.isprintable() for name in ignore):
         raise MinipuzzleError("config.json: the ignore list of quantization_config is damaged", "export again")
-    linear = [module_of(tensor) for tensor in architecture.tensors() if tensor.spec.quantized]
-    other = [module_of(t) for t in architecture.tensors() if len(t.shape) > 1 and not t.spec.quantized]
-    plain = {module for module in linear if any(fnmatchcase(module, entry) for entry in ignore)}
-    return Fp8Layout(
+    linear = [module_of(tensor) for tensor in _matrices(architecture) if _is_linear(tensor)]
+    other = [module_of(tensor) for tensor in _matrices(architecture) if not _is_linear(tensor)]
+    plain = {module for module in linear if any(flavour.matches(entry, module) for entry in ignore)}
+    return ExportLayout(
+        scheme=SCHEMES[described.scheme],
+        flavour=flavour,
         quantized=tuple(module for module in linear if module not in plain),
         ignored=(*(module for module in linear if module in plain), *other),
-        fp8_kv_cache=config.get("kv_cache_scheme") is not None,
+        fp8_kv_cache=described.fp8_kv_cache,
     )
-
-
-def scale_names(layout: Fp8Layout) -> Iterator[str]:
-    """The names of all scales on disk."""
-    for module in layout.quantized:
-        yield f"{module}.weight_scale"
-        yield f"{module}.input_scale"
-    for module in layout.cached:
-        yield cache_scale_name(module)
 
 
 def cache_scale_name(module: str) -> str:
     """The name on disk of the scale of what a module puts into an FP8 cache."""
-    return f"{module}.{CACHE_SCALES[_last(module)]}"
+    return f"{module}.{CACHE_SCALES[last_name(module)]}"
 
 
-def _last(module: str) -> str:
+def last_name(module: str) -> str:
+    """The last part of a dotted name."""
     return module.rpartition(".")[2]

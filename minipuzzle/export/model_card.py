@@ -10,12 +10,16 @@ from pathlib import Path
 from minipuzzle import __version__
 from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.export.layout import ExportLayout
+from minipuzzle.export.verify import Verification
 from minipuzzle.layer_kinds import PRUNABLE_AXES
+from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.plan import Plan, read_plan
 from minipuzzle.pruning import PLAN_FILE
 from minipuzzle.units import format_count, format_gib
 
 README = "README.md"
+LICENSE_FILES = ("LICENSE", "LICENSE.txt")
 _INHERITED_FIELDS = ("license", "license_name", "license_link", "language")
 _QUALITY_COLUMNS = {
     "bits_per_byte": "bits per byte",
@@ -29,54 +33,61 @@ _QUALITY_COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionFacts:
-    """What a quantised export stores how, and what that was measured to cost on a slice of the calibration text."""
+    """What a quantised export stores how, and what its scales were measured on."""
 
+    layout: ExportLayout
     recipe: str
-    ignored_modules: Sequence[str]
-    fp8_kv_cache: bool
     calibration: str
-    kl_from_source: float
-    agreement_with_source: float
-    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
     """What the card says beyond what the folder itself tells.
 
-    ``relation``: a hub's word for how this model came from its base, ``finetune`` or ``quantized``; said only if
-    ``base_model`` is known. ``quality``: data name -> metric -> value. ``command``: the exact command line.
+    ``relation``: a hub's word for how this model came from its base, ``finetune`` or ``quantized``; said only if the
+    base is known. ``quality``: data name -> metric -> value. ``verified_on``: what text. ``command``: the exact command
+    line.
     """
 
     relation: str
     base_model: str | None = None
     precision: PrecisionFacts | None = None
+    verification: Verification | None = None
+    verified_on: str = "the calibration text"
     quality: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     command: str | None = None
 
 
-def write_model_card(folder: Path, source: Checkpoint, facts: CardFacts) -> None:
-    """Write README.md into an export of ``source``."""
-    (folder / README).write_text(render_model_card(source, facts), encoding="utf-8")
+def write_model_card(folder: Path, source: Checkpoint, facts: CardFacts) -> list[str]:
+    """Write README.md into an export of ``source``; returns warnings about what it could not say."""
+    text, warnings = render_model_card(source, facts)
+    (folder / README).write_text(text, encoding="utf-8")
+    return warnings
 
 
-def render_model_card(source: Checkpoint, facts: CardFacts) -> str:
-    """The text of README.md."""
+def render_model_card(source: Checkpoint, facts: CardFacts) -> tuple[str, list[str]]:
+    """The text of README.md, and warnings about what it could not say."""
+    metadata, warnings = _front_matter(source, facts)
+    scheme = facts.precision.layout.scheme if facts.precision else None
     sections = [
-        _front_matter(source, facts),
-        f"# {source.folder.resolve().name}{'-FP8' if facts.precision else ''}",
+        metadata,
+        f"# {source.folder.resolve().name}" + (f"-{scheme.name.partition('-')[0].upper()}" if scheme else ""),
         _summary(source, facts),
-        "## Architecture\n\n" + _table(("", ""), architecture_rows(source.architecture)),
     ]
+    sections += [f"> **{warning[0].upper()}{warning[1:]}.**" for warning in warnings]
+    sections.append("## Architecture\n\n" + _table(("", ""), architecture_rows(source.architecture)))
     if (source.folder / PLAN_FILE).is_file():
         sections.append("## What was cut\n\n" + _table(("", ""), plan_rows(read_plan(source.folder / PLAN_FILE))))
     if facts.precision:
         sections.append("## Precision\n\n" + _precision(facts.precision))
+    if facts.verification:
+        sections.append("## Quality before and after this export\n\n" + _verification(facts))
     if facts.quality:
         sections.append("## Measured quality\n\n" + _quality(facts.quality))
+    sections.append("## Memory when served\n\n" + _memory(source, facts))
     sections.append("## Use\n\n" + _use(facts))
     sections.append(f"## How it was made\n\nWith minipuzzle {__version__}" + _command(facts.command))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(sections) + "\n", warnings
 
 
 def architecture_rows(architecture: Architecture) -> list[tuple[str, str]]:
@@ -115,19 +126,31 @@ def index_ranges(indices: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
-def _front_matter(source: Checkpoint, facts: CardFacts) -> str:
+def _front_matter(source: Checkpoint, facts: CardFacts) -> tuple[str, list[str]]:
     inherited = read_front_matter(source.folder / README)
+    warnings = []
     fields = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields |= {name: inherited[name] for name in _INHERITED_FIELDS if name in inherited}
+    if "license" not in fields:
+        found = next((name for name in LICENSE_FILES if (source.folder / name).is_file()), None)
+        if found is None:
+            warnings.append("the source states no licence: find out under which terms it may be used and passed on")
+        else:
+            fields |= {"license": "other", "license_name": "see-license-file", "license_link": found}
     base_model = facts.base_model
     if base_model is None and facts.relation == "finetune":
         base_model = inherited.get("base_model")  # a BF16 copy keeps its source's base; a quantised one has another
     if base_model:
         fields |= {"base_model": base_model, "base_model_relation": facts.relation}
-    tags = [source.architecture.model_type, "minipuzzle", *(("fp8", "modelopt") if facts.precision else ())]
+    else:
+        warnings.append("the base model's name is not known: give it with --base-model")
+    layout = facts.precision.layout if facts.precision else None
+    tags = [source.architecture.model_type, "minipuzzle"]
+    if layout is not None and layout.scheme is not None and layout.flavour is not None:
+        tags += [layout.scheme.name.partition("-")[0], layout.flavour.name]
     # A JSON string is a YAML string, whatever it holds.
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"]), warnings
 
 
 def read_front_matter(path: Path) -> dict[str, str]:
@@ -148,25 +171,52 @@ def read_front_matter(path: Path) -> dict[str, str]:
 
 
 def _summary(source: Checkpoint, facts: CardFacts) -> str:
-    stored = "FP8 (E4M3) weights and activations" if facts.precision else "BF16 weights"
+    scheme = facts.precision.layout.scheme if facts.precision else None
+    stored = f"{scheme.weights.partition(',')[0].partition(':')[0]} weights" if scheme else "BF16 weights"
     size = format_gib(2 * source.architecture.num_parameters)
     return f"A {source.architecture.model_type} language model with {stored}. In BF16 its weights take {size}."
 
 
 def _precision(facts: PrecisionFacts) -> str:
-    cache = "FP8, with stored scales" if facts.fp8_kv_cache else "not quantised"
+    layout = facts.layout
+    assert layout.scheme is not None and layout.flavour is not None
     rows = [
-        ("linear layers", "FP8 E4M3, one static scale a tensor for weights and for inputs"),
+        ("linear layers", layout.scheme.weights),
+        ("their inputs", layout.scheme.inputs),
         ("everything else", "BF16"),
-        ("KV cache", cache),
+        ("KV cache", "FP8, with stored scales" if layout.fp8_kv_cache else "not quantised"),
+        ("layout", layout.flavour.name),
         ("recipe", facts.recipe),
         ("calibration", facts.calibration),
-        ("KL from the unquantised model", f"{facts.kl_from_source:.3g} nats/token"),
-        ("agreement on the most likely token", f"{facts.agreement_with_source:.2%}"),
     ]
-    ignored = "\n".join(f"- `{name}`" for name in facts.ignored_modules)
-    note = f"The last two: on {facts.num_tokens:,} tokens of the calibration text, rounding as engines do."
-    return f"{_table(('', ''), rows)}\n\n{note}\n\nModules left in BF16:\n\n{ignored}"
+    ignored = "\n".join(f"- `{name}`" for name in layout.ignored)
+    return f"{_table(('', ''), rows)}\n\nModules left in BF16:\n\n{ignored}"
+
+
+def _verification(facts: CardFacts) -> str:
+    found = facts.verification
+    assert found is not None
+    rows = [
+        ("loss (nats/token)", f"{found.source_loss:.4f}", f"{found.loss:.4f}"),
+        ("KL from before (nats/token)", "", f"{found.kl_from_source:.3g}"),
+        ("agreement with before on the most likely token", "", f"{found.agreement_with_source:.2%}"),
+    ]
+    note = f"Before: {facts.verified_on}, {found.num_tokens:,} tokens, float32, with this export's source. After: this "
+    return _table(("", "before", "after"), rows) + f"\n\n{note}folder, read back, rounding activations as engines do."
+
+
+def _memory(source: Checkpoint, facts: CardFacts) -> str:
+    layout = facts.precision.layout if facts.precision else None
+    weights = layout.scheme.name.partition("-")[0] if layout is not None and layout.scheme is not None else "bf16"
+    cache = "fp8" if layout is not None and layout.fp8_kv_cache else "bf16"
+    longest = int(source.config.get("max_position_embeddings") or 0)
+    rows = []
+    for context in sorted({8192, longest} if longest else {8192}):
+        deployment = Deployment(context_tokens=context, weights=weights, kv_cache=cache)
+        breakdown = memory_breakdown(source.architecture, deployment)
+        rows.append((f"{context:,} tokens, one sequence", format_gib(breakdown.total_bytes), breakdown.describe()))
+    note = "Weights, caches and states; without activations and engine buffers."
+    return _table(("context", "memory", "of which"), rows) + f"\n\n{note}"
 
 
 def _quality(quality: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -183,14 +233,20 @@ def _number(value: float | None) -> str:
 
 def _use(facts: CardFacts) -> str:
     serve = "```\nvllm serve PATH_OF_THIS_FOLDER\n```"
+    ours = (
+        "`minipuzzle.load(PATH)` gives a transformers model that rounds as engines do; `minipuzzle verify` checks it."
+    )
     if facts.precision is None:
         return f"It loads in transformers, vLLM, SGLang and other engines as it is:\n\n{serve}"
-    return (
-        "The layout is that of NVIDIA ModelOpt, which vLLM, SGLang and TensorRT-LLM read:\n\n"
-        f"{serve}\n\n"
-        "transformers has no reader for this layout: it ignores the scales and computes nonsense without an error. "
-        "`minipuzzle evaluate` reads it."
-    )
+    flavour = facts.precision.layout.flavour
+    assert flavour is not None
+    text = f"The layout is {flavour.name}'s, read by {flavour.engines}:\n\n{serve}\n\n{ours}"
+    if not flavour.loads_in_transformers:
+        text += (
+            " Plain transformers has no reader for this layout: it ignores the scales and computes nonsense without an "
+            "error."
+        )
+    return text
 
 
 def _command(command: str | None) -> str:

@@ -1,6 +1,6 @@
-"""Our own reader of exports: plain folders, and FP8 folders in ModelOpt's layout, computed as engines compute them.
+"""Our own reader of exports: plain, FP8 and NVFP4 folders of both layouts, computed as engines compute them.
 
-transformers has no reader for that layout: it takes the FP8 codes for weights, ignores the scales, and does not fail.
+transformers has no reader for ModelOpt's layout: it takes the codes for weights, ignores the scales, and does not fail.
 """
 
 from __future__ import annotations
@@ -13,70 +13,106 @@ from torch import nn
 
 from minipuzzle.checkpoint import Checkpoint, read_json
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.e4m3 import decode, round_inputs, round_outputs
-from minipuzzle.export.layout import (
-    HF_QUANT_CONFIG,
-    WEIGHT,
-    Fp8Layout,
-    cache_scale_name,
-    read_layout,
-    scale_names,
-)
+from minipuzzle.export.e4m3 import fake_quantize
+from minipuzzle.export.flavours import HF_QUANT_CONFIG
+from minipuzzle.export.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
+from minipuzzle.export.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE
+from minipuzzle.export.write import WeightScales, export_headers
 from minipuzzle.models import load_model
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MISMATCH = "config.json and the weights do not belong together; export again"
+_ONE = torch.tensor(1.0)
 
 
-class Fp8Checkpoint(Checkpoint):
-    """An FP8 export that reads like a plain checkpoint: each weight is the float32 values that its codes stand for.
+class QuantizedCheckpoint(Checkpoint):
+    """A quantised export that reads like a plain checkpoint: each weight is the float32 values its codes stand for.
 
     Only float32 holds them exactly. Activations are rounded by ``round_activations``, once a model is built.
     """
 
     def __init__(self, source: Checkpoint) -> None:
-        """Check an export's headers and read its scales.
+        """Check an export's headers and read its scales of whole tensors.
 
         Raises: MinipuzzleError naming what is missing, unexpected or wrong.
         """
-        self.layout = check_fp8_export(source)
-        self.scales = {name: _read_scale(source, name) for name in scale_names(self.layout)}
-        weights = {name: entry for name, entry in source.entries.items() if name not in self.scales}
-        super().__init__(source.folder, source.config, weights)
-        self._scale_of_weight = {module + WEIGHT: f"{module}.weight_scale" for module in self.layout.quantized}
+        self.layout = check_quantized(source)
+        self._source = source
+        self._stored = {stored.role: stored for stored in self.layout.form}
+        codes = self._stored[CODES].suffix
+        of_modules = {f"{module}.{stored.suffix}" for module in self.layout.quantized for stored in self.layout.form}
+        of_caches = {cache_scale_name(module) for module in self.layout.cached}
+        entries = {name: entry for name, entry in source.entries.items() if name not in of_modules | of_caches}
+        entries |= {module + WEIGHT: source.entries[f"{module}.{codes}"] for module in self.layout.quantized}
+        super().__init__(source.folder, source.config, entries)
+        self._module_of_weight = {module + WEIGHT: module for module in self.layout.quantized}
+        self.scales = WeightScales(
+            weights={module: self._single_scale(module, TENSOR_SCALE) for module in self.layout.quantized},
+            inputs={module: self._single_scale(module, INPUT_SCALE) for module in self.layout.calibrated_inputs},
+            caches={module: self._checked_scale(cache_scale_name(module)) for module in self.layout.cached},
+        )
 
     def require_plain_weights(self) -> None:
         """Nothing to refuse: the headers were checked when this was made."""
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor: codes * scale in float32 where it is quantised, else as stored.
+    def stored_tensor(self, module: str, role: str) -> torch.Tensor:
+        """What the folder holds of a quantised module."""
+        return self._source.tensor(f"{module}.{self._stored[role].suffix}")
 
-        Raises: MinipuzzleError if it holds values that are not finite.
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor: decoded to float32 where it is quantised, else as stored.
+
+        Raises: MinipuzzleError if it holds codes or scales that are not numbers, or scales that are not positive.
         """
-        stored = super().tensor(name)
-        if name not in self._scale_of_weight:
-            return stored
-        values = decode(stored, self.scales[self._scale_of_weight[name]])
+        module = self._module_of_weight.get(name)
+        if module is None:
+            return super().tensor(name)
+        assert self.layout.scheme is not None
+        parts = {CODES: self.stored_tensor(module, CODES), TENSOR_SCALE: self.scales.weights[module]}
+        if SCALES in self._stored:
+            parts[SCALES] = self._checked_scale(f"{module}.{self._stored[SCALES].suffix}")
+        values = self.layout.scheme.decode(parts)
         if not torch.isfinite(values).all():
             raise MinipuzzleError(f"{name} holds codes that are not numbers", "export again")
         return values
 
+    def _single_scale(self, module: str, role: str) -> torch.Tensor:
+        if role not in self._stored:
+            return _ONE
+        scale = self._checked_scale(f"{module}.{self._stored[role].suffix}").float().reshape(())
+        return 1 / scale if self._stored[role].is_reciprocal else scale
 
-def load_any_model(source: Path | Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
-    """The whole model of a checkpoint with plain weights or of an FP8 export, in evaluation mode.
+    def _checked_scale(self, name: str) -> torch.Tensor:
+        scale = self._source.tensor(name)
+        values = scale.float()
+        if not bool((values > 0).all()) or not bool(torch.isfinite(values).all()):  # also false for NaN
+            worst = values.flatten()[~((values > 0) & torch.isfinite(values)).flatten()][0]
+            raise MinipuzzleError(f"{name} holds {float(worst)}; a scale must be positive", "export again")
+        return scale
 
-    Of an FP8 export the weights are codes * scale, and inputs of its linear layers (and keys and values for an FP8
-    cache) are rounded to E4M3 by hooks.
+
+def load_any_model(
+    source: Path | Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    rounds_activations: bool = True,
+) -> nn.Module:
+    """The whole model of a checkpoint with plain weights or of a quantised export, in evaluation mode.
+
+    Weights of an export are decoded. ``rounds_activations``: also round inputs of its linear layers (and keys and
+    values for an FP8 cache) as engines do, by hooks.
 
     Raises: MinipuzzleError for an unknown format, or names, shapes, precisions or values that are wrong.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
     if not checkpoint.is_quantized:
         return load_model(checkpoint, dtype=dtype, device=device)
-    export = Fp8Checkpoint(checkpoint)
+    export = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else QuantizedCheckpoint(checkpoint)
     model = load_model(export, dtype=dtype, device=device)
-    modules = export.family.modules
-    round_activations(lambda name: model.get_submodule(modules.module_name(name)), export.layout, export.scales)
+    if rounds_activations:
+        modules = export.family.modules
+        round_activations(lambda name: model.get_submodule(modules.module_name(name)), export.layout, export.scales)
     return model
 
 
@@ -86,13 +122,13 @@ def check_readable(checkpoint: Checkpoint) -> None:
     Raises: MinipuzzleError naming what is wrong.
     """
     if checkpoint.is_quantized:
-        check_fp8_export(checkpoint)
+        check_quantized(checkpoint)
     else:
         checkpoint.require_plain_weights()
 
 
-def check_fp8_export(checkpoint: Checkpoint) -> Fp8Layout:
-    """Check names, shapes and precisions of an FP8 export against its config.json, from headers alone.
+def check_quantized(checkpoint: Checkpoint) -> ExportLayout:
+    """Check names, shapes and precisions of a quantised export against its config.json, from headers alone.
 
     Raises: MinipuzzleError naming the first tensor that is missing, unexpected, misshapen or of another precision.
     """
@@ -101,15 +137,18 @@ def check_fp8_export(checkpoint: Checkpoint) -> Fp8Layout:
         raise MinipuzzleError("config.json: quantization_config is not an object", "restore the file")
     layout = read_layout(checkpoint.architecture, config)
     _check_second_config(checkpoint, config)
-    expected = _expected_headers(checkpoint, layout)
+    quantized_names = {f"{module}.{stored.suffix}" for module in layout.quantized for stored in layout.form}
+    expected = export_headers(checkpoint.architecture, layout)
     for name in sorted(expected.keys() - checkpoint.entries.keys()):
         raise MinipuzzleError(f"{checkpoint.folder}: tensor {name} is missing", _MISMATCH)
     for name in sorted(checkpoint.entries.keys() - expected.keys()):
         raise MinipuzzleError(f"{checkpoint.folder}: tensor {name} is unexpected", _MISMATCH)
-    for name, (shape, dtypes) in expected.items():
+    caches = {cache_scale_name(module) for module in layout.cached}
+    for name, header in expected.items():
         entry = checkpoint.entries[name]
-        if entry.shape != shape:
-            raise MinipuzzleError(f"{name} has shape {list(entry.shape)}, not {list(shape)}", _MISMATCH)
+        dtypes = (header.dtype,) if name in quantized_names or name in caches else _PLAIN_DTYPES
+        if entry.shape != header.shape:
+            raise MinipuzzleError(f"{name} has shape {list(entry.shape)}, not {list(header.shape)}", _MISMATCH)
         if entry.dtype not in dtypes:
             raise MinipuzzleError(f"{name} is stored as {entry.dtype}, not {' or '.join(dtypes)}", _MISMATCH)
     return layout
@@ -117,32 +156,28 @@ def check_fp8_export(checkpoint: Checkpoint) -> Fp8Layout:
 
 def _check_second_config(checkpoint: Checkpoint, config: Mapping[str, object]) -> None:
     path = checkpoint.folder / HF_QUANT_CONFIG
-    if path.is_file() and read_json(path).get("quantization", {}).get("exclude_modules") != config.get("ignore"):
-        raise MinipuzzleError(
-            f"{path} and config.json leave different modules unquantised", "engines read one or the other: export again"
-        )
+    if not path.is_file():
+        return
+    found = read_json(path).get("quantization", {})
+    for second, first in (("exclude_modules", "ignore"), ("quant_algo", "quant_algo")):
+        if found.get(second) != config.get(first):
+            raise MinipuzzleError(
+                f"{path} and config.json disagree: {second} is not {first}",
+                "engines read one or the other: export again",
+            )
 
 
-def _expected_headers(checkpoint: Checkpoint, layout: Fp8Layout) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    fp8_weights = {module + WEIGHT for module in layout.quantized}
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-    for tensor in checkpoint.architecture.tensors():
-        expected[tensor.name] = (tensor.shape, ("F8_E4M3",) if tensor.name in fp8_weights else _PLAIN_DTYPES)
-    return expected | dict.fromkeys(scale_names(layout), ((), ("F32",)))
-
-
-def _read_scale(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    scale = checkpoint.tensor(name)
-    if not scale > 0:
-        raise MinipuzzleError(f"{name} is {float(scale)}; a scale must be positive", "export again")
-    return scale
-
-
-def round_activations(
-    find_module: Callable[[str], nn.Module], layout: Fp8Layout, scales: Mapping[str, torch.Tensor]
-) -> None:
-    """Make the modules of a model, found by their names on disk, round the activations that engines keep in FP8."""
+def round_activations(find_module: Callable[[str], nn.Module], layout: ExportLayout, scales: WeightScales) -> None:
+    """Make the modules of a model, found by their names on disk, round the activations that engines round."""
+    scheme = layout.scheme
+    assert scheme is not None
     for module in layout.quantized:
-        round_inputs(find_module(module), scales[f"{module}.input_scale"])
+        scale = scales.inputs.get(module, _ONE)
+        find_module(module).register_forward_pre_hook(
+            lambda _module, args, scale=scale: (scheme.round_inputs(args[0], scale), *args[1:])
+        )
     for module in layout.cached:
-        round_outputs(find_module(module), scales[cache_scale_name(module)])
+        cache_scale = scales.caches[module]
+        find_module(module).register_forward_hook(
+            lambda _module, _args, output, scale=cache_scale: fake_quantize(output, scale)
+        )

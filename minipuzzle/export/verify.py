@@ -1,4 +1,4 @@
-"""The proof that an FP8 folder computes what was calibrated: reload it, run it, compare with the source rounded alike.
+"""The proof that a folder computes what was calibrated: reload it, run it, compare with its source rounded alike.
 
 Shape suffixes: B windows, T tokens of a window, N tokens of all windows, H hidden, V vocabulary.
 """
@@ -15,11 +15,18 @@ from torch.nn import functional as F
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import divergence_sums, head_chunks
-from minipuzzle.export.bf16 import deployed_architecture, portable_config, read_source
 from minipuzzle.export.calibration import open_stack
-from minipuzzle.export.e4m3 import fake_quantize
-from minipuzzle.export.layout import WEIGHT, Fp8Layout
-from minipuzzle.export.reader import Fp8Checkpoint, round_activations
+from minipuzzle.export.layout import WEIGHT, ExportLayout
+from minipuzzle.export.reader import QuantizedCheckpoint, round_activations
+from minipuzzle.export.write import (
+    ExportTensors,
+    WeightScales,
+    deployed_architecture,
+    piece_rows,
+    portable_config,
+    read_source,
+    source_name,
+)
 from minipuzzle.streaming import LayerStack
 
 # Same codes, same scales and same kernels give the same states to the last bit. The room is for kernels that are not
@@ -38,15 +45,18 @@ class ExpectedStates:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """How an export compares with its source on a slice of the calibration tokens.
+    """How an export compares with its source on a slice of text.
 
     ``relative_difference``: of the LM head's inputs, to the source rounded alike; 0 up to kernels' own noise.
-    ``kl_from_source``: KL(source || export) in nats/token, the cost of FP8; ``agreement_with_source``: share of tokens.
+    ``kl_from_source``: KL(source || export) in nats/token, the cost of rounding; ``agreement_with_source``: share of
+    tokens. ``source_loss`` and ``loss``: nats per predicted token before and after.
     """
 
     relative_difference: float
     kl_from_source: float
     agreement_with_source: float
+    source_loss: float
+    loss: float
     num_tokens: int
 
     def to_json(self) -> dict[str, float | int]:
@@ -54,54 +64,82 @@ class Verification:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How the predictions of a model compare with those of another; the latter's are None where there is no other."""
+
+    loss: float
+    num_tokens: int
+    kl: float | None = None
+    agreement: float | None = None
+    against_loss: float | None = None
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """All figures by name."""
+        return asdict(self)
+
+
 def verification_slice(token_ids_BT: torch.Tensor) -> torch.Tensor:
-    """The first windows of the calibration tokens, a few thousand tokens together."""
+    """The first windows of some tokens, a few thousand tokens together."""
     num_windows = max(1, _SLICE_TOKENS // token_ids_BT.shape[1])
     return token_ids_BT[:num_windows, :_SLICE_TOKENS]
 
 
 class RoundedSource(Checkpoint):
-    """A source checkpoint that reads as its export should: E4M3 values for quantised weights, BF16 for the rest.
+    """A source checkpoint that reads as its export should: decoded values for quantised weights, BF16 for the rest.
 
     It is computed from the source alone, not from anything written.
     """
 
-    def __init__(self, source: Checkpoint, layout: Fp8Layout, scales: Mapping[str, torch.Tensor]) -> None:
-        tensors = {tensor.name: tensor for tensor in deployed_architecture(source.architecture).tensors()}
-        embeddings = source.entries[source.architecture.names.embeddings]
-        entries = {name: source.entries.get(name, embeddings) for name in tensors}
+    def __init__(self, tensors: ExportTensors) -> None:
+        source = tensors.checkpoint
+        entries = {tensor.name: source.entries[source_name(source, tensor)] for tensor in tensors.tensors}
         super().__init__(source.folder, portable_config(source), entries)
-        self._source = source
-        self._tensors = tensors
-        self._weight_scales = {module + WEIGHT: scales[f"{module}.weight_scale"] for module in layout.quantized}
+        self._export = tensors
+        self._tensors = {tensor.name: tensor for tensor in tensors.tensors}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the source after the rounding that the export gives it, in float32."""
-        values = read_source(self._source, self._tensors[name]).float()
-        scale = self._weight_scales.get(name)
-        return values.to(torch.bfloat16).float() if scale is None else fake_quantize(values, scale)
+        values = read_source(self._export.checkpoint, self._tensors[name]).float()
+        module, layout = name.removesuffix(WEIGHT), self._export.layout
+        if not name.endswith(WEIGHT) or not layout.is_quantized(module):
+            return values.to(torch.bfloat16).float()
+        assert layout.scheme is not None
+        scale = self._export.weight_scale(module)
+        return layout.scheme.fake_quantize(values, scale, self._export.row_scale_dtype)
 
 
-def expected_states(
-    source: Checkpoint,
-    layout: Fp8Layout,
-    scales: Mapping[str, torch.Tensor],
+def verify_export(
+    tensors: ExportTensors,
+    folder: Path,
     token_ids_BT: torch.Tensor,
     *,
     device: str = "cpu",
     device_memory_bytes: int | None = None,
+) -> Verification:
+    """Read a written folder, run it on tokens, and compare it with its source as it is and rounded alike.
+
+    Raises: MinipuzzleError if it does not compute what was expected of it.
+    """
+    expected = expected_states(tensors, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    return verify_against(
+        tensors, folder, token_ids_BT, expected, device=device, device_memory_bytes=device_memory_bytes
+    )
+
+
+def expected_states(
+    tensors: ExportTensors, token_ids_BT: torch.Tensor, *, device: str = "cpu", device_memory_bytes: int | None = None
 ) -> ExpectedStates:
     """Run a source on tokens as it is, and with weights and activations rounded as its export rounds them."""
-    plain = open_stack(source, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
-    source_NH = _states(plain, token_ids_BT)
+    plain = open_stack(tensors.checkpoint, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    source_NH = head_inputs(plain, token_ids_BT)
     del plain
-    rounded_source = RoundedSource(source, layout, scales)
-    rounded = open_stack(rounded_source, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
-    return ExpectedStates(source=source_NH, rounded=_rounded_states(rounded, layout, scales, token_ids_BT))
+    rounded = open_stack(RoundedSource(tensors), token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    return ExpectedStates(source=source_NH, rounded=head_inputs(rounded, token_ids_BT, tensors.layout, tensors.scales))
 
 
-def verify_fp8(
-    source: Checkpoint,
+def verify_against(
+    tensors: ExportTensors,
     folder: Path,
     token_ids_BT: torch.Tensor,
     expected: ExpectedStates,
@@ -109,13 +147,13 @@ def verify_fp8(
     device: str = "cpu",
     device_memory_bytes: int | None = None,
 ) -> Verification:
-    """Read a written folder, run it on tokens, and compare.
+    """Read a written folder, run it on tokens, and compare it with what was expected.
 
     Raises: MinipuzzleError if it does not compute what was expected of it.
     """
-    written = Fp8Checkpoint(Checkpoint.open(folder))
+    written = open_any(folder)
     stack = open_stack(written, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
-    found_NH = _rounded_states(stack, written.layout, written.scales, token_ids_BT)
+    found_NH = head_inputs(stack, token_ids_BT, *_rounding(written))
     del stack
     difference = float((found_NH - expected.rounded).norm() / expected.rounded.norm())
     if not difference <= _TOLERANCE:  # also true for NaN
@@ -123,45 +161,147 @@ def verify_fp8(
             f"{folder} does not compute what was calibrated: its states differ by {difference:.2%}",
             "do not deploy it; check the disk and run the command again",
         )
-    kl, agreement = _divergence(source, written, expected.source, found_NH, device)
+    compared = compare(written, found_NH, token_ids_BT, tensors.checkpoint, expected.source, device=device)
+    assert compared.kl is not None and compared.agreement is not None and compared.against_loss is not None
     return Verification(
         relative_difference=difference,
-        kl_from_source=kl,
-        agreement_with_source=agreement,
-        num_tokens=len(found_NH),
+        kl_from_source=compared.kl,
+        agreement_with_source=compared.agreement,
+        source_loss=compared.against_loss,
+        loss=compared.loss,
+        num_tokens=compared.num_tokens,
     )
 
 
-def _rounded_states(
-    stack: LayerStack, layout: Fp8Layout, scales: Mapping[str, torch.Tensor], token_ids_BT: torch.Tensor
-) -> torch.Tensor:
-    round_activations(stack.module_on_disk, layout, scales)
-    return _states(stack, token_ids_BT)
+def compare_folders(
+    model: Checkpoint,
+    against: Checkpoint | None,
+    token_ids_BT: torch.Tensor,
+    *,
+    device: str = "cpu",
+    device_memory_bytes: int | None = None,
+) -> Comparison:
+    """Run one or two readable checkpoints on tokens, a layer at a time where memory holds no more.
+
+    Raises: MinipuzzleError if a model does not fit, or does not compute finite numbers.
+    """
+    states = []
+    for checkpoint in (model, against):
+        if checkpoint is not None:
+            stack = open_stack(checkpoint, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+            states.append(head_inputs(stack, token_ids_BT, *_rounding(checkpoint)))
+            del stack
+            if not torch.isfinite(states[-1]).all():
+                raise MinipuzzleError(f"{checkpoint.folder} computes NaN or infinite values", "do not deploy it")
+    return compare(model, states[0], token_ids_BT, against, states[-1], device=device)
+
+
+def open_any(folder: Path) -> Checkpoint:
+    """A folder as a checkpoint whose tensors read as numbers, after checking its headers.
+
+    Raises: MinipuzzleError naming what is missing, unexpected or wrong.
+    """
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.is_quantized:
+        return QuantizedCheckpoint(checkpoint)
+    checkpoint.require_plain_weights()
+    return checkpoint
+
+
+def verify_plain(tensors: ExportTensors, folder: Path) -> None:
+    """Read a BF16 export back and compare each tensor with the source's, rounded once.
+
+    Raises: MinipuzzleError naming the first tensor that differs.
+    """
+    written, source = open_any(folder), tensors.checkpoint
+    for tensor in tensors.tensors:
+        for first, end in piece_rows(tensor.shape):
+            expected = source.rows(source_name(source, tensor), first, end).to(torch.bfloat16)
+            found = written.rows(tensor.name, first, end)
+            if found.dtype != torch.bfloat16 or not torch.equal(found, expected):
+                raise MinipuzzleError(f"{tensor.name} was not written correctly to {folder}", "check the disk")
+
+
+def _rounding(checkpoint: Checkpoint) -> tuple[ExportLayout | None, WeightScales | None]:
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        return checkpoint.layout, checkpoint.scales
+    return None, None
 
 
 @torch.inference_mode()
-def _states(stack: LayerStack, token_ids_BT: torch.Tensor) -> torch.Tensor:
+def head_inputs(
+    stack: LayerStack,
+    token_ids_BT: torch.Tensor,
+    layout: ExportLayout | None = None,
+    scales: WeightScales | None = None,
+) -> torch.Tensor:
+    """What the LM head's matrix is multiplied with, ``[N, H]`` float32, activations rounded where a layout says so."""
+    rounds = layout is not None and scales is not None and layout.scheme is not None
+    if rounds:
+        assert layout is not None and scales is not None
+        round_activations(stack.module_on_disk, layout, scales)
     hidden_BTH = stack.embed(token_ids_BT)
     for layer_idx in range(stack.num_layers):
         # Window by window: matrix products may round differently in batches of another size, and an activation
-        # that then falls to the other side of an E4M3 midpoint would look like an error of the export.
+        # that then falls to the other side of a rounding's midpoint would look like an error of the export.
         for window_idx in range(len(hidden_BTH)):
             window_1TH = hidden_BTH[window_idx : window_idx + 1]
             stack.apply(layer_idx, window_1TH, out=window_1TH)
-    return stack.final_norm(hidden_BTH).flatten(0, 1).cpu()
+    states_NH = stack.final_norm(hidden_BTH).flatten(0, 1)
+    head = stack.architecture.names.head.removesuffix(WEIGHT)
+    if layout is not None and scales is not None and layout.scheme is not None and layout.is_quantized(head):
+        states_NH = layout.scheme.round_inputs(states_NH, scales.inputs.get(head, torch.tensor(1.0)))
+    return states_NH.cpu()
 
 
 @torch.inference_mode()
-def _divergence(
-    source: Checkpoint, written: Checkpoint, source_NH: torch.Tensor, found_NH: torch.Tensor, device: str
-) -> tuple[float, float]:
-    head = next(t for t in deployed_architecture(source.architecture).tensors() if t.part == "head")
-    source_head_VH = read_source(source, head).to(device, torch.float32)
-    written_head_VH = written.tensor(head.name).to(device, torch.float32)
-    kl, num_agreed = 0.0, 0
-    for chunk in head_chunks(len(found_NH), len(source_head_VH)):
-        source_logits_CV = F.linear(source_NH[chunk].to(device), source_head_VH)
-        written_logits_CV = F.linear(found_NH[chunk].to(device), written_head_VH)
-        chunk_kl, chunk_agreed = divergence_sums(source_logits_CV, written_logits_CV)
-        kl, num_agreed = kl + chunk_kl, num_agreed + chunk_agreed
-    return kl / len(found_NH), num_agreed / len(found_NH)
+def compare(
+    model: Checkpoint,
+    states_NH: torch.Tensor,
+    token_ids_BT: torch.Tensor,
+    against: Checkpoint | None,
+    against_NH: torch.Tensor,
+    *,
+    device: str = "cpu",
+) -> Comparison:
+    """Losses, KL and agreement from what two LM heads see; windows follow each other in ``states_NH``."""
+    head_VH = _head(model, device)
+    against_head_VH = None if against is None else _head(against, device)
+    labels_N = F.pad(token_ids_BT[:, 1:], (0, 1), value=-100).flatten().to(device)
+    sums = dict.fromkeys(("loss", "against_loss", "kl", "agreed"), 0.0)
+    for chunk in head_chunks(len(states_NH), len(head_VH)):
+        logits_CV = F.linear(states_NH[chunk].to(device), head_VH)
+        sums["loss"] += float(F.cross_entropy(logits_CV, labels_N[chunk], ignore_index=-100, reduction="sum"))
+        if against_head_VH is None:
+            continue
+        against_CV = F.linear(against_NH[chunk].to(device), against_head_VH)
+        sums["against_loss"] += float(F.cross_entropy(against_CV, labels_N[chunk], ignore_index=-100, reduction="sum"))
+        kl, agreed = divergence_sums(against_CV, logits_CV)
+        sums["kl"] += kl
+        sums["agreed"] += agreed
+    num_tokens, num_labels = len(states_NH), max(1, int((labels_N != -100).sum()))
+    has_other = against is not None
+    return Comparison(
+        loss=sums["loss"] / num_labels,
+        num_tokens=num_tokens,
+        kl=sums["kl"] / num_tokens if has_other else None,
+        agreement=sums["agreed"] / num_tokens if has_other else None,
+        against_loss=sums["against_loss"] / num_labels if has_other else None,
+    )
+
+
+def _head(checkpoint: Checkpoint, device: str) -> torch.Tensor:
+    architecture = deployed_architecture(checkpoint.architecture)
+    name = architecture.names.embeddings if architecture.tied_embeddings else architecture.names.head
+    tensor = next(tensor for tensor in architecture.tensors() if tensor.name == name)
+    return read_source(checkpoint, tensor).to(device, torch.float32)
+
+
+def scale_figures(export: QuantizedCheckpoint) -> Mapping[str, float]:
+    """Sanity of an export's scales: smallest and largest of weights and inputs, by name; reads no weights."""
+    figures: dict[str, float] = {}
+    for kind, scales in (("weight", export.scales.weights), ("input", export.scales.inputs)):
+        values = [float(scale) for scale in scales.values()]
+        if values and export.layout.scheme is not None and export.layout.scheme.has_tensor_scale:
+            figures |= {f"smallest_{kind}_scale": min(values), f"largest_{kind}_scale": max(values)}
+    return figures

@@ -1,0 +1,219 @@
+"""The tensors of an export, computed from the source and written piece by piece in bounded memory.
+
+A weight is read a few thousand rows at a time; where one scale serves a whole tensor, or a group that engines fuse, its
+largest value is found in a first reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+
+from minipuzzle.architecture import Architecture, PlacedTensor
+from minipuzzle.checkpoint import DEFAULT_SHARD_BYTES, Checkpoint, copy_companions, torch_dtype, write_json
+from minipuzzle.export.calibration import ActivationAmax
+from minipuzzle.export.e4m3 import scale_of
+from minipuzzle.export.flavours import StoredTensor
+from minipuzzle.export.layout import CACHE_SCALES, WEIGHT, ExportLayout, cache_scale_name, last_name, module_of
+from minipuzzle.export.schemes import INPUT_SCALE, SCALES, TENSOR_SCALE
+from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
+from minipuzzle.progress import Advance, no_progress
+
+_PIECE_ELEMENTS = 2**20  # float32 copies of this many elements stay in a processor's cache
+_ONE = torch.tensor(1.0)
+
+
+def deployed_architecture(architecture: Architecture) -> Architecture:
+    """The architecture as exported: the LM head is written out where engines do not read one that is tied."""
+    return replace(architecture, tied_embeddings=architecture.tied_embeddings and architecture.names.ties_head)
+
+
+def portable_config(checkpoint: Checkpoint) -> dict[str, object]:
+    """The config.json that all engines read alike, for BF16 weights."""
+    config = checkpoint.family.write(checkpoint.config, deployed_architecture(checkpoint.architecture))
+    return {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
+def source_name(checkpoint: Checkpoint, tensor: PlacedTensor) -> str:
+    """The name in the source of a tensor of the export: a tied head reads the embeddings."""
+    if tensor.part == "head" and tensor.name not in checkpoint.entries:
+        return checkpoint.architecture.names.embeddings
+    return tensor.name
+
+
+def read_source(checkpoint: Checkpoint, tensor: PlacedTensor) -> torch.Tensor:
+    """One tensor of the exported model in the source's precision."""
+    return checkpoint.tensor(source_name(checkpoint, tensor))
+
+
+def piece_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(first, end) of the pieces in which a tensor is read."""
+    num_rows = shape[0] if shape else 1
+    step = max(1, _PIECE_ELEMENTS // max(1, prod(shape[1:])))
+    return ((first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScales:
+    """Scales of whole weights and of inputs, and of cached keys and values, by module; float32, 0-d.
+
+    Read as engines will read them: rounded to the precision in which the layout stores them.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, torch.Tensor]
+    caches: Mapping[str, torch.Tensor]
+
+
+class ExportTensors:
+    """All tensors of one export of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, layout: ExportLayout, amax: ActivationAmax) -> None:
+        """``amax``: calibrated activations; empty where the layout needs none."""
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self._amax = amax
+        self._tensor_scales: dict[str, torch.Tensor] = {}
+        self.tensors = tuple(deployed_architecture(checkpoint.architecture).tensors())
+        self._by_module = {module_of(tensor): tensor for tensor in self.tensors}
+
+    def headers(self, tensor: PlacedTensor) -> list[TensorHeader]:
+        """What is stored for one tensor of the model."""
+        return tensor_headers(tensor, self.layout)
+
+    def weight_scale(self, module: str) -> torch.Tensor:
+        """The scale of a whole weight, shared by the modules that engines fuse; 1 where the scheme has none."""
+        layout = self.layout
+        assert layout.scheme is not None
+        if layout.scheme.largest is None:
+            return _ONE
+        if module not in self._tensor_scales:
+            group = layout.scale_group(module)
+            scale = scale_of(max(self._weight_amax(name) for name in group), layout.scheme.largest)
+            self._tensor_scales |= dict.fromkeys(group, self._as_stored(TENSOR_SCALE, scale))
+        return self._tensor_scales[module]
+
+    def input_scale(self, module: str) -> torch.Tensor:
+        """The scale of a module's inputs."""
+        assert self.layout.scheme is not None and self.layout.scheme.largest is not None
+        amax = max(self._amax.inputs[name] for name in self.layout.scale_group(module))
+        return self._as_stored(INPUT_SCALE, scale_of(amax, self.layout.scheme.largest))
+
+    @cached_property
+    def scales(self) -> WeightScales:
+        """All scales of whole tensors; reads the weights that need one."""
+        calibrated = self.layout.calibrated_inputs
+        return WeightScales(
+            weights={module: self.weight_scale(module) for module in self.layout.quantized},
+            inputs={module: self.input_scale(module) for module in calibrated},
+            caches={module: scale_of(self._amax.outputs[module]) for module in self.layout.cached},
+        )
+
+    @property
+    def row_scale_dtype(self) -> torch.dtype:
+        """The precision in which row scales are stored."""
+        return row_scale_dtype(self.layout)
+
+    def _as_stored(self, role: str, scale: torch.Tensor) -> torch.Tensor:
+        stored = next(stored for stored in self.layout.form if stored.role == role)
+        if stored.is_reciprocal:  # two roundings: the file's and the reader's
+            return 1 / (1 / scale)
+        return scale.to(torch_dtype(stored.dtype)).float()
+
+    def _weight_amax(self, module: str) -> float:
+        tensor = self._by_module[module]
+        name = source_name(self.checkpoint, tensor)
+        largest = 0.0
+        for first, end in piece_rows(tensor.shape):
+            smallest, highest = self.checkpoint.rows(name, first, end).aminmax()
+            largest = max(largest, -float(smallest), float(highest))
+        return largest
+
+    def write(self, shard: Shard, tensor: PlacedTensor) -> None:
+        """Write what is stored for one tensor of the model."""
+        module = module_of(tensor)
+        is_quantized = self.layout.is_quantized(module)
+        by_role = {stored.role: stored for stored in self.layout.form} if is_quantized else {}
+        name = source_name(self.checkpoint, tensor)
+        scale = self.weight_scale(module) if is_quantized else _ONE
+        for first, end in piece_rows(tensor.shape):
+            rows = self.checkpoint.rows(name, first, end)
+            if not by_role:
+                shard.write(tensor.name, rows.to(torch.bfloat16), first_row=first)
+                continue
+            assert self.layout.scheme is not None
+            for role, part in self.layout.scheme.encode(rows.float(), scale, self.row_scale_dtype).items():
+                header = shard.headers[f"{module}.{by_role[role].suffix}"]
+                shard.write(header.name, part.view(-1, *header.shape[1:]), first_row=first)
+        if by_role:
+            self._write_single_scales(shard, module, by_role)
+        if module in self.layout.cached:
+            shard.write(cache_scale_name(module), scale_of(self._amax.outputs[module]))
+
+    def _write_single_scales(self, shard: Shard, module: str, by_role: Mapping[str, StoredTensor]) -> None:
+        for role, find in ((TENSOR_SCALE, self.weight_scale), (INPUT_SCALE, self.input_scale)):
+            if role not in by_role:
+                continue
+            stored, scale = by_role[role], find(module)
+            header = shard.headers[f"{module}.{stored.suffix}"]
+            value = 1 / scale if stored.is_reciprocal else scale
+            shard.write(header.name, value.to(torch_dtype(stored.dtype)).reshape(header.shape))
+
+
+def row_scale_dtype(layout: ExportLayout) -> torch.dtype:
+    """The precision in which a layout stores scales that run along rows; float32 where it stores none."""
+    return torch_dtype(next((stored.dtype for stored in layout.form if stored.role == SCALES), "F32"))
+
+
+def tensor_headers(tensor: PlacedTensor, layout: ExportLayout) -> list[TensorHeader]:
+    """What a layout stores for one tensor of the model: the tensor itself, or its codes and scales."""
+    module = module_of(tensor)
+    headers = [TensorHeader(name=tensor.name, dtype="BF16", shape=tensor.shape)]
+    if layout.is_quantized(module):
+        out, inputs = tensor.shape
+        headers = [
+            TensorHeader(name=f"{module}.{stored.suffix}", dtype=stored.dtype, shape=stored.shape(out, inputs))
+            for stored in layout.form
+        ]
+    if layout.fp8_kv_cache and last_name(module) in CACHE_SCALES and tensor.name.endswith(WEIGHT):
+        headers.append(TensorHeader(name=cache_scale_name(module), dtype="F32", shape=()))
+    return headers
+
+
+def export_headers(architecture: Architecture, layout: ExportLayout) -> dict[str, TensorHeader]:
+    """Every tensor that an export of an architecture stores, by name."""
+    tensors = deployed_architecture(architecture).tensors()
+    return {header.name: header for tensor in tensors for header in tensor_headers(tensor, layout)}
+
+
+def write_export(
+    tensors: ExportTensors, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, advance: Advance = no_progress
+) -> None:
+    """Write weights, scales, config files and the files that go along. ``advance`` is called with tensors done."""
+    checkpoint, layout = tensors.checkpoint, tensors.layout
+    config = portable_config(checkpoint)
+    if layout.flavour is not None:
+        config["quantization_config"] = layout.flavour.config(layout)
+        for name, content in layout.flavour.side_files(layout).items():
+            write_json(folder / name, content)
+    write_json(folder / "config.json", config)
+    copy_companions(checkpoint.folder, folder)
+    shards = plan_shards(folder, [tensors.headers(tensor) for tensor in tensors.tensors], max_shard_bytes)
+    shard_of = {name: shard for shard in shards for name in shard.headers}
+    members: dict[Path, list[PlacedTensor]] = {shard.path: [] for shard in shards}
+    for tensor in tensors.tensors:
+        members[shard_of[tensors.headers(tensor)[0].name].path].append(tensor)
+    for shard in shards:
+        if shard.is_complete:
+            advance(len(members[shard.path]))
+            continue
+        with shard.open():
+            for tensor in members[shard.path]:
+                tensors.write(shard, tensor)
+                advance(1)
+    write_index(folder, shards)
