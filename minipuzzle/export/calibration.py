@@ -102,13 +102,14 @@ def calibrated_amax(quantizer: Any, method: CalibrationMethod) -> float:
     """What a quantiser has found; 0 where it saw only zeros."""
     calibrator = quantizer._calibrator
     edges = getattr(calibrator, "_calib_bin_edges", None)
+    counts = getattr(calibrator, "_calib_hist", None)
     if edges is not None and not float(edges[-1]) > 0:
         return 0.0
     finders: Mapping[str, Callable[[], Any]] = {
         "max": calibrator.compute_amax,
         "percentile": lambda: calibrator.compute_amax("percentile", percentile=method.percentile),
         # ModelOpt 0.47 fails on its own call for E4M3 (an argument is missing); the histogram is its, the search ours.
-        "mse": lambda: least_squares_amax(calibrator._calib_hist.cpu(), edges.cpu()),
+        "mse": lambda: least_squares_amax(torch.as_tensor(counts).cpu(), torch.as_tensor(edges).cpu()),
     }
     return float(finders[method.algorithm]())
 

@@ -49,7 +49,8 @@ def encode_blocks(values_RC: torch.Tensor, scale_RK: torch.Tensor, tensor_scale:
     code_RC = torch.minimum((2 * magnitude_RC).round(), magnitude_RC.round() + 2)
     code_RC = torch.minimum(code_RC, (magnitude_RC / 2).round() + 4).to(torch.uint8)
     code_RC |= torch.signbit(values_RC).to(torch.uint8) << 3
-    return code_RC[..., ::2] | (code_RC[..., 1::2] << 4)
+    packed_RC2: torch.Tensor = code_RC[..., ::2] | (code_RC[..., 1::2] << 4)
+    return packed_RC2
 
 
 def decode_blocks(codes_RC2: torch.Tensor, scale_RK: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:

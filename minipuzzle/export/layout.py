@@ -10,6 +10,7 @@ from minipuzzle.architecture import Architecture, PlacedTensor
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.flavours import FLAVOURS, Flavour, StoredTensor
 from minipuzzle.export.schemes import SCHEMES, Scheme
+from minipuzzle.families import FAMILIES
 
 WEIGHT = ".weight"
 RECIPES: Mapping[str, str] = {
@@ -172,7 +173,7 @@ def _check_widths(architecture: Architecture, is_quantized: Mapping[str, bool], 
 
 
 def _check_cache(architecture: Architecture, flavour: Flavour) -> None:
-    if family_named(architecture.model_type).modules.rotary:
+    if FAMILIES[architecture.model_type].modules.rotary:
         # Engines cache keys after their rotation (and after a norm, where there is one), which is not measured here.
         raise MinipuzzleError(
             f"scales of an FP8 KV cache are not measured for {architecture.model_type}, whose keys are rotated",

@@ -88,7 +88,7 @@ class Shard:
         assert values.shape[1:] == header.shape[1:], f"{name}: {values.shape} are not rows of {header.shape}"
         row_bytes = prod(header.shape[1:]) * header.itemsize
         self._file.seek(len(self._header) + self._offsets[name] + first_row * row_bytes)
-        self._file.write(memoryview(values.contiguous().cpu().flatten().view(torch.uint8).numpy()))
+        self._file.write(values.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 def plan_shards(folder: Path, units: Sequence[Sequence[TensorHeader]], max_shard_bytes: int) -> list[Shard]:
