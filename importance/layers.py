@@ -16,20 +16,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from importance.metrics import HeadInputMetrics, chunk_tokens, logit_bytes, next_token_labels
+from importance.metrics import HeadInputMetrics, chunk_bytes, chunk_tokens, next_token_labels
+from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.streaming import LayerStack, largest_activation_bytes
 
 
-def reserved_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, memory_bytes: int) -> int:
+def reserved_bytes(
+    checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, memory_bytes: int, device: str = "cpu"
+) -> int:
     """The least that scoring layers needs beside the weights: all streams of one sample, one layer at work on one
     sequence, and the logits of one chunk."""
     return (
         sample_bytes(checkpoint, num_tokens, dtype)
         + largest_activation_bytes(checkpoint, num_tokens, dtype)
-        + head_bytes(checkpoint, num_tokens, dtype, memory_bytes)
+        + head_bytes(checkpoint, num_tokens, memory_bytes, device)
     )
 
 
@@ -39,18 +42,24 @@ def sample_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype) ->
     return (len(architecture.layers) + 1) * num_tokens * architecture.hidden * dtype.itemsize
 
 
-def head_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, memory_bytes: int) -> int:
-    """Memory that the metrics take: the logits of a chunk, its normed streams, and the head in float32."""
-    architecture = checkpoint.architecture
-    chunk = chunk_tokens(architecture.vocabulary, num_tokens, memory_bytes)
-    wide_head = 0 if dtype.itemsize >= 4 else architecture.vocabulary * architecture.hidden * 4
-    return logit_bytes(architecture.vocabulary, chunk) + sample_bytes(checkpoint, 3 * chunk, dtype) + wide_head
+def head_bytes(checkpoint: Checkpoint, num_tokens: int, memory_bytes: int, device: str) -> int:
+    """Memory that the metrics of one chunk of tokens take."""
+    sizes = _head_sizes(checkpoint.architecture)
+    return chunk_bytes(chunk_tokens(num_tokens, memory_bytes, **sizes), device, **sizes)
+
+
+def _head_sizes(architecture: Architecture) -> dict[str, int]:
+    return {
+        "num_streams": len(architecture.layers),
+        "hidden": architecture.hidden,
+        "vocabulary": architecture.vocabulary,
+    }
 
 
 def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int) -> int:
     """Samples whose streams fit beside the weights, a layer at work and the metrics; one always does."""
     beside = stack.activation_bytes(num_tokens)
-    beside += head_bytes(stack.checkpoint, num_tokens, stack.dtype, stack.memory_bytes)
+    beside += head_bytes(stack.checkpoint, num_tokens, stack.memory_bytes, stack.device)
     fitting = (stack.free_bytes - beside) // sample_bytes(stack.checkpoint, num_tokens, stack.dtype)
     return max(1, min(num_samples, fitting))
 
@@ -116,10 +125,8 @@ def _compare_streams(
 ) -> None:
     labels_BT = next_token_labels(token_ids_BT).to(streams_SBTH.device)
     head_VH = stack.head_weight()
-    if not head_VH.is_cuda:
-        head_VH = head_VH.to(torch.promote_types(head_VH.dtype, torch.float32))
     num_tokens = token_ids_BT.shape[1]
-    chunk = chunk_tokens(stack.architecture.vocabulary, num_tokens, stack.memory_bytes)
+    chunk = chunk_tokens(num_tokens, stack.memory_bytes, **_head_sizes(stack.architecture))
     for sample_idx in range(len(token_ids_BT)):
         for start in range(0, num_tokens, chunk):
             normed_SCH = stack.final_norm(streams_SBTH[:, sample_idx, start : start + chunk])

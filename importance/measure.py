@@ -114,7 +114,7 @@ def open_stack(
         device=device,
         dtype=compute_dtype,
         device_memory_bytes=memory_bytes,
-        reserved_bytes=layers.reserved_bytes(checkpoint, sequence_length, compute_dtype, memory_bytes),
+        reserved_bytes=layers.reserved_bytes(checkpoint, sequence_length, compute_dtype, memory_bytes, device),
     )
 
 
@@ -131,7 +131,7 @@ def predict_work(stack: LayerStack, *, layer_samples: int, channel_samples: int,
         read_bytes = (layer_slices + channel_slices) * body_bytes + layer_slices * head_bytes + norm_bytes
     applications = layer_slices * stack.num_layers * (stack.num_layers + 1) // 2 + channel_slices * stack.num_layers
     streams_bytes = layer_slice * layers.sample_bytes(stack.checkpoint, sequence_length, stack.dtype)
-    head_work_bytes = layers.head_bytes(stack.checkpoint, sequence_length, stack.dtype, stack.memory_bytes)
+    head_work_bytes = layers.head_bytes(stack.checkpoint, sequence_length, stack.memory_bytes, stack.device)
     working_bytes = streams_bytes + max(stack.activation_bytes(sequence_length), head_work_bytes)
     return Work(
         layer_slices=layer_slices,

@@ -1,9 +1,13 @@
 """How far apart two models are, from what their LM heads see: sums over tokens, gathered chunk by chunk.
 
-Logits exist for one chunk of tokens of one stream at a time, and for the full model beside it; they are float32 (or
-float64, if the hidden states are), and sums over tokens are float64.
+With z the logits of the full model, p its probabilities and d the change of the logits, everything about the next
+token follows from three numbers a token: L = log sum p exp(d), mu = sum p d, and d at the label. The KL is L - mu and
+the rise of the loss L - d(label). So the full model's logits are computed once for all altered models, and those of an
+altered model are never normalised: their change, head times change of the hidden state, exists in tiles that fit the
+CPU's caches and are passed over twice. Logits are float32 (or float64, if the hidden states are); sums over tokens are
+float64.
 
-Shape suffixes: S streams (one a removed layer), T tokens, C tokens of a chunk, H hidden, V vocabulary.
+Shape suffixes: S streams (one an altered model), T tokens, C tokens of a chunk, H hidden, V vocabulary, R rows.
 """
 
 from __future__ import annotations
@@ -19,23 +23,36 @@ from torch.nn import functional as F
 from minipuzzle.corpus import IGNORE
 from minipuzzle.scores import LAYER_METRICS
 
-LOGIT_BUFFERS = 6  # of [chunk, vocabulary] in float32, alive at once at the worst moment
-MAX_BUFFER_BYTES = 2**30  # for all of them; larger chunks are no faster
+LOGIT_BUFFERS = 3  # of [chunk, vocabulary] in float32, alive at once at the worst moment
+STREAM_BUFFERS = 6  # of [streams, chunk, hidden], likewise
+MAX_BUFFER_BYTES = 2**28  # for all of them; larger chunks are no faster
 MIN_CHUNK_TOKENS = 16
-MAX_RISE = 40.0  # nats by which a log-probability may rise before its token is treated as a large change
+# Of a tile, in float32: the CPU's is what its second-level cache holds, a GPU wants enough work for each kernel.
+TILE_ELEMENTS_CPU, TILE_ELEMENTS = 2**18, 2**26
+TILE_VOCABULARY_CPU = 1024
+MAX_RISE = 40.0  # nats by which a logit may rise before exp() may leave the range of float32
 SUMS = ("squared_difference", "cosine_distance", "kl", "loss_rise")
 _COUNTS = ("num_tokens", "_num_labels", "_num_elements", "_full_energy")
 
 
-def chunk_tokens(vocabulary: int, num_tokens: int, memory_bytes: int) -> int:
-    """Tokens a chunk, so that the logits take little of the memory given."""
+def chunk_tokens(num_tokens: int, memory_bytes: int, *, num_streams: int, hidden: int, vocabulary: int) -> int:
+    """Tokens a chunk, so that their logits and streams take little of the memory given."""
     buffer_bytes = min(MAX_BUFFER_BYTES, memory_bytes // 16)
-    return min(num_tokens, max(MIN_CHUNK_TOKENS, buffer_bytes // (LOGIT_BUFFERS * vocabulary * 4)))
+    token_bytes = _token_bytes(num_streams=num_streams, hidden=hidden, vocabulary=vocabulary)
+    return min(num_tokens, max(MIN_CHUNK_TOKENS, buffer_bytes // token_bytes))
 
 
-def logit_bytes(vocabulary: int, num_chunk_tokens: int) -> int:
-    """Memory that one chunk takes at the worst moment."""
-    return LOGIT_BUFFERS * num_chunk_tokens * vocabulary * 4
+def chunk_bytes(num_chunk_tokens: int, device: str, *, num_streams: int, hidden: int, vocabulary: int) -> int:
+    """Memory that one chunk takes at the worst moment: its tokens, a tile, and a tile's rows of the head."""
+    token_bytes = _token_bytes(num_streams=num_streams, hidden=hidden, vocabulary=vocabulary)
+    on_cpu = torch.device(device).type == "cpu"
+    tile_tokens, tile_vocabulary = _tile_shape(num_streams, vocabulary, on_cpu=on_cpu)
+    tile = (1 if on_cpu else 2) * min(tile_tokens, num_chunk_tokens) * num_streams * tile_vocabulary
+    return num_chunk_tokens * token_bytes + 4 * (tile + tile_vocabulary * hidden)
+
+
+def _token_bytes(*, num_streams: int, hidden: int, vocabulary: int) -> int:
+    return 4 * (LOGIT_BUFFERS * vocabulary + STREAM_BUFFERS * (num_streams + 1) * hidden)
 
 
 def next_token_labels(token_ids: torch.Tensor) -> torch.Tensor:
@@ -73,28 +90,32 @@ class HeadInputMetrics:
     @torch.no_grad()
     def add(
         self, full_CH: torch.Tensor, altered_SCH: torch.Tensor, head_VH: torch.Tensor, labels_C: torch.Tensor
-    ) -> None:
-        """Add one chunk of tokens. Hidden states are those after the final norm; a label may be IGNORE."""
+    ) -> torch.Tensor:
+        """Add one chunk of tokens; returns what was added, ``[len(SUMS), streams]``.
+
+        Hidden states are those after the final norm; a label may be IGNORE.
+        """
         precision = torch.promote_types(full_CH.dtype, torch.float32)
-        full_logprob_CV = _logits(full_CH, head_VH).log_softmax(-1)
-        full_prob_CV = full_logprob_CV.exp()
-        full_wide_CH = full_CH.to(precision)
-        token_sums = []
-        for altered_CH in altered_SCH:
-            altered_wide_CH = altered_CH.to(precision)
-            rise_CV = _logits(altered_CH, head_VH).log_softmax(-1).sub_(full_logprob_CV)
-            per_token = (
-                (altered_wide_CH - full_wide_CH).square().sum(-1),
-                _cosine_distance(full_wide_CH, altered_wide_CH),
-                _forward_kl(full_prob_CV, rise_CV),
-                _loss_rise(rise_CV, labels_C),
-            )
-            token_sums.append(torch.stack(per_token))
-        self._sums_MS += torch.stack(token_sums, dim=1).cpu().double().sum(-1)
+        full_wide_CH, altered_wide_SCH = full_CH.to(precision), altered_SCH.to(precision)
+        difference_CSH = (altered_wide_SCH - full_wide_CH).transpose(0, 1).contiguous()
+        changes = _LogitChanges(full_CH, altered_SCH, difference_CSH, head_VH)
+        log_rise_CS, mean_rise_CS = changes.summarised()
+        has_label_C = labels_C != IGNORE
+        label_rows_CH = head_VH[labels_C.clamp(min=0)].to(precision)
+        label_rise_CS = (difference_CSH @ label_rows_CH[:, :, None])[..., 0]
+        per_token = (
+            difference_CSH.square().sum(-1),
+            _cosine_distance(full_wide_CH, altered_wide_SCH).T,
+            log_rise_CS - mean_rise_CS,
+            (log_rise_CS - label_rise_CS).where(has_label_C[:, None], 0),
+        )
+        added_MS = torch.stack([values_CS.double().sum(0).cpu() for values_CS in per_token])
+        self._sums_MS += added_MS
         self._full_energy += full_wide_CH.square().sum(-1).cpu().double().sum().item()
         self.num_tokens += len(full_CH)
-        self._num_labels += int((labels_C != IGNORE).sum())
+        self._num_labels += int(has_label_C.sum())
         self._num_elements += full_CH.numel()
+        return added_MS
 
     def result(self) -> dict[str, NDArray[np.float64]]:
         """Every metric of LAYER_METRICS for each stream."""
@@ -110,34 +131,71 @@ class HeadInputMetrics:
         return metrics
 
 
-def _logits(hidden_CH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
+class _LogitChanges:
+    """The changes d of the logits of one chunk, over streams and vocabulary in tiles, reduced to numbers a token."""
+
+    def __init__(
+        self, full_CH: torch.Tensor, altered_SCH: torch.Tensor, difference_CSH: torch.Tensor, head_VH: torch.Tensor
+    ) -> None:
+        self.altered_SCH, self.difference_CSH, self.head_VH = altered_SCH, difference_CSH, head_VH
+        self.full_logits_CV = _logits(full_CH, head_VH)
+        self.full_log_sum_C = self.full_logits_CV.logsumexp(-1)
+
+    def summarised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """log sum p exp(d) and sum p d, both ``[chunk, streams]`` float64.
+
+        The first is taken as log1p(sum p expm1(d)), which keeps the digits of small changes; where a logit rises so
+        much that exp(d) might overflow, it is the difference of two log-sum-exps.
+        """
+        num_tokens, num_streams, _ = self.difference_CSH.shape
+        tile_tokens, tile_vocabulary = _tile_shape(num_streams, len(self.head_VH), on_cpu=not self.head_VH.is_cuda)
+        growth_CS = self.difference_CSH.new_zeros(num_tokens, num_streams, dtype=torch.float64)
+        mean_CS, peak_CS = growth_CS.clone(), growth_CS.to(self.difference_CSH.dtype)
+        for first_row in range(0, len(self.head_VH), tile_vocabulary):
+            columns = slice(first_row, first_row + tile_vocabulary)
+            for first_token in range(0, num_tokens, tile_tokens):
+                tokens = slice(first_token, first_token + tile_tokens)
+                change_CSV = self._tile(tokens, columns)
+                log_probability_CV = self.full_logits_CV[tokens, columns] - self.full_log_sum_C[tokens, None]
+                probability_CV1 = log_probability_CV.exp_()[:, :, None]
+                mean_CS[tokens] += (change_CSV @ probability_CV1)[..., 0]
+                torch.maximum(peak_CS[tokens], change_CSV.amax(-1), out=peak_CS[tokens])
+                growth_CS[tokens] += (change_CSV.expm1_() @ probability_CV1)[..., 0]
+        log_rise_CS = growth_CS.log1p_()
+        for rows_R2 in torch.split((peak_CS >= MAX_RISE).nonzero(), num_tokens):
+            token_R, stream_R = rows_R2.unbind(-1)
+            log_sum_R = _logits(self.altered_SCH[stream_R, token_R], self.head_VH).logsumexp(-1)
+            log_rise_CS[token_R, stream_R] = (log_sum_R - self.full_log_sum_C[token_R]).double()
+        return log_rise_CS, mean_CS
+
+    def _tile(self, tokens: slice, columns: slice) -> torch.Tensor:
+        difference_CSH = self.difference_CSH[tokens]
+        if self.altered_SCH.is_cuda and self.altered_SCH.dtype.itemsize < 4:
+            # The difference of two hidden states would have to be rounded for a product in half precision.
+            altered_CSH = self.altered_SCH[:, tokens].transpose(0, 1)
+            logits_RV = _logits(altered_CSH.flatten(0, 1), self.head_VH[columns])
+            return logits_RV.view(*altered_CSH.shape[:2], -1).sub_(self.full_logits_CV[tokens, None, columns])
+        head_rows_VH = self.head_VH[columns].to(difference_CSH.dtype)
+        return (difference_CSH.flatten(0, 1) @ head_rows_VH.T).view(*difference_CSH.shape[:2], -1)
+
+
+def _tile_shape(num_streams: int, vocabulary: int, *, on_cpu: bool) -> tuple[int, int]:
+    """Tokens and vocabulary of a tile that holds all streams."""
+    tile_vocabulary = min(vocabulary, TILE_VOCABULARY_CPU) if on_cpu else vocabulary
+    tile_elements = TILE_ELEMENTS_CPU if on_cpu else TILE_ELEMENTS
+    return max(1, tile_elements // (tile_vocabulary * num_streams)), tile_vocabulary
+
+
+def _logits(hidden_RH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
     """Logits in float32 at least: rounding them to bfloat16 would drown small divergences."""
-    if hidden_CH.dtype in (torch.float32, torch.float64):
-        return F.linear(hidden_CH, head_VH)
-    if hidden_CH.is_cuda:
-        return torch.mm(hidden_CH, head_VH.T, out_dtype=torch.float32)
-    return F.linear(hidden_CH.float(), head_VH.float())
+    if hidden_RH.dtype in (torch.float32, torch.float64):
+        return F.linear(hidden_RH, head_VH)
+    if hidden_RH.is_cuda:
+        return torch.mm(hidden_RH, head_VH.T, out_dtype=torch.float32)
+    pieces_VH = torch.split(head_VH, TILE_VOCABULARY_CPU)  # a whole head in float32 may not fit
+    return torch.cat([F.linear(hidden_RH.float(), piece_VH.float()) for piece_VH in pieces_VH], dim=-1)
 
 
-def _cosine_distance(first_CH: torch.Tensor, second_CH: torch.Tensor) -> torch.Tensor:
+def _cosine_distance(first_CH: torch.Tensor, second_SCH: torch.Tensor) -> torch.Tensor:
     """1 - cos, as half the squared distance of the unit vectors, which does not cancel where they nearly agree."""
-    return (F.normalize(first_CH, dim=-1) - F.normalize(second_CH, dim=-1)).square().sum(-1) / 2
-
-
-def _forward_kl(full_prob_CV: torch.Tensor, rise_CV: torch.Tensor) -> torch.Tensor:
-    """KL(full || altered) of each token, from the rise d of the log-probabilities.
-
-    sum p (-d) equals sum p (exp(d) - 1 - d), since the altered probabilities p exp(d) also add up to one. The terms
-    of the second form are never negative: nothing cancels, and small divergences keep their digits. Tokens at which
-    exp(d) could leave the range of float32 take the first form.
-    """
-    terms_CV = rise_CV.clamp(max=MAX_RISE).expm1_().sub_(rise_CV)
-    small_C = torch.linalg.vecdot(full_prob_CV, terms_CV)
-    large_C = -torch.linalg.vecdot(full_prob_CV, rise_CV)
-    return torch.where(rise_CV.amax(-1) < MAX_RISE, small_C, large_C)
-
-
-def _loss_rise(rise_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-    has_label_C = labels_C != IGNORE
-    at_label_C = rise_CV.gather(-1, labels_C.clamp(min=0)[:, None])[:, 0]
-    return torch.where(has_label_C, -at_label_C, torch.zeros_like(at_label_C))
+    return (F.normalize(first_CH, dim=-1) - F.normalize(second_SCH, dim=-1)).square().sum(-1) / 2
