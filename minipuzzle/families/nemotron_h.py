@@ -156,9 +156,12 @@ def _write(source: Config, architecture: Architecture) -> dict[str, Any]:
 
 def _prepare(model: nn.Module) -> None:
     # transformers clamps dt at time_step_min, which only serves initialisation; no engine and no kernel does.
+    from minipuzzle.mamba_scan import run_without_kernels
+
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.__dict__["time_step_limit"] = (0.0, float("inf"))
+            run_without_kernels(module)
 
 
 def _layers(model: nn.Module) -> Sequence[nn.Module]:
