@@ -15,7 +15,7 @@ _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
 # Values that autograd keeps a token for each output of a layer's linears, counted in transformers' path without
 # kernels at hidden sizes 128 and 512, states and scan chunks from 32 to 128; and for each channel of a layer's input.
-_KEPT_PER_OUTPUT = {"mamba": 11, "attention": 1, "mlp": 2}
+_KEPT_PER_OUTPUT = {"mamba": 11, "attention": 1, "mlp": 2, "moe": 2}
 _KEPT_PER_CHANNEL = 3
 
 
@@ -54,7 +54,8 @@ def _kept_values_per_token(architecture: Architecture) -> int:
     values = 0
     for tensor in architecture.tensors():
         if tensor.part in _KEPT_PER_OUTPUT and tensor.spec.quantized:
-            values += _KEPT_PER_OUTPUT[tensor.part] * tensor.shape[0]
+            share = tensor.num_active_elements / tensor.num_elements  # of the tokens that a routed expert sees
+            values += round(_KEPT_PER_OUTPUT[tensor.part] * tensor.shape[0] * share)
         elif tensor.spec.dims == (HIDDEN,):
             values += _KEPT_PER_CHANNEL * architecture.hidden
     return values

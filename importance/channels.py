@@ -28,6 +28,11 @@ from minipuzzle.streaming import LayerStack
 UNIT_DEFINITIONS: Mapping[str, str] = {
     "ffn": "input of down_proj: mean over the sequence of |a|, L2 over samples",
     "ffn_contribution": "mean over all tokens of |a|, times the norm of the neuron's column of down_proj",
+    "shared_ffn": "of the shared expert: as ffn",
+    "shared_ffn_contribution": "of the shared expert: as ffn_contribution",
+    "expert": "norm of the expert's output (before a latent projection back) times its routing weight: mean over all "
+    "tokens, zero for those it is not given",
+    "expert_ffn": "[experts, neurons] input of the expert's down_proj: mean over all tokens of |a|, zero likewise",
     "ssm_head": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and channels",
     "ssm_head_channel": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and heads",
     "kv_group": "norm of the group's contribution through o_proj: mean over the sequence, L2 over samples",
@@ -52,6 +57,13 @@ class _Sums:
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     energies: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def add_row(sums: dict[str, torch.Tensor], key: str, num_rows: int, row: int, values: torch.Tensor) -> None:
+        """Add to one row of the sum under a key, which has as many rows as a layer has experts."""
+        if key not in sums:
+            sums[key] = torch.zeros(num_rows, *values.shape, dtype=torch.float64)
+        sums[key][row] += values.double().cpu()
 
     @staticmethod
     def add(sums: dict[str, torch.Tensor], key: str, values_BU: torch.Tensor) -> None:
@@ -156,14 +168,46 @@ def _observe_norm(sums: _Sums, norm: int | str, is_centered: bool) -> Observe:
     return observe
 
 
-def _observe_mlp(sums: _Sums, layer_idx: int, _spec: LayerSpec) -> dict[str, Observe]:
+def _observe_neurons(sums: _Sums, axis: str, layer_idx: int) -> Observe:
     def observe_down_proj(module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
         size_BF = _mean_size(args[0])
-        sums.add(sums.squares, f"ffn.{layer_idx}", size_BF.square())
+        sums.add(sums.squares, f"{axis}.{layer_idx}", size_BF.square())
         column_norms_F = module.get_parameter("weight").norm(dim=0)
-        sums.add(sums.means, f"ffn_contribution.{layer_idx}", size_BF * column_norms_F)
+        sums.add(sums.means, f"{axis}_contribution.{layer_idx}", size_BF * column_norms_F)
 
-    return {"down_proj.weight": observe_down_proj}
+    return observe_down_proj
+
+
+def _observe_mlp(sums: _Sums, layer_idx: int, _spec: LayerSpec) -> dict[str, Observe]:
+    return {"down_proj.weight": _observe_neurons(sums, "ffn", layer_idx)}
+
+
+def _observe_moe(sums: _Sums, layer_idx: int, spec: LayerSpec) -> dict[str, Observe]:
+    num_experts, num_tokens = spec.sizes["expert"], 1
+
+    def observe_gate(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        nonlocal num_tokens  # of a sequence; experts see tokens of all sequences in one list
+        num_tokens = args[0].shape[-2]
+
+    def observe_expert(expert_idx: int) -> Observe:
+        def observe(_module: nn.Module, _args: tuple[torch.Tensor, ...], weighted_NH: torch.Tensor) -> None:
+            norms_N = weighted_NH.norm(dim=-1, dtype=torch.promote_types(weighted_NH.dtype, torch.float32))
+            sums.add_row(sums.means, f"expert.{layer_idx}", num_experts, expert_idx, norms_N.sum() / num_tokens)
+
+        return observe
+
+    def observe_expert_down_proj(expert_idx: int) -> Observe:
+        def observe(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+            size_F = args[0].abs().sum(dim=0, dtype=torch.promote_types(args[0].dtype, torch.float32)) / num_tokens
+            sums.add_row(sums.means, f"expert_ffn.{layer_idx}", num_experts, expert_idx, size_F)
+
+        return observe
+
+    observers = {"gate": observe_gate, "shared_experts.down_proj": _observe_neurons(sums, "shared_ffn", layer_idx)}
+    for expert_idx in range(num_experts):
+        observers[f"experts.{expert_idx}"] = observe_expert(expert_idx)
+        observers[f"experts.{expert_idx}.down_proj"] = observe_expert_down_proj(expert_idx)
+    return observers
 
 
 def _observe_attention(sums: _Sums, layer_idx: int, spec: LayerSpec) -> dict[str, Observe]:
@@ -203,4 +247,5 @@ _OBSERVERS: Mapping[str, Callable[[_Sums, int, LayerSpec], dict[str, Observe]]] 
     "mlp": _observe_mlp,
     "attention": _observe_attention,
     "mamba": _observe_mamba,
+    "moe": _observe_moe,
 }

@@ -44,6 +44,7 @@ class TensorSpec:
     the number of groups that are averaged separately (0: not such a weight). Cutting channels changes that average.
     ``norm_offset``: what such a norm adds to its stored weight before it multiplies by it.
     ``routed``: weights of routed experts, of which a token uses ``experts_per_token`` of ``expert``.
+    ``unit``: (axis, index) of the one unit that the tensor belongs to as a whole, such as an expert; it goes with it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TensorSpec:
     rms_groups: int = 0
     routed: bool = False
     norm_offset: float = 0.0
+    unit: tuple[str, int] | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Elements along each dimension."""
@@ -104,7 +106,9 @@ class NormSpec:
 class LayerKind:
     """What all layers of one kind have in common. ``unit_groups`` maps an axis to the axis whose groups it may not
     leave: as many ``ssm_head`` must survive in each ``ssm_group``, or B and C would be shared wrongly.
-    ``inner_norm_energy`` names the measured mean squares under the norm inside the mixer, where there is one."""
+    ``inner_norm_energy`` names the measured mean squares under the norm inside the mixer, where there is one.
+    ``chosen_by_unit`` maps an axis to the axis each of whose units has its own choice: neuron 7 of one expert has
+    nothing to do with neuron 7 of another, so each keeps its best, all equally many."""
 
     name: str
     symbol: str
@@ -113,6 +117,7 @@ class LayerKind:
     prunable_axes: tuple[str, ...]
     unit_groups: Mapping[str, str] = field(default_factory=dict)
     inner_norm_energy: str = ""
+    chosen_by_unit: Mapping[str, str] = field(default_factory=dict)
 
 
 def dimension_length(dimension: Dimension, sizes: Mapping[str, int]) -> int:
@@ -211,6 +216,36 @@ def _mlp_tensors(layer: LayerSpec) -> tuple[TensorSpec, ...]:
     return _with_biases(linears, "bias" in layer.options)
 
 
+# --- Mixture of experts: routed ones of which the router picks a few a token, and one that all tokens use -----------
+# (arXiv 2401.06066; with a projection to a latent width around the routed experts if "latent" is among the sizes)
+
+
+def _moe_tensors(layer: LayerSpec) -> tuple[TensorSpec, ...]:
+    ffn: Dimension = (("expert_ffn",),)
+    shared: Dimension = (("shared_ffn",),)
+    width: Dimension = (("latent",),) if "latent" in layer.sizes else HIDDEN
+    dense: tuple[TensorSpec, ...] = (
+        TensorSpec(name="shared_experts.up_proj.weight", dims=(shared, HIDDEN), quantized=True),
+        TensorSpec(name="shared_experts.down_proj.weight", dims=(HIDDEN, shared), quantized=True),
+    )
+    if "latent" in layer.sizes:
+        dense += (
+            TensorSpec(name="fc1_latent_proj.weight", dims=(width, HIDDEN), quantized=True),
+            TensorSpec(name="fc2_latent_proj.weight", dims=(HIDDEN, width), quantized=True),
+        )
+    routed = (
+        TensorSpec(name=f"experts.{idx}.{name}.weight", dims=dims, quantized=True, routed=True, unit=("expert", idx))
+        for idx in range(layer.sizes["expert"])
+        for name, dims in (("up_proj", (ffn, width)), ("down_proj", (width, ffn)))
+    )
+    return (
+        TensorSpec(name="gate.weight", dims=((("expert",),), HIDDEN)),
+        TensorSpec(name="gate.e_score_correction_bias", dims=((("expert",),),)),
+        *routed,
+        *_with_biases(dense, "bias" in layer.options),
+    )
+
+
 _KINDS = (
     LayerKind(
         name="mamba",
@@ -229,6 +264,15 @@ _KINDS = (
         prunable_axes=("kv_group",),
     ),
     LayerKind(name="mlp", symbol="-", tensors=_mlp_tensors, caches=_no_caches, prunable_axes=("ffn",)),
+    LayerKind(
+        name="moe",
+        symbol="E",
+        tensors=_moe_tensors,
+        caches=_no_caches,
+        prunable_axes=("expert", "expert_ffn", "shared_ffn"),
+        unit_groups={"expert": "expert_group"},
+        chosen_by_unit={"expert_ffn": "expert"},
+    ),
 )
 
 LAYER_KINDS: Mapping[str, LayerKind] = MappingProxyType({kind.name: kind for kind in _KINDS})

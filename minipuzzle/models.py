@@ -54,7 +54,9 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     hf_config = AutoConfig.for_model(config["model_type"], **settings)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
-    if rotary := family_of(config).modules.rotary:
+    family = family_of(config)
+    family.unpack(model)
+    if rotary := family.modules.rotary:
         # Its tables come from the config, not from weights.
         model.set_submodule(rotary, type(model.get_submodule(rotary))(model.config))
     return model

@@ -31,12 +31,14 @@ class LayerCut:
     """What a plan does to one layer that stays. Equal cuts of a layer are equal functions of its input.
 
     ``kept_units``: (axis, ascending indices of the units that stay) for each axis that is cut. ``norm_scales``: (name
-    on disk, one factor for each group) for each RMS norm whose weight is corrected.
+    on disk, one factor for each group) for each RMS norm whose weight is corrected. ``chosen_units``: (axis, what each
+    expert keeps) as in the plan.
     """
 
     layer_idx: int
     kept_units: tuple[tuple[str, Units], ...] = ()
     norm_scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    chosen_units: tuple[tuple[str, tuple[Units, ...]], ...] = ()
 
     def resized(self, layer: LayerSpec) -> LayerSpec:
         """The layer that is left."""
@@ -44,7 +46,8 @@ class LayerCut:
 
     def as_plan(self, source: Architecture) -> Plan:
         """The part of a plan that cuts this layer."""
-        return _plan_of(source, self.layer_idx, dict(self.kept_units), dict(self.norm_scales))
+        plan = _plan_of(source, self.layer_idx, dict(self.kept_units), dict(self.norm_scales))
+        return replace(plan, chosen_units={axis: {str(self.layer_idx): units} for axis, units in self.chosen_units})
 
 
 def layer_cut(source: Architecture, plan: Plan, layer_idx: int) -> LayerCut:
@@ -55,6 +58,11 @@ def layer_cut(source: Architecture, plan: Plan, layer_idx: int) -> LayerCut:
         layer_idx=layer_idx,
         kept_units=tuple((axis, units) for axis in axes if (units := plan.units(axis, layer_idx)) is not None),
         norm_scales=tuple((name, tuple(scales)) for name, scales in plan.norm_scales.items() if name in names),
+        chosen_units=tuple(
+            (axis, by_layer[str(layer_idx)])
+            for axis, by_layer in plan.chosen_units.items()
+            if str(layer_idx) in by_layer
+        ),
     )
 
 
@@ -110,26 +118,28 @@ class NarrowedLayers:
         plan = _plan_of(self.stack.architecture, layer_idx, orders)
         for placed in self.stack.architecture.layer_tensors(layer_idx):
             if orders.keys() & _axes_of(placed):
-                parameter = layer.get_parameter(self.stack.parameter_name(placed))
-                parameter.data = cut_tensor(parameter.data, placed, plan)
+                weight = _weight(layer, self.stack.parameter_name(placed))
+                weight.data = cut_tensor(weight.data, placed, plan)
 
     def _cut_weights(self, layer: nn.Module, cut: LayerCut) -> dict[str, torch.Tensor]:
-        """The layer's weights by their names on disk, cut; those that the cut does not touch are not copied."""
+        """The layer's weights by their names on disk, cut; those that the cut does not touch are not copied, and those
+        of experts that go are left out."""
         plan = cut.as_plan(self.stack.architecture)
         weights = {}
-        for placed in self.stack.architecture.layer_tensors(cut.layer_idx):
-            weight = layer.get_parameter(self.stack.parameter_name(placed)).detach()
+        for placed in filter(plan.keeps, self.stack.architecture.layer_tensors(cut.layer_idx)):
+            weight = _weight(layer, self.stack.parameter_name(placed)).detach()
             is_cut = placed.name in plan.norm_scales or plan.kept_units.keys() & _axes_of(placed)
             weights[placed.name] = cut_tensor(weight, placed, plan) if is_cut else weight
         return weights
 
     def _module(self, cut: LayerCut, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         """A module with the beginnings of some weights, along every dimension, as views."""
-        sizes = cut.resized(self.stack.architecture.layers[cut.layer_idx]).sizes
+        layers = list(self.stack.architecture.layers)
+        layers[cut.layer_idx] = cut.resized(layers[cut.layer_idx])
+        narrowed = replace(self.stack.architecture, layers=tuple(layers))
         state = {}
-        for placed in self.stack.architecture.layer_tensors(cut.layer_idx):
-            weight = weights[placed.name]
-            for dim_idx, length in enumerate(placed.spec.shape(sizes)):
+        for weight, placed in zip(weights.values(), narrowed.layer_tensors(cut.layer_idx), strict=True):
+            for dim_idx, length in enumerate(placed.shape):
                 weight = weight.narrow(dim_idx, 0, length)
             state[self.stack.parameter_name(placed)] = weight
         module = copy.deepcopy(self._blank_layer(cut))
@@ -175,7 +185,7 @@ def prefix_axes(layer: LayerSpec) -> tuple[str, ...]:
     return tuple(
         axis
         for axis in kind.prunable_axes
-        if axis not in kind.unit_groups
+        if axis not in (*kind.unit_groups, *kind.chosen_by_unit)
         and all(
             spec.rms_groups == 0 and len(dimension) == 1 and dimension[0][0] == axis
             for spec in specs
@@ -232,6 +242,14 @@ def _plan_of(
         },
         norm_scales=norm_scales or {},
     )
+
+
+def _weight(layer: nn.Module, name: str) -> torch.Tensor:
+    """A parameter, or a buffer that checkpoints store, such as the correction bias of a router."""
+    path, _, last = name.rpartition(".")
+    weight = getattr(layer.get_submodule(path), last)
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def _axes_of(placed: PlacedTensor) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.architecture import Architecture
+from minipuzzle.architecture import Architecture, PlacedTensor
 from minipuzzle.checkpoint import read_json
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.layer_kinds import LAYER_KINDS
@@ -23,19 +23,41 @@ class Plan:
 
     ``kept_layers``: indices in the source model, ascending. ``kept_units``: axis -> layer index in the source, or
     WHOLE_MODEL for ``hidden``, -> kept unit indices, ascending; what is not named stays whole. ``norm_scales``: name of
-    an RMS norm's weight on disk in the source -> one factor for each of its groups. ``notes``: figures for people.
+    an RMS norm's weight on disk in the source -> one factor for each of its groups. ``chosen_units``: axis -> layer
+    index -> for each unit that chooses for itself (each expert) its kept units, as many as ``kept_units`` has there.
+    ``notes``: figures for people.
     """
 
     source_fingerprint: str
     kept_layers: tuple[int, ...]
     kept_units: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     norm_scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    chosen_units: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def units(self, axis: str, layer_idx: int | None) -> tuple[int, ...] | None:
         """Kept units of an axis in a layer (None: outside the layers); None where all stay."""
         key = WHOLE_MODEL if axis == "hidden" else str(layer_idx)
         return self.kept_units.get(axis, {}).get(key)
+
+    def units_of(self, placed: PlacedTensor) -> dict[str, tuple[int, ...]]:
+        """Kept units of all axes of a tensor of the source that are cut."""
+        kept = {}
+        for axis in {axis for dimension in placed.spec.dims for segment in dimension for axis in segment}:
+            chosen = self.chosen_units.get(axis, {}).get(str(placed.layer_idx))
+            if chosen is not None and placed.spec.unit is not None:
+                kept[axis] = chosen[placed.spec.unit[1]]
+            elif (units := self.units(axis, placed.layer_idx)) is not None:
+                kept[axis] = units
+        return kept
+
+    def keeps(self, placed: PlacedTensor) -> bool:
+        """Whether a tensor of a kept layer stays: one that belongs to an expert goes with it."""
+        if placed.spec.unit is None:
+            return True
+        axis, unit = placed.spec.unit
+        units = self.units(axis, placed.layer_idx)
+        return units is None or unit in units
 
     def check_against(self, source: Architecture) -> None:
         """Refuse a plan for another architecture, or one with indices that do not exist there.
@@ -55,6 +77,16 @@ class Plan:
                 _check_indices(what, units, size, hint)
                 if key != WHOLE_MODEL:
                     self._check_groups(source, axis, int(key), hint)
+        for axis, by_chooser in self.chosen_units.items():
+            for key, choices in by_chooser.items():
+                layer, common = source.layers[int(key)], self.units(axis, int(key)) or ()
+                chooser = LAYER_KINDS[layer.kind].chosen_by_unit.get(axis)
+                if chooser is None or len(choices) != layer.sizes[chooser]:
+                    raise MinipuzzleError(f"layer {key} has no {len(choices)} choices of {axis}", hint)
+                for units in choices:
+                    _check_indices(f"{axis} of {key}", units, layer.sizes[axis], hint)
+                    if len(units) != len(common):
+                        raise MinipuzzleError(f"layer {key} keeps unequal numbers of {axis} a {chooser}", hint)
 
     def _check_groups(self, source: Architecture, axis: str, layer_idx: int, hint: str) -> None:
         layer = source.layers[layer_idx]
@@ -95,6 +127,7 @@ class Plan:
             "kept_layers": self.kept_layers,
             "kept_units": self.kept_units,
             "norm_scales": self.norm_scales,
+            "chosen_units": self.chosen_units,
             "notes": self.notes,
         }
         return json.dumps(record, allow_nan=False) + "\n"
@@ -122,6 +155,10 @@ def read_plan(path: Path) -> Plan:
                 for axis, by_layer in record["kept_units"].items()
             },
             norm_scales={name: tuple(scales) for name, scales in record["norm_scales"].items()},
+            chosen_units={
+                axis: {key: tuple(map(tuple, choices)) for key, choices in by_layer.items()}
+                for axis, by_layer in record.get("chosen_units", {}).items()
+            },
             notes=record["notes"],
         )
     except (KeyError, TypeError, AttributeError) as error:

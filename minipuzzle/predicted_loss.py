@@ -60,4 +60,4 @@ class LossModel:
         if key not in self.scores.units:  # only layer scores are known, as in files measured elsewhere
             return (size - width) / size
         energy = np.sort(self.scores.units[key].astype(np.float64) ** 2)
-        return float(energy[: size - width].sum() / max(energy.sum(), np.finfo(np.float64).tiny))
+        return float(energy[..., : size - width].sum() / max(energy.sum(), np.finfo(np.float64).tiny))

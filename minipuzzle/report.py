@@ -69,7 +69,7 @@ def print_architecture(architecture: Architecture, deployment: Deployment) -> No
 
 def colored_pattern(architecture: Architecture, dropped: Sequence[int] = ()) -> str:
     """The pattern string in rich markup, one colour a kind, dropped layers struck out."""
-    colors = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow"}
+    colors = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow", "moe": "green"}
     pieces = []
     for layer_idx, layer in enumerate(architecture.layers):
         style = "dim strike" if layer_idx in dropped else colors.get(layer.kind, "white")

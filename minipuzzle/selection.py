@@ -86,17 +86,23 @@ def make_plan(
     Raises: MinipuzzleError if scores are missing or numbers impossible.
     """
     kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    chosen_units: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
     for layer_idx in kept_layers:
         for axis, width in widths.get(layer_idx, {}).items():
             if width != source.layers[layer_idx].sizes[axis]:
                 key = WHOLE_MODEL if axis == "hidden" else str(layer_idx)
                 by_layer = kept_units.setdefault(axis, {})
-                if key not in by_layer:
+                if axis in LAYER_KINDS[source.layers[layer_idx].kind].chosen_by_unit:
+                    of_each = scores.unit_scores(axis, layer_idx)
+                    chosen_units.setdefault(axis, {})[key] = tuple(keep_best_units(row, width) for row in of_each)
+                    by_layer[key] = tuple(range(width))
+                elif key not in by_layer:
                     by_layer[key] = _keep_units(source, scores, axis, width, layer_idx)
     without_scales = Plan(
         source_fingerprint=source.fingerprint(),
         kept_layers=tuple(kept_layers),
         kept_units=kept_units,
+        chosen_units=chosen_units,
         notes=notes or {},
     )
     return replace(without_scales, norm_scales=norm_scales(source, scores, without_scales))

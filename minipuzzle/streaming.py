@@ -257,7 +257,10 @@ def activation_bytes(checkpoint: Checkpoint, layer: LayerSpec, num_tokens: int, 
     """
     sizes = layer.sizes
     matrices = [tensor for tensor in LAYER_KINDS[layer.kind].tensors(layer) if len(tensor.dims) > 1]
-    token_bytes = 4 * (sizes["hidden"] + sum(matrix.shape(sizes)[0] for matrix in matrices)) * dtype.itemsize
+    outputs = sum(matrix.shape(sizes)[0] for matrix in matrices if not matrix.routed)
+    if routed := sum(matrix.shape(sizes)[0] for matrix in matrices if matrix.routed):
+        outputs += routed * sizes["experts_per_token"] // sizes["expert"]
+    token_bytes = 4 * (sizes["hidden"] + outputs) * dtype.itemsize
     if "ssm_head" in sizes:
         chunk_tokens = int(checkpoint.config.get("chunk_size", DEFAULT_CHUNK_TOKENS))
         token_bytes += 4 * sizes["ssm_head"] * (5 * chunk_tokens + 6 * sizes["ssm_state"])

@@ -46,8 +46,7 @@ def cut_tensor(tensor: torch.Tensor, placed: PlacedTensor, plan: Plan) -> torch.
     """
     import torch
 
-    axes = {axis for dimension in placed.spec.dims for segment in dimension for axis in segment}
-    kept_units = {axis: units for axis in axes if (units := plan.units(axis, placed.layer_idx)) is not None}
+    kept_units = plan.units_of(placed)
     for dim_idx, dimension in enumerate(placed.spec.dims):
         positions = kept_positions(dimension, placed.sizes, kept_units)
         if positions is not None:
@@ -72,7 +71,8 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, torch
     plan.check_against(source)
     target = plan.apply(source)
     for new_idx, old_idx in enumerate(plan.kept_layers):
-        for old, new in zip(source.layer_tensors(old_idx), target.layer_tensors(new_idx), strict=True):
+        kept = (tensor for tensor in source.layer_tensors(old_idx) if plan.keeps(tensor))
+        for old, new in zip(kept, target.layer_tensors(new_idx), strict=True):
             yield new.name, _cut_to_shape(checkpoint, old, new, plan)
     for old, new in zip(source.outer_tensors(), target.outer_tensors(), strict=True):
         yield new.name, _cut_to_shape(checkpoint, old, new, plan)

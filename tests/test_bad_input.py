@@ -136,8 +136,8 @@ def break_model_type(model: Path) -> str:
 
 
 def break_layer_type(model: Path) -> str:
-    change_config(model, hybrid_override_pattern="M-M*-ME")
-    return "'E'"
+    change_config(model, hybrid_override_pattern="M-M*-MX")
+    return "'X'"
 
 
 def break_config_json(model: Path) -> str:

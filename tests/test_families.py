@@ -23,7 +23,7 @@ from importance.layers import score_layers
 from minipuzzle.architecture import Architecture, PlacedTensor
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.families import FAMILIES, Family, read_architecture
+from minipuzzle.families import FAMILIES, Config, Family, family_of, read_architecture
 from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES, kind_of_axis
 from minipuzzle.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.plan import WHOLE_MODEL, Plan, keep_everything
@@ -32,16 +32,16 @@ from minipuzzle.scores import Scores
 from minipuzzle.selection import norm_scales
 from minipuzzle.streaming import LayerStack
 from minipuzzle.surgery import cut_tensors, kept_positions
-from tests.tiny_models import VOCABULARY, write_family_checkpoint
+from tests.tiny_models import TINY_CONFIGS, VOCABULARY, write_family_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 NORM_EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps")
-EVERY_FAMILY = sorted(FAMILIES)
+EVERY_CONFIG = sorted(TINY_CONFIGS)
 EVERY_AXIS = [
-    (model_type, axis)
-    for model_type in EVERY_FAMILY
+    (name, axis)
+    for name in EVERY_CONFIG
     for axis in PRUNABLE_AXES
-    if read_architecture(FAMILIES[model_type].tiny_config).width(axis) is not None
+    if read_architecture(TINY_CONFIGS[name]).width(axis) is not None
 ]
 
 
@@ -52,17 +52,27 @@ def random_tokens(samples: int = 2, tokens: int = 21) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {model_type: write_family_checkpoint(root / model_type, model_type) for model_type in EVERY_FAMILY}
+    return {name: write_family_checkpoint(root / name, name) for name in EVERY_CONFIG}
 
 
-@pytest.fixture(params=EVERY_FAMILY)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
+@pytest.fixture(params=EVERY_CONFIG)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def checkpoint(family: Family, folders: dict[str, Path]) -> Checkpoint:
-    return Checkpoint.open(folders[family.model_type])
+def config(name: str) -> Config:
+    return TINY_CONFIGS[name]
+
+
+@pytest.fixture
+def family(config: Config) -> Family:
+    return family_of(config)
+
+
+@pytest.fixture
+def checkpoint(name: str, folders: dict[str, Path]) -> Checkpoint:
+    return Checkpoint.open(folders[name])
 
 
 @contextmanager
@@ -81,23 +91,37 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
     return logits_BTV
 
 
-def test_names_and_shapes_equal_the_transformers_model(family: Family) -> None:
-    model = build_on_meta(family.tiny_config, torch.bfloat16)
-    architecture = family.read(family.tiny_config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+def test_names_and_shapes_equal_the_transformers_model(family: Family, config: Config) -> None:
+    model = build_on_meta(config, torch.bfloat16)
+    architecture = family.read(config)
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if architecture.tied_embeddings:
         del expected[f"{family.modules.head}.weight"]
     assert {family.modules.module_name(t.name): t.shape for t in architecture.tensors()} == expected
-    assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_every_kind_of_a_family_is_in_the_registry(family: Family) -> None:
-    assert set(family.read(family.tiny_config).names.mixers) <= set(LAYER_KINDS)
+def test_parameter_count_equals_the_transformers_model(family: Family, config: Config) -> None:
+    """As transformers builds it, before any of its tensors is taken apart."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **settings))
+    assert family.read(config).num_parameters == num_stored(model)
 
 
-def test_config_survives_the_way_there_and_back(family: Family) -> None:
-    architecture = family.read(family.tiny_config)
-    assert family.read(family.write(family.tiny_config, architecture)) == architecture
+def num_stored(model: torch.nn.Module) -> int:
+    """Elements of all that a checkpoint stores; tied weights once."""
+    return sum({id(weight): weight.numel() for weight in model.state_dict(keep_vars=True).values()}.values())
+
+
+def test_every_kind_of_a_family_is_in_the_registry(family: Family, config: Config) -> None:
+    assert set(family.read(config).names.mixers) <= set(LAYER_KINDS)
+
+
+def test_config_survives_the_way_there_and_back(family: Family, config: Config) -> None:
+    architecture = family.read(config)
+    assert family.read(family.write(config, architecture)) == architecture
 
 
 def tensors_in(cache_layer: Any, name: str) -> list[torch.Tensor]:
@@ -178,6 +202,9 @@ def silence(tensor: torch.Tensor, placed: PlacedTensor, axis: str, kept: tuple[i
     if placed.spec.rms_groups:
         return
     writes = 1 if placed.part == "embeddings" else 0
+    if axis == "expert" and placed.spec.dims == ((("expert",),),):  # what the router adds before it picks the best
+        tensor.index_fill_(0, torch.from_numpy(np.setdiff1d(np.arange(len(tensor)), kept)), -1e4)
+        return
     positions = kept_positions(placed.spec.dims[writes], placed.sizes, {axis: kept})
     if positions is not None:
         silent = np.setdiff1d(np.arange(tensor.shape[writes]), positions)
@@ -189,10 +216,10 @@ def silence(tensor: torch.Tensor, placed: PlacedTensor, axis: str, kept: tuple[i
 
 @pytest.fixture
 def silenced(tmp_path: Path) -> Any:
-    def make(model_type: str, axis: str) -> tuple[Checkpoint, tuple[int, ...]]:
+    def make(name: str, axis: str) -> tuple[Checkpoint, tuple[int, ...]]:
         # An epsilon in the norm would not scale along; 1e-30 leaves the exact statement.
-        epsilons: dict[str, Any] = {name: 1e-30 for name in NORM_EPSILONS if name in FAMILIES[model_type].tiny_config}
-        folder = write_family_checkpoint(tmp_path / "source", model_type, dtype="float64", **epsilons)
+        epsilons: dict[str, Any] = {field: 1e-30 for field in NORM_EPSILONS if field in TINY_CONFIGS[name]}
+        folder = write_family_checkpoint(tmp_path / "source", name, dtype="float64", **epsilons)
         source = Checkpoint.open(folder).architecture
         kept = half_of_the_units(source, axis)
         tensors = load_file(folder / "model.safetensors")
@@ -208,9 +235,9 @@ def silenced(tmp_path: Path) -> Any:
     return make
 
 
-@pytest.mark.parametrize(("model_type", "axis"), EVERY_AXIS)
-def test_removing_silent_units_keeps_the_logits(silenced: Any, model_type: str, axis: str) -> None:
-    checkpoint, kept = silenced(model_type, axis)
+@pytest.mark.parametrize(("name", "axis"), EVERY_AXIS)
+def test_removing_silent_units_keeps_the_logits(silenced: Any, name: str, axis: str) -> None:
+    checkpoint, kept = silenced(name, axis)
     plan = plan_keeping(checkpoint.architecture, axis, kept)
     config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
     before = logits_of(load_model(checkpoint, dtype=torch.float64))
@@ -240,7 +267,7 @@ def test_a_cut_on_all_axes_loads_strictly_in_transformers(checkpoint: Checkpoint
     write_pruned(checkpoint, plan, tmp_path)
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert sum(p.numel() for p in model.parameters()) == plan.apply(checkpoint.architecture).num_parameters
+    assert num_stored(model) == plan.apply(checkpoint.architecture).num_parameters
     with torch.no_grad():
         logits = model(random_tokens(), use_cache=False).logits
         ours = load_model(Checkpoint.open(tmp_path))(random_tokens(), use_cache=False).logits
@@ -294,6 +321,10 @@ def test_windows_follow_the_blocks_that_stay(folders: dict[str, Path]) -> None:
         ("qwen2", {"sliding_window": None}, "sliding_window"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("mistral", {"head_dim": 0}, "head_dim"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
+        ("nemotron_h", {"attention_bias": True}, "attention_bias"),
+        ("nemotron_h", {"hybrid_override_pattern": "MXE"}, "layer 1 .*'X'"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME"}, "n_routed_experts"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_field_named(model_type: str, change: Any, word: str) -> None:

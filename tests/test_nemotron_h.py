@@ -165,7 +165,7 @@ def test_layer_names_of_transformers_and_of_nvidia_describe_the_same_model() -> 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"hybrid_override_pattern": "M-E"}, "'E'"),
+        ({"hybrid_override_pattern": "M-X"}, "'X'"),
         ({"hybrid_override_pattern": ""}, "no layers"),
         ({"mamba_num_heads": 5}, "multiple"),
         ({"intermediate_size": None}, "intermediate_size"),

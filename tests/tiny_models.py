@@ -40,9 +40,12 @@ def _write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     return folder
 
 
-def write_family_checkpoint(folder: Path, model_type: str, *, seed: int = 0, **config_changes: Any) -> Path:
-    """A random model of any family from its tiny config, with a byte-level tokenizer."""
-    config = {**FAMILIES[model_type].tiny_config, "vocab_size": VOCABULARY, **config_changes}
+TINY_CONFIGS = {name: config for family in FAMILIES.values() for name, config in family.tiny_configs.items()}
+
+
+def write_family_checkpoint(folder: Path, name: str, *, seed: int = 0, **config_changes: Any) -> Path:
+    """A random model of any family from one of its tiny configs, with a byte-level tokenizer."""
+    config = {**TINY_CONFIGS[name], "vocab_size": VOCABULARY, **config_changes}
     return _write_checkpoint(folder, config, seed)
 
 
@@ -59,13 +62,16 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
-    modules = FAMILIES[config["model_type"]].modules
+    family = FAMILIES[config["model_type"]]
+    modules = family.modules
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         hf_config = AutoConfig.for_model(config["model_type"], **settings)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        family.unpack(model)
         tensors = {}
-        for name, parameter in model.named_parameters():
+        stored_buffers = [item for item in model.named_buffers() if item[0] in model.state_dict()]
+        for name, parameter in (*model.named_parameters(), *stored_buffers):
             if name.endswith("A_log") or parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
             else:

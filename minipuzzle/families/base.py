@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minipuzzle.architecture import Architecture
@@ -49,7 +49,8 @@ class Family:
     model. ``prepare`` adjusts a loaded module so that it computes what serving engines compute.
     ``layers`` gives the runnable layers of a model in the order of the Architecture: modules that map hidden states
     to hidden states, with the parameter names of the decoder block they belong to.
-    ``tiny_config`` is a config.json small enough for tests.
+    ``unpack`` gives a model the parameter names that files have, where transformers joins tensors.
+    ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
     """
 
     model_type: str
@@ -59,6 +60,14 @@ class Family:
     layers: Callable[[nn.Module], Sequence[nn.Module]]
     tiny_config: Config
     prepare: Callable[[nn.Module], None] = _leave_as_it_is
+    unpack: Callable[[nn.Module], None] = _leave_as_it_is
+    tiny_variants: Mapping[str, Config] = field(default_factory=dict)
+
+    @property
+    def tiny_configs(self) -> dict[str, Config]:
+        """All configs for tests, by a name that begins with the model type."""
+        variants = {f"{self.model_type}-{name}": config for name, config in self.tiny_variants.items()}
+        return {self.model_type: self.tiny_config, **variants}
 
 
 def require(config: Config, field: str) -> int:

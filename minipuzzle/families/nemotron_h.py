@@ -1,13 +1,13 @@
-"""nemotron_h: Mamba-2, attention and MLP layers, one mixer a block (arXiv 2504.03624)."""
+"""nemotron_h: Mamba-2, attention, MLP and mixture-of-experts layers, one a block (arXiv 2504.03624, 2512.20848)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minipuzzle.architecture import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.families.base import Config, Family, ModulePaths, divide, require, uniform_sizes
+from minipuzzle.families.base import Config, Family, ModulePaths, divide, require, require_one_of, uniform_sizes
 from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _NAMES = TensorNames(
     block_prefix="backbone.layers.{block_idx}.",
-    mixers=dict.fromkeys(("mamba", "attention", "mlp"), ("mixer.", "norm.weight")),
+    mixers=dict.fromkeys(("mamba", "attention", "mlp", "moe"), ("mixer.", "norm.weight")),
     embeddings="backbone.embeddings.weight",
     final_norm="backbone.norm_f.weight",
     head="lm_head.weight",
@@ -29,6 +29,7 @@ _KIND_OF_BLOCK_TYPE = {
     "full_attention": "attention",
     "attention": "attention",
     "mlp": "mlp",
+    "moe": "moe",
 }
 # Keys that make engines misread a dense cut model. transformers adds the MoE defaults to any file it saves, and
 # llama.cpp then builds an MoE; SGLang and vLLM <= 0.31 reject layers_block_type; Infinity is not JSON.
@@ -43,10 +44,12 @@ _UNPORTABLE_KEYS = (
     "_name_or_path",
     "transformers_version",
     "quantization_config",
+    "num_local_experts",
+)
+_MOE_KEYS = (
     "n_routed_experts",
     "n_shared_experts",
     "num_experts_per_tok",
-    "num_local_experts",
     "moe_intermediate_size",
     "moe_shared_expert_intermediate_size",
     "moe_latent_size",
@@ -97,11 +100,30 @@ def _layer(kind: str, config: Config) -> LayerSpec:
             "queries_per_group": divide(queries, kv_groups, "num_attention_heads by num_key_value_heads"),
             "head_dim": int(head_dim) if head_dim else divide(hidden, queries, "hidden_size by num_attention_heads"),
         }
-        flags = {"bias": config.get("attention_bias", False)}
+        if config.get("attention_bias"):
+            raise MinipuzzleError("config.json: attention_bias is not supported", "transformers ignores it, too")
+        flags = {}
+    elif kind == "moe":
+        sizes, flags = _moe_sizes(config), {"bias": config.get("mlp_bias", False)}
     else:
         sizes, flags = {"ffn": require(config, "intermediate_size")}, {"bias": config.get("mlp_bias", False)}
     options = frozenset(name for name, is_on in flags.items() if is_on)
     return LayerSpec(kind=kind, sizes={"hidden": hidden, **sizes}, options=options)
+
+
+def _moe_sizes(config: Config) -> dict[str, int]:
+    experts, groups = require(config, "n_routed_experts"), require({"n_group": 1, **config}, "n_group")
+    divide(experts, groups, "n_routed_experts by n_group")
+    sizes = {
+        "expert": experts,
+        "expert_group": groups,
+        "experts_per_token": require(config, "num_experts_per_tok"),
+        "expert_ffn": require(config, "moe_intermediate_size"),
+        "shared_ffn": require(config, "moe_shared_expert_intermediate_size"),
+    }
+    if config.get("moe_latent_size") is not None:
+        sizes["latent"] = require(config, "moe_latent_size")
+    return sizes
 
 
 _PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -117,6 +139,8 @@ def _ssm_state_precision(config: Config) -> str:
 
 
 def _read(config: Config) -> Architecture:
+    require_one_of(config, "mlp_hidden_act", ("relu2",), "relu2")
+    require_one_of(config, "mamba_hidden_act", ("silu",), "silu")
     return Architecture(
         model_type="nemotron_h",
         layers=tuple(_layer(kind, config) for kind in _kinds(config)),
@@ -129,7 +153,9 @@ def _read(config: Config) -> Architecture:
 
 
 def _write(source: Config, architecture: Architecture) -> dict[str, Any]:
-    config = {key: value for key, value in source.items() if key not in _UNPORTABLE_KEYS}
+    moe = uniform_sizes(architecture, "moe")
+    left_out = _UNPORTABLE_KEYS if moe else (*_UNPORTABLE_KEYS, *_MOE_KEYS)
+    config = {key: value for key, value in source.items() if key not in left_out}
     config |= {
         "architectures": ["NemotronHForCausalLM"],
         "hybrid_override_pattern": architecture.pattern,
@@ -147,11 +173,36 @@ def _write(source: Config, architecture: Architecture) -> dict[str, Any]:
         }
     if mlp := uniform_sizes(architecture, "mlp"):
         config["intermediate_size"] = mlp["ffn"]
+    if moe:
+        _check_routing(moe, source)
+        config |= {
+            "n_routed_experts": moe["expert"],
+            "moe_intermediate_size": moe["expert_ffn"],
+            "moe_shared_expert_intermediate_size": moe["shared_ffn"],
+        }
     dtype = source.get("dtype") or source.get("torch_dtype") or "bfloat16"
     # Engines differ in which of the two names they read; keys with defaults are spelled out for mlx-lm.
     config |= {"dtype": dtype, "torch_dtype": dtype}
     defaults = {"mamba_proj_bias": False, "use_bias": False, "mlp_bias": False, "attention_bias": False}
     return {**defaults, "use_conv_bias": True, **config}
+
+
+def _check_routing(moe: Mapping[str, int], source: Config) -> None:
+    """The router picks the best groups by their two best experts, then experts within those."""
+    per_group = moe["expert"] // moe["expert_group"]
+    within_reach = per_group * source.get("topk_group", 1)
+    if per_group < 2 or moe["experts_per_token"] > within_reach:
+        raise MinipuzzleError(
+            f"{moe['expert']} experts in {moe['expert_group']} groups are too few for a router that picks "
+            f"{moe['experts_per_token']} a token",
+            "keep more experts",
+        )
+
+
+def _unpack(model: nn.Module) -> None:
+    from minipuzzle.experts import split_experts
+
+    split_experts(model, "mixer.experts")
 
 
 def _prepare(model: nn.Module) -> None:
@@ -168,6 +219,39 @@ def _layers(model: nn.Module) -> Sequence[nn.Module]:
     return list(model.get_submodule("model.layers").children())
 
 
+_TINY_CONFIG: Config = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "hybrid_override_pattern": "M-M*-M-",
+    "num_hidden_layers": 7,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "mlp_hidden_act": "relu2",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "chunk_size": 16,
+    "max_position_embeddings": 256,
+    "layer_norm_epsilon": 1e-5,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "dtype": "float32",
+    "torch_dtype": "float32",
+}
+
 _NEMOTRON_H = Family(
     model_type="nemotron_h",
     modules=ModulePaths(
@@ -182,37 +266,24 @@ _NEMOTRON_H = Family(
     write=_write,
     layers=_layers,
     prepare=_prepare,
-    tiny_config={
-        "model_type": "nemotron_h",
-        "architectures": ["NemotronHForCausalLM"],
-        "hybrid_override_pattern": "M-M*-M-",
-        "num_hidden_layers": 7,
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "mlp_hidden_act": "relu2",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 8,
-        "n_groups": 2,
-        "ssm_state_size": 16,
-        "conv_kernel": 4,
-        "chunk_size": 16,
-        "max_position_embeddings": 256,
-        "layer_norm_epsilon": 1e-5,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "mlp_bias": False,
-        "attention_bias": False,
-        "mamba_proj_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "dtype": "float32",
-        "torch_dtype": "float32",
+    unpack=_unpack,
+    tiny_config=_TINY_CONFIG,
+    tiny_variants={
+        "moe": {
+            **_TINY_CONFIG,
+            "hybrid_override_pattern": "ME*E-",
+            "num_hidden_layers": 5,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+            "moe_latent_size": 16,
+            "n_group": 2,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        }
     },
 )
 
