@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow check docs bench bench-ranking bench-recovery clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,5 +33,17 @@ docs: $(READY)  ## write docs/commands.md from the commands' own help
 bench: $(READY)  ## measure speed and memory; results are written beside the scripts
 	$(BIN)/python examples/benchmarks/run_all.py
 
+RECOVERY := recovery_output
+$(RECOVERY)/scores.safetensors: $(READY)
+	mkdir -p $(RECOVERY)
+	$(BIN)/minipuzzle score examples/tiny_hybrid/model --data examples/tiny_hybrid/text/calibration.jsonl \
+		--samples 24 --sequence-length 256 -o $@
+
+bench-ranking: $(RECOVERY)/scores.safetensors  ## rank candidates together against each alone
+	$(BIN)/python examples/benchmarks/ranking.py --scores $<
+
+bench-recovery: $(RECOVERY)/scores.safetensors  ## distil cuts chosen in several ways; continues where it was stopped
+	$(BIN)/python examples/benchmarks/recovery.py --scores $< --folder $(RECOVERY)
+
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output recovery_output

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,33 @@ import numpy as np
 import torch
 
 from minipuzzle.candidates import Candidate
-from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, write_json
-from minipuzzle.corpus import EvaluationWindows, read_documents, sample_windows, windows_of_tokens
+from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, read_json, write_json
+from minipuzzle.choosing import ChoosingSettings, Problem, compare
+from minipuzzle.corpus import (
+    EvaluationWindows,
+    evaluation_windows,
+    read_documents,
+    sample_windows,
+    windows_of_tokens,
+)
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.evaluate import documents_within
+from minipuzzle.finalists import Race, finalist_table
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.models import load_tokenizer
-from minipuzzle.outputs import fingerprint_files, output_file, output_folder
+from minipuzzle.outputs import PROVENANCE_FILE, fingerprint_files, output_file, output_folder
 from minipuzzle.plan import Plan, read_plan
 from minipuzzle.progress import Advance, no_progress, progress_bar
-from minipuzzle.ranking import RankedPlan, rank_plans
 from minipuzzle.scores import Scores, read_scores, write_scores
-from minipuzzle.search import SearchRequest, find_candidates, plan_of
+from minipuzzle.search import SearchRequest, find_candidates
 from minipuzzle.surgery import cut_tensors
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.safetensors"
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
+CANDIDATES_FILE = "candidates.json"
+FINALISTS_FOLDER = "finalists"
+VALIDATION_TOKENS = 1_000_000  # at most, of each file; as published
 
 # Measures a checkpoint on some token windows; the file keeps what an interrupted measurement has done.
 Measure = Callable[[Checkpoint, torch.Tensor, Path], Scores]
@@ -34,7 +46,11 @@ Measure = Callable[[Checkpoint, torch.Tensor, Path], Scores]
 
 @dataclass(frozen=True, kw_only=True)
 class PruneRequest:
-    """What to cut and how to find out: a plan, or a target with scores or with text to measure on."""
+    """What to cut and how to find out: a plan, or a target with scores or with text to measure on.
+
+    ``validation``: text to compare candidates on; default: the tokens of the scores. ``race_data``: text that
+    finalists train on; default: ``data``.
+    """
 
     checkpoint: Checkpoint
     target: SearchRequest | None
@@ -42,12 +58,12 @@ class PruneRequest:
     plan: Path | None = None
     scores: Path | None = None
     data: tuple[Path, ...] = ()
+    validation: tuple[Path, ...] = ()
+    race_data: tuple[Path, ...] = ()
     samples: int = 128
     sequence_length: int = 512
     seed: int = 0
-    num_candidates: int = 8
-    dtype: str = "float32"
-    device: str = "cpu"
+    choosing: ChoosingSettings = field(default_factory=ChoosingSettings)
 
     def __post_init__(self) -> None:
         if self.plan is not None:
@@ -57,11 +73,21 @@ class PruneRequest:
             raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
         elif self.scores is None and not self.data:
             raise MinipuzzleError("there is nothing to measure on", "give --data, or --scores of an earlier run")
+        if self.choosing.race is not None and not self.training_data:
+            raise MinipuzzleError("finalists have nothing to train on", "give --race-data or --data")
+
+    @property
+    def training_data(self) -> tuple[Path, ...]:
+        """Text for the race."""
+        return self.race_data or self.data
 
     def provenance(self) -> dict[str, Any]:
         """What the output remembers: its teacher, for `distill`, and what was asked."""
-        files = [path for path in (self.plan, self.scores, *self.data) if path is not None]
-        measuring = ("samples", "sequence_length", "seed", "num_candidates", "dtype")
+        texts = (*self.data, *self.validation, *self.race_data)
+        files = [path for path in (self.plan, self.scores, *texts) if path is not None]
+        choosing = asdict(self.choosing)
+        for where in ("device", "device_memory_bytes"):  # changes nothing but rounding
+            del choosing[where]
         return {
             "command": "prune",
             "teacher": str(self.checkpoint.folder.resolve()),
@@ -69,7 +95,8 @@ class PruneRequest:
             "settings": {
                 "target": asdict(self.target) if self.target else None,
                 "deployment": asdict(self.deployment),
-                **{name: getattr(self, name) for name in measuring},
+                **{name: getattr(self, name) for name in ("samples", "sequence_length", "seed")},
+                **choosing,
                 "inputs_fingerprint": fingerprint_files(files),
             },
         }
@@ -77,10 +104,14 @@ class PruneRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The plan to cut by, and the candidates it was chosen from (measured, best first; empty if only predicted)."""
+    """The plan that was cut by, and the table of all that was compared (see CANDIDATES_FILE; empty if nothing was).
+
+    ``is_trained``: the folder holds the winner of a race as its training left it.
+    """
 
     plan: Plan
-    ranked: tuple[RankedPlan, ...] = ()
+    table: dict[str, Any] = field(default_factory=dict)
+    is_trained: bool = False
 
 
 def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: Deployment) -> list[Candidate]:
@@ -92,8 +123,10 @@ def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: De
     return find_candidates(checkpoint.architecture, Scores(layer={target.metric: no_scores}), target, deployment)
 
 
-def prune(request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool, quiet: bool) -> Choice:
-    """Find the best plan and write the cut checkpoint to ``out``.
+def prune(
+    request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool, quiet: bool, race: Race | None = None
+) -> Choice:
+    """Find the best plan and write the cut checkpoint to ``out``; with a race, the winner with its trained weights.
 
     Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
     """
@@ -101,21 +134,28 @@ def prune(request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool
     if request.target is not None:
         check_feasible(checkpoint, request.target, request.deployment)
     # Read before the output folder is begun, so that a broken file leaves no trace.
-    documents = read_documents(request.data, load_tokenizer(checkpoint.folder)) if request.data else []
+    tokenizer = load_tokenizer(checkpoint.folder) if request.data or request.validation else None
+    documents = read_documents(request.data, tokenizer) if request.data else []
+    validation = read_documents(request.validation, tokenizer) if request.validation else []
     plan = read_plan(request.plan) if request.plan is not None else None
     scores = read_scores(request.scores) if request.scores is not None else None
     with output_folder(out, request.provenance(), overwrite=overwrite) as folder:
         if plan is not None:
             choice = Choice(plan=plan)
         else:
-            choice = _choose(request, scores or _measured_scores(request, documents, measure, folder), quiet)
-        num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
-        with progress_bar("cutting", num_tensors, quiet=quiet) as advance:
-            write_pruned(checkpoint, choice.plan, folder, advance)
+            scores = scores or measured_scores(request, documents, measure, folder)
+            choice = _choose(request, scores, validation, folder, race, quiet)
+        if not choice.is_trained:
+            num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
+            with progress_bar("cutting", num_tensors, quiet=quiet) as advance:
+                write_pruned(checkpoint, choice.plan, folder, advance)
+        if choice.table:
+            write_json(folder / CANDIDATES_FILE, choice.table)
+        shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
     return choice
 
 
-def _measured_scores(request: PruneRequest, documents: list[str], measure: Measure, folder: Path) -> Scores:
+def measured_scores(request: PruneRequest, documents: list[str], measure: Measure, folder: Path) -> Scores:
     """Scores measured by an interrupted run of the same command, or measured now and kept in ``folder``."""
     kept = folder / SCORES_FILE
     if kept.is_file():
@@ -133,29 +173,64 @@ def _measured_scores(request: PruneRequest, documents: list[str], measure: Measu
     return scores
 
 
-def _choose(request: PruneRequest, scores: Scores, quiet: bool) -> Choice:
-    """The best of the candidates by predicted loss, the first ``num_candidates`` of which are measured.
-
-    They are measured on the tokens of the scores; scores without tokens leave the prediction to decide.
-    """
+def _choose(
+    request: PruneRequest, scores: Scores, validation: list[str], folder: Path, race: Race | None, quiet: bool
+) -> Choice:
+    """The best candidate: predicted if there is nothing to measure on, else measured, or the winner of a race."""
     assert request.target is not None
-    checkpoint = request.checkpoint
-    source, target = checkpoint.architecture, request.target
-    scores.check_against(source, checkpoint.fingerprint)
-    candidates = find_candidates(source, scores, target, request.deployment)
-    num_measured = request.num_candidates if scores.token_ids is not None else 1
-    plans = [plan_of(source, scores, candidate, metric=target.metric) for candidate in candidates[:num_measured]]
-    if len(plans) == 1:
-        return Choice(plan=plans[0])
-    windows = _windows_of(scores, checkpoint)
-    dtype: torch.dtype = getattr(torch, request.dtype)
-    ranked = rank_plans(checkpoint, plans, windows, dtype=dtype, device=request.device, quiet=quiet)
-    return Choice(plan=ranked[0].plan, ranked=tuple(ranked))
+    checkpoint, choosing = request.checkpoint, request.choosing
+    scores.check_against(checkpoint.architecture, checkpoint.fingerprint)
+    problem = Problem(checkpoint=checkpoint, scores=scores, target=request.target, deployment=request.deployment)
+    windows = comparison_windows(request, scores, validation)
+    if choosing.race is not None:
+        if windows is None or race is None:
+            raise MinipuzzleError("a race needs text to measure finalists on", "give --validation")
+        return _race(problem, request, windows, folder, race, quiet)
+    if windows is None or (choosing.num_candidates == 1 and not choosing.refine):
+        return Choice(plan=problem.predicted_plans(1)[0])
+    found = compare(problem, windows, choosing, quiet=quiet)
+    return Choice(plan=found.ranked[0].plan, table=found.to_json())
 
 
-def _windows_of(scores: Scores, checkpoint: Checkpoint) -> EvaluationWindows:
-    assert scores.token_ids is not None
-    return windows_of_tokens(load_tokenizer(checkpoint.folder), torch.from_numpy(scores.token_ids).long())
+def comparison_windows(request: PruneRequest, scores: Scores, validation: list[str]) -> EvaluationWindows | None:
+    """The validation text, or the tokens of the scores; None if there is neither."""
+    if validation:
+        tokenizer = load_tokenizer(request.checkpoint.folder)
+        texts = documents_within(tokenizer, validation, VALIDATION_TOKENS)
+        return evaluation_windows(tokenizer, texts, sequence_length=request.sequence_length)
+    if scores.token_ids is None:
+        return None
+    token_ids = torch.from_numpy(scores.token_ids).long()
+    return windows_of_tokens(load_tokenizer(request.checkpoint.folder), token_ids)
+
+
+def _race(
+    problem: Problem, request: PruneRequest, windows: EvaluationWindows, folder: Path, race: Race, quiet: bool
+) -> Choice:
+    """Compare, cut the finalists, race them and put the winner's trained weights into ``folder``.
+
+    What is finished lies in ``folder/finalists/``: the table once all finalists are cut, then the race's own work.
+    """
+    work = folder / FINALISTS_FOLDER
+    table_file = work / CANDIDATES_FILE
+    if not table_file.is_file():
+        found = compare(problem, windows, request.choosing, quiet=quiet)
+        for number, item in enumerate(found.finalists):
+            shutil.rmtree(work / str(number), ignore_errors=True)
+            (work / str(number)).mkdir(parents=True)
+            write_pruned(problem.checkpoint, item.plan, work / str(number))
+        finalists = [{**item.plan.notes, "before": item.quality.to_json()} for item in found.finalists]
+        with output_file(table_file) as path:
+            write_json(path, {**found.to_json(), "finalists": finalists})
+    table = read_json(table_file)
+    folders = [work / str(number) for number in range(len(table["finalists"]))]
+    result = race(folders, windows, work / "race")
+    for path in result.winner_folder.iterdir():
+        if path.is_file() and path.name != PROVENANCE_FILE:
+            shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(folders[result.winner] / PLAN_FILE, folder / PLAN_FILE)
+    table["finalists"] = finalist_table(table["finalists"], result)
+    return Choice(plan=read_plan(folder / PLAN_FILE), table=table, is_trained=True)
 
 
 def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Advance = no_progress) -> None:
@@ -192,8 +267,10 @@ def planned_work(request: PruneRequest) -> dict[str, int]:
         facts |= {
             "budget_bytes": request.target.budget_bytes(facts["source_memory_bytes"]),
             "candidates_that_fit": len(candidates),
-            "candidates_to_measure": min(len(candidates), request.num_candidates),
+            "candidates_to_measure": min(len(candidates), request.choosing.num_candidates),
         }
+    if (race := request.choosing.race) is not None:
+        facts |= {"finalists": request.choosing.num_finalists, "race_tokens_a_finalist": race.tokens}
     if request.scores is not None:
         read_scores(request.scores).check_against(source, checkpoint.fingerprint)
     elif request.data:

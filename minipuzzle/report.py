@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 from typing import Any
@@ -150,6 +150,28 @@ def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
             format_gib(candidate.memory_bytes),
             *((f"{throughput:,.0f}",) if throughput else ()),
             f"{candidate.predicted_loss:.4g}",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)
+
+
+def print_finalists(finalists: Sequence[Mapping[str, Any]]) -> None:
+    """Print a race: each finalist before, and after its last round."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("finalist", "parameters", "KL before", "tokens", "KL after", "loss after", title="Race")
+    table.title_justify = "left"
+    for finalist in finalists:
+        last = finalist["rounds"][-1]
+        table.add_row(
+            f"{'[bold]' if finalist['is_winner'] else ''}{finalist['pattern']}",
+            format_count(finalist["num_parameters"]),
+            f"{finalist['before']['kl']:.4f}",
+            format_count(last["tokens"]),
+            f"{last['kl']:.4f}",
+            f"{last['loss']:.4f}{' ◂' if finalist['is_winner'] else ''}",
         )
     for column in table.columns[1:]:
         column.justify = "right"

@@ -5,6 +5,7 @@ Alone means: cut, loaded by transformers as a whole model and evaluated. Streams
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -65,21 +66,26 @@ def candidates(checkpoint: Checkpoint) -> list[Plan]:
     ]
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_folder: Path) -> list[PlanQuality]:
+def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationWindows) -> list[PlanQuality]:
     """What each candidate gives when it is cut, loaded as a model of its own and evaluated."""
-    checkpoint = Checkpoint.open(tiny_folder)
     teacher = load_model(checkpoint)
     found = []
-    for plan in candidates(checkpoint):
+    for plan in plans:
         config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
         student = build_model(config, cut_tensors(checkpoint, plan))
-        evaluation = evaluate(student, checkpoint.family, windows(), against=teacher, batch=5)
+        evaluation = evaluate(student, checkpoint.family, texts, against=teacher, batch=5)
         assert evaluation.kl is not None and evaluation.top1_agreement is not None
         figures = {"loss": evaluation.loss, "kl": evaluation.kl, "agreement": evaluation.top1_agreement}
         accuracy, num_tokens = evaluation.next_token_accuracy, evaluation.num_tokens
         found.append(PlanQuality(**figures, next_token_accuracy=accuracy, num_tokens=num_tokens))
     return found
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path) -> list[PlanQuality]:
+    """All candidates of the tiny model, each alone."""
+    checkpoint = Checkpoint.open(tiny_folder)
+    return measured_alone(checkpoint, candidates(checkpoint), windows())
 
 
 def open_in(checkpoint: Checkpoint, tree: PrefixTree, *, fits: bool) -> LayerStack:
@@ -167,3 +173,51 @@ def test_ranking_returns_the_best_first(tiny_checkpoint: Checkpoint) -> None:
     ranked = rank_plans(tiny_checkpoint, plans, windows(), dtype=torch.float32, device="cpu")
     divergences = [item.quality.kl for item in ranked]
     assert divergences == sorted(divergences) and len(ranked) == len(plans)
+
+
+# KL of leaving out each layer of the embedded hybrid, as `make bench-ranking` measures it (three digits).
+LAYER_KL = {
+    "mamba": [2.851, 0.058, 0.056, 0.062, 0.048, 0.055, 0.049, 0.065, 0.17, 0.085, 0.064],
+    "attention": [0.071, 0.016, 0.261, 0.043],
+    "mlp": [0.109, 0.013, 0.009, 0.008, 0.009, 0.01, 0.009, 0.011, 0.024, 0.036, 0.076],
+}
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Checkpoint:
+    """The embedded model."""
+    return Checkpoint.open(Path(__file__).parents[1] / "examples" / "tiny_hybrid" / "model")
+
+
+@pytest.fixture(scope="module")
+def hybrid_candidates(hybrid: Checkpoint) -> list[Plan]:
+    """The sixty cuts of least added-up KL that drop the worst layers of each kind, up to half of them."""
+    source = hybrid.architecture
+    worst_first = {
+        kind: sorted(zip(values, source.layer_indices(kind), strict=True)) for kind, values in LAYER_KL.items()
+    }
+    found = []
+    for numbers in itertools.product(*(range(len(layers) // 2 + 1) for layers in worst_first.values())):
+        dropped = [item for n, layers in zip(numbers, worst_first.values(), strict=True) for item in layers[:n]]
+        kept_layers = set(range(len(source.layers))) - {layer_idx for _kl, layer_idx in dropped}
+        found.append((sum(kl for kl, _layer_idx in dropped), tuple(sorted(kept_layers))))
+    return [replace(keep_everything(source), kept_layers=kept_layers) for _kl, kept_layers in sorted(found)[1:61]]
+
+
+def test_sixty_candidates_share_most_of_the_work(hybrid: Checkpoint, hybrid_candidates: list[Plan]) -> None:
+    source = hybrid.architecture
+    tree = build_tree(source, [keep_everything(source), *hybrid_candidates])
+    # Alone, each candidate runs beside the source model, which KL and agreement need.
+    alone_applications = sum(len(plan.kept_layers) + len(source.layers) for plan in hybrid_candidates)
+    assert len(hybrid_candidates) == 60
+    assert tree.num_applications <= 0.4 * alone_applications
+
+
+@pytest.mark.slow
+def test_sixty_candidates_of_the_hybrid_measure_as_alone(hybrid: Checkpoint, hybrid_candidates: list[Plan]) -> None:
+    ids = torch.randint(4096, (1, 129), generator=torch.Generator().manual_seed(0))
+    texts = EvaluationWindows(token_ids=ids[:, :-1], labels=ids[:, 1:], num_bytes=1)
+    tree = build_tree(hybrid.architecture, [keep_everything(hybrid.architecture), *hybrid_candidates])
+    found = measure_plans(open_stack(hybrid, tree, texts), tree, hybrid_candidates, texts)
+    for quality_together, wanted in zip(found, measured_alone(hybrid, hybrid_candidates, texts), strict=True):
+        assert quality_together.to_json() == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)

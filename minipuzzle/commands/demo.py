@@ -142,7 +142,7 @@ def _prune(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sample
         samples=samples,
         sequence_length=256,
     )
-    measure = measurer(device=request.device, dtype=request.dtype, quiet=quiet)
+    measure = measurer(device=request.choosing.device, dtype=request.choosing.dtype, quiet=quiet)
     choice = prune(request, measure, out=out, overwrite=False, quiet=quiet)
     if not quiet:
         source = teacher.architecture

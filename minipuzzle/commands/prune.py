@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     import torch
 
     from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.pruning import Measure, PruneRequest
+    from minipuzzle.choosing import ChoosingSettings
+    from minipuzzle.corpus import EvaluationWindows
+    from minipuzzle.finalists import Race, RaceResult
+    from minipuzzle.pruning import Choice, Measure, PruneRequest
     from minipuzzle.scores import Scores
+
+RANK_BY = ("kl", "loss", "mean-rank")  # as in ranking.py, which needs torch
 
 
 @click.command(short_help="Cut a model to a memory budget.")
@@ -46,8 +51,35 @@ if TYPE_CHECKING:
     "num_candidates",
     type=click.IntRange(min=1),
     default=8,
-    help="Candidates to cut in memory and measure; 1 trusts the prediction.",
+    help="Candidates to measure, the best predicted; 1 trusts the prediction.",
     show_default=True,
+)
+@click.option(
+    "--validation",
+    type=FOLDER_OR_FILE,
+    multiple=True,
+    help="Text to compare candidates on; default: the calibration samples. Repeatable.",
+)
+@click.option(
+    "--rank-by",
+    type=click.Choice(RANK_BY),
+    default=RANK_BY[0],
+    help="kl: to the source, the least noisy; loss; mean-rank: of next-token accuracy and agreement, as published.",
+    show_default=True,
+)
+@click.option(
+    "--refine", is_flag=True, help="Add and exchange layers of the best candidate while that measures better."
+)
+@click.option("--finalists", "num_finalists", type=click.IntRange(min=1), default=1, help="Candidates that race.")
+@click.option(
+    "--race-tokens", type=COUNT, help="Tokens that each finalist is distilled on; the winner keeps its weights."
+)
+@click.option("--race-data", type=FOLDER_OR_FILE, multiple=True, help="Text for that; default: --data. Repeatable.")
+@click.option("--race-halving", is_flag=True, help="Race in rounds and drop the worse half after each.")
+@click.option("--race-learning-rate", type=float, default=1e-4, help="Peak rate of the race.", show_default=True)
+@click.option("--race-batch", type=COUNT, default=16, help="Sequences of an optimiser step.", show_default=True)
+@click.option(
+    "--device-memory", default=None, help="Memory for comparing candidates, e.g. 16GiB; default: what is free."
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @device_option
@@ -62,16 +94,22 @@ def prune(
     data: tuple[Path, ...],
     scores_path: Path | None,
     plan_path: Path | None,
-    device: str | None,
+    validation: tuple[Path, ...],
+    race_data: tuple[Path, ...],
     out: Path,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
-    **measuring: Any,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    **choosing: Any,
 ) -> None:
     """Cut a model to a memory budget: measure, search, measure the best candidates, cut.
 
-    Needs --memory, --keep or --width, and --data to measure on; --scores skips the measuring, --plan the search.
+    Needs --memory, --keep or --width, and --data to measure on; --scores skips the measuring, --plan the search. With
+    --finalists 3 --race-tokens N the best candidates are distilled on N tokens each, and the one that then loses least
+    is written as it came out of the race; candidates.json holds the table of all.
     The result is a complete checkpoint folder that remembers its teacher for `minipuzzle distill`.
     An interrupted run continues when the same command is given again.
     """
@@ -90,24 +128,114 @@ def prune(
         plan=plan_path,
         scores=scores_path,
         data=data,
-        device=default_device(device),
-        **measuring,
+        validation=validation,
+        race_data=race_data,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        choosing=_choosing_settings(choosing, sequence_length, seed),
     )
     check_target_folder(out, overwrite=overwrite)
     if dry_run:
         _print_dry_run(prune_request, as_json)
         return
-    measure = measurer(device=prune_request.device, dtype=prune_request.dtype, quiet=as_json)
-    choice = run_prune(prune_request, measure, out=out, overwrite=overwrite, quiet=as_json)
+    settings = prune_request.choosing
+    measure = measurer(device=settings.device, dtype=settings.dtype, quiet=as_json)
+    race = racer(prune_request, quiet=as_json)
+    choice = run_prune(prune_request, measure, out=out, overwrite=overwrite, quiet=as_json, race=race)
     source = checkpoint.architecture
     if as_json:
-        measured = [{**ranked.plan.notes, **ranked.quality.to_json()} for ranked in choice.ranked]
-        echo_json({"out": str(out), **plan_summary(source, choice.plan, deployment), "measured_candidates": measured})
+        echo_json({"out": str(out), **plan_summary(source, choice.plan, deployment), **choice.table})
         return
     print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), deployment)
-    if choice.ranked:
-        click.echo(f"KL to the source {choice.ranked[0].quality.kl:.4f} nats/token before distillation")
+    _print_choice(choice)
     click.echo(f"written to {out}\nnext: minipuzzle distill {out} --data ... --tokens ... -o ...")
+
+
+def _choosing_settings(options: dict[str, Any], sequence_length: int, seed: int) -> ChoosingSettings:
+    from minipuzzle.choosing import ChoosingSettings
+    from minipuzzle.finalists import RaceSettings
+    from minipuzzle.units import parse_bytes
+
+    race = {name.removeprefix("race_"): options.pop(name) for name in list(options) if name.startswith("race_")}
+    batch, tokens = race.pop("batch"), race.pop("tokens")
+    device, device_memory = options.pop("device"), options.pop("device_memory")
+    settings = None
+    if tokens is not None:
+        settings = RaceSettings(
+            tokens=tokens, batch_sequences=batch, sequence_length=sequence_length, seed=seed, **race
+        )
+    return ChoosingSettings(
+        race=settings,
+        device=default_device(device),
+        device_memory_bytes=None if device_memory is None else parse_bytes(device_memory),
+        **options,
+    )
+
+
+def _print_choice(choice: Choice) -> None:
+    """What the choice was made by: the race, the refinement, the best measured candidate."""
+    if "finalists" in choice.table:
+        from minipuzzle.report import print_finalists
+
+        print_finalists(choice.table["finalists"])
+    if (refinement := choice.table.get("refinement")) is not None:
+        before, after = refinement["before"]["kl"], refinement["after"]["kl"]
+        click.echo(
+            f"refined in {refinement['rounds']} rounds, {refinement['neighbours_measured']} neighbours: "
+            f"KL {before:.4f} -> {after:.4f} nats/token"
+        )
+        for name, added_up in refinement.get("sum_of_dropped_layers_kl", {}).items():
+            click.echo(
+                f"  {name}: measured {refinement[name]['kl']:.4f}, sum of the dropped layers' KLs {added_up:.4f}"
+            )
+    if "candidates" in choice.table:
+        candidates = choice.table["candidates"]
+        click.echo(
+            f"{len(candidates)} candidates measured; the best, KL {candidates[0]['kl']:.4f} nats/token before "
+            f"distillation, was predicted to be number {choice.table['best_was_predicted']}"
+        )
+
+
+def racer(request: PruneRequest, *, quiet: bool) -> Race | None:
+    """How `prune` races finalists: by distilling them with the settings of the request; None without a race."""
+    settings = request.choosing.race
+    if settings is None:
+        return None
+    from collections.abc import Sequence
+
+    from distill.race import run_race
+    from distill.settings import DistillSettings, StepRecord
+    from minipuzzle.progress import progress_bar
+
+    distill_settings = DistillSettings(
+        tokens=settings.tokens,
+        sequence_length=settings.sequence_length,
+        batch_sequences=settings.batch_sequences,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        dtype=request.choosing.dtype,
+    )
+
+    def race(students: Sequence[Path], windows: EvaluationWindows, folder: Path) -> RaceResult:
+        with progress_bar("racing finalists", settings.total_steps(len(students)), quiet=quiet) as advance:
+
+            def on_step(_record: StepRecord) -> None:
+                advance(1)
+
+            return run_race(
+                students,
+                teacher=request.checkpoint,
+                data=request.training_data,
+                validation=windows,
+                settings=settings,
+                distill_settings=distill_settings,
+                folder=folder,
+                device=request.choosing.device,
+                on_step=on_step,
+            )
+
+    return race
 
 
 def measurer(*, device: str, dtype: str, quiet: bool) -> Measure:
@@ -140,7 +268,9 @@ def _measuring_work(request: PruneRequest) -> dict[str, int]:
     from importance.measure import open_stack, predict_work
 
     length = request.sequence_length
-    stack = open_stack(request.checkpoint, sequence_length=length, device=request.device, dtype=request.dtype)
+    stack = open_stack(
+        request.checkpoint, sequence_length=length, device=request.choosing.device, dtype=request.choosing.dtype
+    )
     work = predict_work(stack, layer_samples=request.samples, channel_samples=request.samples, sequence_length=length)
     return {
         "layer_applications": work.layer_applications,

@@ -1,0 +1,309 @@
+"""Recovery: held-out loss of cuts of the embedded hybrid after equal distillation, by how the cut was chosen.
+
+At each budget, cuts chosen in different ways are distilled on the same tokens in the same order and measured on text
+that neither measuring nor training saw. All ways choose from the same grid: layer counts and one FFN width.
+
+- ours: candidates measured by running them, refined, finalists raced; the validation loss after the race decides.
+- Minitron's rule: layers ranked in one global list by 1 - cosine(input, output), the largest cut that fits.
+- additive: the least sum of single-layer KL scores that fits; with one FFN width the integer programme over layers
+  gives the same answer, since layers of a kind cost the same.
+- random: random layers under random counts and widths of the grid that fit and cannot grow; the best neurons.
+
+The run takes a while and continues where it was stopped: every distilled cut leaves a line in the results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from distill.run import distill_checkpoint
+from distill.settings import DistillSettings
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.choosing import ChoosingSettings, Problem, compare
+from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents, windows_of_tokens
+from minipuzzle.evaluate import documents_within, evaluate
+from minipuzzle.finalists import RaceSettings
+from minipuzzle.memory import Deployment
+from minipuzzle.models import load_model, load_tokenizer
+from minipuzzle.plan import Plan
+from minipuzzle.pruning import write_pruned
+from minipuzzle.scores import Scores, read_scores
+from minipuzzle.search import SearchRequest, find_candidates
+from minipuzzle.search_space import requested_space
+from minipuzzle.selection import make_plan
+from minipuzzle.streaming import LayerStack
+
+EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
+PAGE = Path(__file__).with_suffix(".md")
+BUDGETS = ("85%", "75%", "65%", "50%")
+DEPLOYMENT = Deployment(context_tokens=4096)
+RANDOM_SEEDS = 5
+TEXT_TOKENS = 3072  # of each held-out text, and for validation
+METRIC = "kl"
+OURS, MINITRON, ADDITIVE, RANDOM = "ours", "minitron", "additive", "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The models, texts and sizes of a run."""
+
+    teacher: Checkpoint
+    scores: Scores
+    folder: Path
+    tokens: int
+    ranking_windows: int
+    validation: EvaluationWindows
+    heldout: EvaluationWindows
+
+    def request(self, budget: str) -> SearchRequest:
+        """The one grid that all ways choose from."""
+        return SearchRequest(memory=budget, metric=METRIC, min_kept_fraction=0.25, min_ffn_fraction=0.25)
+
+    def problem(self, budget: str) -> Problem:
+        """The problem at a budget."""
+        return Problem(checkpoint=self.teacher, scores=self.scores, target=self.request(budget), deployment=DEPLOYMENT)
+
+
+def block_influence(setting: Setting) -> np.ndarray:
+    """1 - cosine(input, output) of each layer, mean over the calibration tokens: Minitron's depth score."""
+    assert setting.scores.token_ids is not None
+    stack = LayerStack(setting.teacher)
+    hidden_BTH = stack.embed(torch.from_numpy(setting.scores.token_ids).long())
+    scores = []
+    for layer_idx in range(stack.num_layers):
+        output_BTH = stack.apply(layer_idx, hidden_BTH)
+        scores.append(1 - float(F.cosine_similarity(hidden_BTH, output_BTH, dim=-1).mean()))
+        hidden_BTH = output_BTH
+    return np.array(scores)
+
+
+def minitron_plan(setting: Setting, budget: str) -> Plan:
+    """The largest cut that fits, over one number of layers and one FFN width."""
+    source, problem = setting.teacher.architecture, setting.problem(budget)
+    widths = requested_space(source, problem.target).widths["ffn"]
+    best_last = np.argsort(block_influence(setting), kind="stable")
+    plans = []
+    for num_dropped in range(len(source.layers) - 1):
+        kept_layers = sorted(int(idx) for idx in best_last[num_dropped:])
+        for width in widths:
+            by_layer = {idx: {"ffn": width} for idx in kept_layers if "ffn" in source.layers[idx].sizes}
+            plan = make_plan(source, setting.scores, kept_layers=kept_layers, widths=by_layer)
+            if problem.fits(plan.apply(source)):
+                plans.append(plan)
+    return max(plans, key=lambda plan: plan.apply(source).num_parameters)
+
+
+def random_plan(setting: Setting, budget: str, seed: int) -> Plan:
+    """Random layers under the counts and the width of a random point of the grid that fits."""
+    source = setting.teacher.architecture
+    chance = random.Random(seed)
+    point = chance.choice(find_candidates(source, setting.scores, setting.request(budget), DEPLOYMENT))
+    kept_layers = sorted(
+        idx for kind, count in point.counts.items() for idx in chance.sample(source.layer_indices(kind), count)
+    )
+    by_layer = {idx: dict(point.widths) for idx in kept_layers if "ffn" in source.layers[idx].sizes}
+    return make_plan(source, setting.scores, kept_layers=kept_layers, widths=by_layer)
+
+
+def our_finalists(setting: Setting, budget: str, num_candidates: int) -> tuple[list[Plan], dict[str, Any]]:
+    """The finalists of a budget, and the table they were picked from."""
+    settings = ChoosingSettings(
+        num_candidates=num_candidates, refine=True, num_finalists=3, race=RaceSettings(tokens=setting.tokens)
+    )
+    assert setting.scores.token_ids is not None
+    token_ids = torch.from_numpy(setting.scores.token_ids).long()[: setting.ranking_windows]
+    windows = windows_of_tokens(load_tokenizer(setting.teacher.folder), token_ids)
+    found = compare(setting.problem(budget), windows, settings)
+    return [item.plan for item in found.finalists], found.to_json()
+
+
+def plans_of(setting: Setting, budget: str, num_candidates: int) -> dict[str, Plan]:
+    """All cuts of a budget by name; those of ours are numbered in the order before the race."""
+    finalists, table = our_finalists(setting, budget, num_candidates)
+    (setting.folder / f"candidates-{budget.rstrip('%')}.json").write_text(json.dumps(table, indent=1))
+    plans = {f"{OURS}-{number}": plan for number, plan in enumerate(finalists)}
+    plans[MINITRON] = minitron_plan(setting, budget)
+    plans[ADDITIVE] = setting.problem(budget).predicted_plans(1)[0]
+    plans |= {f"{RANDOM}-{seed}": random_plan(setting, budget, seed) for seed in range(RANDOM_SEEDS)}
+    for plan in plans.values():
+        assert setting.problem(budget).fits(plan.apply(setting.teacher.architecture))
+    return plans
+
+
+def distil_and_measure(setting: Setting, plan: Plan, work: Path) -> dict[str, Any]:
+    """Cut, distil, measure; the losses before and after, in nats/token."""
+    cut = work / "cut"
+    if not (cut / "plan.json").is_file():
+        cut.mkdir(parents=True, exist_ok=True)
+        write_pruned(setting.teacher, plan, cut)
+    settings = DistillSettings(
+        tokens=setting.tokens,
+        sequence_length=256,
+        batch_sequences=2,
+        micro_batch_sequences=2,
+        learning_rate=1e-3,
+        temperature=2.0,
+    )
+    student, out = Checkpoint.open(cut), work / "distilled"
+    if not out.is_dir():
+        data = [EXAMPLE / "text" / "distillation.jsonl"]
+        distill_checkpoint(student=student, teacher=setting.teacher, data=data, settings=settings, out=out)
+    before = evaluate(load_model(student), student.family, setting.heldout)
+    model = load_model(Checkpoint.open(out))
+    return {
+        "pattern": student.architecture.pattern,
+        "ffn": student.architecture.width("ffn"),
+        "kept_layers": list(plan.kept_layers),
+        "heldout_before": before.loss,
+        "validation": evaluate(model, student.family, setting.validation).loss,
+        "heldout": evaluate(model, student.family, setting.heldout).loss,
+    }
+
+
+def run(setting: Setting, num_candidates: int) -> list[dict[str, Any]]:
+    """All cuts of all budgets that the results file does not hold yet; equal cuts of a budget are distilled once."""
+    results_file = setting.folder / "results.jsonl"
+    lines = results_file.read_text().splitlines() if results_file.is_file() else []
+    results: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    late = {f"{RANDOM}-{seed}" for seed in range(2, RANDOM_SEEDS)}  # a run that is cut short has all ways at least
+    for is_late, budget in itertools.product((False, True), BUDGETS):
+        for name, plan in _kept_plans(setting, budget, num_candidates).items():
+            is_done = any(done["budget"] == budget and done["name"] == name for done in results)
+            if is_done or (name in late) != is_late:
+                continue
+            twin = next((done for done in results if done["budget"] == budget and _is_same(done, plan)), None)
+            work = setting.folder / budget.rstrip("%") / name
+            record = {**(twin or distil_and_measure(setting, plan, work)), "budget": budget, "name": name}
+            results.append(record)
+            with results_file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(budget, name, record["pattern"], record["ffn"], round(record["heldout"], 4), flush=True)
+    return results
+
+
+def _kept_plans(setting: Setting, budget: str, num_candidates: int) -> dict[str, Plan]:
+    """The plans of a budget, from an earlier run where there was one."""
+    from minipuzzle.plan import read_plan
+
+    folder = setting.folder / f"plans-{budget.rstrip('%')}"
+    if not folder.is_dir():
+        unfinished = folder.with_suffix(".partial")
+        unfinished.mkdir(exist_ok=True)
+        for name, plan in plans_of(setting, budget, num_candidates).items():
+            (unfinished / f"{name}.json").write_text(plan.to_json())
+        unfinished.rename(folder)
+    order = (OURS, MINITRON, ADDITIVE, RANDOM)
+    paths = sorted(folder.glob("*.json"), key=lambda path: (order.index(path.stem.split("-")[0]), path.stem))
+    return {path.stem: read_plan(path) for path in paths}
+
+
+def _is_same(done: dict[str, Any], plan: Plan) -> bool:
+    widths = {len(units) for units in plan.kept_units.get("ffn", {}).values()}
+    return done["kept_layers"] == list(plan.kept_layers) and {done["ffn"]} == (widths or {512})
+
+
+def table_rows(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """One row a budget: what each way's cut loses on held-out text, and whether ours is the best."""
+    for budget in BUDGETS:
+        of_budget = {done["name"]: done for done in results if done["budget"] == budget}
+        ours = [done for name, done in of_budget.items() if name.startswith(OURS)]
+        randoms = [done["heldout"] for name, done in of_budget.items() if name.startswith(RANDOM)]
+        if not ours or not {MINITRON, ADDITIVE} <= of_budget.keys() or len(randoms) < 2:
+            continue
+        winner = min(ours, key=lambda done: float(done["validation"]))
+        others = [of_budget[MINITRON]["heldout"], of_budget[ADDITIVE]["heldout"], *randoms]
+        yield (
+            budget,
+            f"{_cut(winner)}",
+            f"{winner['heldout']:.4f}",
+            f"{of_budget[MINITRON]['heldout']:.4f}",
+            f"{of_budget[ADDITIVE]['heldout']:.4f}",
+            f"{mean(randoms):.4f} ± {stdev(randoms):.4f} (best {min(randoms):.4f})",
+            "yes" if winner["heldout"] <= min(others) else "no",
+        )
+
+
+def _cut(done: dict[str, Any]) -> str:
+    symbols = {symbol: done["pattern"].count(symbol) for symbol in "M*-"}
+    return (
+        " ".join(f"{count}{symbol}" for symbol, count in symbols.items()).replace("*", "\\*") + f", FFN {done['ffn']}"
+    )
+
+
+def write_page(setting: Setting, results: Sequence[dict[str, Any]], teacher_loss: float) -> None:
+    """The result page beside this script."""
+    rows = ["| " + " | ".join(row) + " |" for row in table_rows(results)]
+    details = [
+        f"| {done['budget']} | {done['name']} | {_cut(done)} | {done['heldout_before']:.4f} | {done['validation']:.4f} "
+        f"| {done['heldout']:.4f} |"
+        for done in sorted(results, key=lambda done: (BUDGETS.index(done["budget"]), done["heldout"]))
+    ]
+    PAGE.write_text(
+        f"""# Recovery after equal distillation
+
+Held-out loss in nats/token after {setting.tokens:,} tokens of distillation from the embedded hybrid (which loses
+{teacher_loss:.4f} itself), by how the cut was chosen. Budgets are shares of its memory at {DEPLOYMENT.describe()}.
+Written by `{Path(__file__).name}` (`make bench-recovery`), whose docstring says what each way does.
+
+| budget | our cut | ours | Minitron's rule | additive | random, 5 seeds | ours is best |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+All cuts: before and after distillation. The validation loss chose among ours; the held-out loss chose nothing.
+
+| budget | cut | layers, width | held-out before | validation after | held-out after |
+|---|---|---|---|---|---|
+{chr(10).join(details)}
+"""
+    )
+
+
+def main() -> None:
+    """Run what is missing and write the page."""
+    parser = argparse.ArgumentParser(description="Recovery after equal distillation, by how the cut was chosen.")
+    parser.add_argument("--folder", type=Path, default=Path("recovery_output"))
+    parser.add_argument("--scores", type=Path, required=True, help="Scores of examples/tiny_hybrid/model.")
+    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--candidates", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=8, help="Calibration windows that rank candidates.")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    teacher = Checkpoint.open(EXAMPLE / "model")
+    tokenizer = load_tokenizer(teacher.folder)
+
+    def windows(*names: str) -> EvaluationWindows:
+        documents = [
+            text
+            for name in names
+            for text in documents_within(tokenizer, read_documents([EXAMPLE / "text" / f"{name}.jsonl"]), TEXT_TOKENS)
+        ]
+        return evaluation_windows(tokenizer, documents, sequence_length=256)
+
+    setting = Setting(
+        teacher=teacher,
+        scores=read_scores(options.scores),
+        folder=options.folder,
+        tokens=options.tokens,
+        ranking_windows=options.windows,
+        validation=windows("validation"),
+        heldout=windows("heldout_speeches", "heldout_code"),
+    )
+    results = run(setting, options.candidates)
+    teacher_loss = evaluate(load_model(teacher), teacher.family, setting.heldout).loss
+    write_page(setting, results, teacher_loss)
+
+
+if __name__ == "__main__":
+    main()
