@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.layer_kinds import LayerSpec
+from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.scores import FINAL
 from minipuzzle.streaming import LayerStack
@@ -178,8 +178,9 @@ def _observe_neurons(sums: _Sums, axis: str, layer_idx: int) -> Observe:
     return observe_down_proj
 
 
-def _observe_mlp(sums: _Sums, layer_idx: int, _spec: LayerSpec) -> dict[str, Observe]:
-    return {"down_proj.weight": _observe_neurons(sums, "ffn", layer_idx)}
+def _observe_mlp(sums: _Sums, layer_idx: int, spec: LayerSpec) -> dict[str, Observe]:
+    (output,) = (tensor for tensor in LAYER_KINDS[spec.kind].tensors(spec) if tensor.dims[1:] == ((("ffn",),),))
+    return {output.name: _observe_neurons(sums, "ffn", layer_idx)}
 
 
 def _observe_moe(sums: _Sums, layer_idx: int, spec: LayerSpec) -> dict[str, Observe]:

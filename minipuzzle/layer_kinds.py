@@ -208,6 +208,11 @@ def _attention_caches(layer: LayerSpec) -> tuple[CacheSpec, ...]:
 
 def _mlp_tensors(layer: LayerSpec) -> tuple[TensorSpec, ...]:
     ffn: Dimension = (("ffn",),)
+    if "fused_gate" in layer.options:  # gate and input in one matrix, the gate's rows first
+        return (
+            TensorSpec(name="input_linear.weight", dims=((("ffn",), ("ffn",)), HIDDEN), quantized=True),
+            TensorSpec(name="output_linear.weight", dims=(HIDDEN, ffn), quantized=True),
+        )
     inputs = ("gate_proj.weight", "up_proj.weight") if "gated" in layer.options else ("up_proj.weight",)
     linears = (
         *(TensorSpec(name=name, dims=(ffn, HIDDEN), quantized=True) for name in inputs),

@@ -56,9 +56,10 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
     family = family_of(config)
     family.unpack(model)
-    if rotary := family.modules.rotary:
+    rotary = dict(model.named_modules()).get(family.modules.rotary)
+    if family.modules.rotary and rotary is not None:
         # Its tables come from the config, not from weights.
-        model.set_submodule(rotary, type(model.get_submodule(rotary))(model.config))
+        model.set_submodule(family.modules.rotary, type(rotary)(model.config))
     return model
 
 

@@ -262,7 +262,8 @@ def activation_bytes(checkpoint: Checkpoint, layer: LayerSpec, num_tokens: int, 
         outputs += routed * sizes["experts_per_token"] // sizes["expert"]
     token_bytes = 4 * (sizes["hidden"] + outputs) * dtype.itemsize
     if "ssm_head" in sizes:
-        chunk_tokens = int(checkpoint.config.get("chunk_size", DEFAULT_CHUNK_TOKENS))
+        chunk_sizes = (checkpoint.config.get(field) for field in ("chunk_size", "mamba_chunk_size"))
+        chunk_tokens = int(next(filter(None, chunk_sizes), DEFAULT_CHUNK_TOKENS))
         token_bytes += 4 * sizes["ssm_head"] * (5 * chunk_tokens + 6 * sizes["ssm_state"])
     return num_tokens * token_bytes
 
