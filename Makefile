@@ -26,9 +26,11 @@ check: $(READY)  ## style, types and generated documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/write_commands.py --check
+	$(BIN)/python docs/write_families.py --check
 
-docs: $(READY)  ## write docs/commands.md from the commands' own help
+docs: $(READY)  ## write docs/commands.md from the commands' own help, and the tables of docs/families.md
 	$(BIN)/python docs/write_commands.py
+	$(BIN)/python docs/write_families.py
 
 bench: $(READY)  ## measure speed and memory; results are written beside the scripts
 	$(BIN)/python examples/benchmarks/run_all.py

@@ -23,6 +23,7 @@ from importance.layers import score_layers
 from minipuzzle.architecture import Architecture, PlacedTensor
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.run import ExportRequest, export_checkpoint
 from minipuzzle.families import FAMILIES, Config, Family, family_of, read_architecture
 from minipuzzle.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES, kind_of_axis
 from minipuzzle.models import build_model, build_on_meta, load_model, parts_of
@@ -158,7 +159,7 @@ def test_layers_run_one_by_one_give_the_hidden_states_of_the_whole_model(checkpo
         streamed_BTH = stack.embed(random_tokens())
         for layer_idx in range(stack.num_layers):
             stack.apply(layer_idx, streamed_BTH, out=streamed_BTH)
-    assert torch.equal(hidden_BTH @ model.get_parameter("lm_head.weight").T, expected_BTV)
+    assert torch.allclose(model.get_submodule("lm_head")(hidden_BTH), expected_BTV, rtol=1e-4, atol=1e-5)
     assert torch.allclose(stack.final_norm(streamed_BTH), hidden_BTH, rtol=1e-4, atol=1e-5)
 
 
@@ -299,6 +300,18 @@ def test_a_layer_score_is_what_removing_that_layer_does(checkpoint: Checkpoint) 
 def test_an_unknown_family_is_refused_by_its_name(model_type: Any) -> None:
     with pytest.raises(MinipuzzleError, match=repr(model_type)):
         read_architecture({"model_type": model_type})
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8"])
+def test_an_export_computes_what_its_source_does(checkpoint: Checkpoint, tmp_path: Path, scheme: str) -> None:
+    """The exporter reads the folder back and compares: BF16 tensor by tensor, FP8 by what it computes."""
+    exported = export_checkpoint(
+        checkpoint, tmp_path / "out", ExportRequest(scheme=scheme), calibration_token_ids=random_tokens()
+    )
+    written = Checkpoint.open(tmp_path / "out").architecture
+    assert written.tied_embeddings == (checkpoint.architecture.tied_embeddings and written.names.ties_head)
+    assert exported.verification is not None
+    assert exported.verification.relative_difference < 1e-5
 
 
 def test_windows_follow_the_blocks_that_stay(folders: dict[str, Path]) -> None:

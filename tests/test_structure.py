@@ -83,8 +83,9 @@ def test_long_commands_have_a_dry_run(command: str) -> None:
     assert "--dry-run" in CliRunner().invoke(main, [command, "--help"]).output
 
 
-def test_command_reference_is_what_the_commands_print() -> None:
-    result = subprocess.run([sys.executable, "docs/write_commands.py", "--check"], cwd=ROOT, check=False)
+@pytest.mark.parametrize("script", ["write_commands.py", "write_families.py"])
+def test_the_reference_pages_are_what_the_code_says(script: str) -> None:
+    result = subprocess.run([sys.executable, f"docs/{script}", "--check"], cwd=ROOT, check=False)
     assert result.returncode == 0
 
 

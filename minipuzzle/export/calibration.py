@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.e4m3 import E4M3_MAX, fake_quantize
@@ -99,10 +100,12 @@ def new_quantizer(method: CalibrationMethod) -> Any:
 
 
 def calibrated_amax(quantizer: Any, method: CalibrationMethod) -> float:
-    """What a quantiser has found; 0 where it saw only zeros."""
+    """What a quantiser has found; 0 where it saw only zeros, or nothing, like an expert that no token was routed to."""
     calibrator = quantizer._calibrator
     edges = getattr(calibrator, "_calib_bin_edges", None)
     counts = getattr(calibrator, "_calib_hist", None)
+    if counts is None and getattr(calibrator, "_calib_amax", None) is None:
+        return 0.0
     if edges is not None and not float(edges[-1]) > 0:
         return 0.0
     finders: Mapping[str, Callable[[], Any]] = {
@@ -157,10 +160,22 @@ def measure_amax(
         head = stack.architecture.names.head.removesuffix(".weight")
         if head in inputs:
             inputs[head](stack.final_norm(hidden_BTH))
+    found = {name: calibrated_amax(quantizer, method) for name, quantizer in inputs.items()}
     return ActivationAmax(
-        inputs={name: calibrated_amax(quantizer, method) for name, quantizer in inputs.items()},
+        inputs=found | _unseen_experts(stack.architecture, found),
         outputs={name: calibrated_amax(quantizer, method) for name, quantizer in outputs.items()},
     )
+
+
+def _unseen_experts(architecture: Architecture, found: Mapping[str, float]) -> dict[str, float]:
+    """For each expert that saw nothing, the largest amax of the other experts of its layer, of the same matrix."""
+    of_layer: dict[tuple[int | None, str], list[str]] = {}
+    for tensor in architecture.tensors():
+        if tensor.spec.unit is not None and (name := tensor.name.removesuffix(".weight")) in found:
+            of_layer.setdefault((tensor.layer_idx, name.rpartition(".")[2]), []).append(name)
+    return {
+        name: max(found[other] for other in names) for names in of_layer.values() for name in names if found[name] == 0
+    }
 
 
 @contextmanager
