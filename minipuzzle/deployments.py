@@ -62,7 +62,8 @@ _TABLE = (
         name="rtx5090-fp4-1M",
         deployment=Deployment(context_tokens=1_000_000, **_everything("nvfp4")),
         memory="31.7GiB",
-        source="budget of Nemotron-H 47B: FP4 inference on 1 million tokens (arXiv 2504.03624, section 3)",
+        source="budget of Nemotron-H 47B: FP4 inference on 1 million tokens (arXiv 2504.03624, section 3); the report "
+        "gives no precision for single terms, so weights, embeddings, head and KV cache are all NVFP4 here",
     ),
     NamedDeployment(
         name="a10g-bf16-128k",

@@ -5,15 +5,15 @@ The uniform layout is searched on a grid, the per-layer layout by an exact integ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
 
 from minipuzzle.architecture import UNIFORM, Architecture
 from minipuzzle.candidates import Candidate, diverse
 from minipuzzle.constraints import Limits, Pricing
-from minipuzzle.errors import MinipuzzleError, NothingToPruneError
+from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError, NothingToPruneError
 from minipuzzle.grid_search import Grid, price_grid
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.per_layer_search import PerLayerProblem, per_layer_problem
@@ -22,6 +22,7 @@ from minipuzzle.predicted_loss import LossModel
 from minipuzzle.scores import Scores
 from minipuzzle.search_space import DEFAULT_GRANULARITY, LAYOUTS, requested_space
 from minipuzzle.selection import make_plan
+from minipuzzle.sweep import FrontierPoint
 from minipuzzle.timings import Timings
 from minipuzzle.units import format_gib, parse_budget_bytes, parse_share_or_count
 
@@ -148,6 +149,35 @@ def find_candidates(
     limits = request.limits(source, deployment)
     check_pruning_is_needed(source, request, deployment)
     return prepare_search(source, scores, request, deployment).candidates(limits, max_candidates)
+
+
+def predicted_frontier(
+    source: Architecture, scores: Scores, request: SearchRequest, deployment: Deployment, budgets: Sequence[int]
+) -> list[FrontierPoint]:
+    """The best prediction within each of some memory budgets, beside the request's other limits. Prices only once.
+
+    Raises: MinipuzzleError for impossible targets or missing scores; a budget that nothing fits is a point.
+    """
+    prepared = prepare_search(source, scores, request, deployment)
+    others = request.limits(source, deployment)
+    points = []
+    for budget_bytes in budgets:
+        try:
+            best = prepared.candidates(replace(others, memory_bytes=budget_bytes), max_candidates=1)[0]
+        except InfeasibleBudgetError as error:
+            points.append(FrontierPoint(budget_bytes=budget_bytes, description=error.problem))
+            continue
+        best.check()
+        points.append(
+            FrontierPoint(
+                budget_bytes=budget_bytes,
+                memory_bytes=best.memory_bytes,
+                num_parameters=best.num_parameters,
+                quality=best.predicted_loss,
+                description=best.describe(),
+            )
+        )
+    return points
 
 
 def check_pruning_is_needed(source: Architecture, request: SearchRequest, deployment: Deployment) -> None:

@@ -120,6 +120,10 @@ def search_options(function: Function) -> Function:
         chosen = {name: params.pop(name) for name in _FIELDS}
         fractions = {"min_kept_fraction": params.pop("min_kept"), "min_ffn_fraction": params.pop("min_ffn")}
         timings_path: Path | None = params.pop("timings_path")
+        if (sweep := params.get("sweep")) is not None:
+            if chosen["memory"] is not None:
+                raise MinipuzzleError("--sweep and --memory both set the budget", "give one of them")
+            chosen["memory"] = sweep.split(":")[1] if sweep.count(":") == 2 else sweep
         is_targeted = chosen["memory"] is not None or chosen["keep"] or chosen["width"]
         if not is_targeted and params.get("plan_path") is None:
             chosen["memory"] = named.memory

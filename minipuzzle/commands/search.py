@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.memory import Deployment
 from minipuzzle.options import FOLDER_OR_FILE, echo_json, json_option, model_argument
 from minipuzzle.search import SearchRequest
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 @search_options
 @click.option("-o", "--out", type=FOLDER_OR_FILE, default=None, help="Write the best plan here, for `prune --plan`.")
 @click.option("--top", type=click.IntRange(min=1), default=5, help="Candidates to show.", show_default=True)
+@click.option(
+    "--sweep",
+    metavar="LOW:HIGH:STEP",
+    default=None,
+    help="Search for each of many budgets, e.g. 20GiB:40GiB:2GiB or 50%:100%:5%, and chart the frontier.",
+)
+@click.option("--csv", "csv_path", type=FOLDER_OR_FILE, default=None, help="Write the frontier of --sweep as CSV.")
+@click.option("--plot", "plot_path", type=FOLDER_OR_FILE, default=None, help="Draw the frontier of --sweep as PNG.")
 @json_option
 def search(
     model: Path,
@@ -34,6 +43,9 @@ def search(
     deployment: Deployment,
     out: Path | None,
     top: int,
+    sweep: str | None,
+    csv_path: Path | None,
+    plot_path: Path | None,
     as_json: bool,
 ) -> None:
     """Find the cut that meets all limits and is predicted to lose least.
@@ -50,10 +62,17 @@ def search(
     from minipuzzle.scores import read_scores
 
     request = require_request(request)
+    if sweep is not None and out is not None:
+        raise MinipuzzleError("a sweep has no one plan to write", "drop --out, then search at the budget you chose")
+    if sweep is None and (csv_path is not None or plot_path is not None):
+        raise MinipuzzleError("--csv and --plot belong to a sweep", "add --sweep LOW:HIGH:STEP")
     source = read_architecture(read_json(model / "config.json" if model.is_dir() else model))
     scores = read_scores(scores_path)
     if not scores.is_measured_here:
         Console(stderr=True).print("[yellow]note:[/] these scores carry no fingerprint; their origin is unverified")
+    if sweep is not None:
+        _sweep(source, scores, request, deployment, sweep, csv_path=csv_path, plot_path=plot_path, as_json=as_json)
+        return
     try:
         _search(source, scores, request, deployment, out=out, top=top, as_json=as_json)
     except NothingToPruneError as nothing:
@@ -97,3 +116,33 @@ def _search(
     print_candidates(candidates[:top], len(candidates))
     if out is not None:
         click.echo(f"plan written to {out}")
+
+
+def _sweep(
+    source: Architecture,
+    scores: Scores,
+    request: SearchRequest,
+    deployment: Deployment,
+    budgets: str,
+    *,
+    csv_path: Path | None,
+    plot_path: Path | None,
+    as_json: bool,
+) -> None:
+    from minipuzzle.memory import memory_breakdown
+    from minipuzzle.outputs import output_file
+    from minipuzzle.search import predicted_frontier
+    from minipuzzle.sweep import frontier_chart, parse_sweep, plot_frontier, write_frontier_csv
+
+    source_bytes = memory_breakdown(source, deployment).total_bytes
+    points = predicted_frontier(source, scores, request, deployment, parse_sweep(budgets, source_bytes))
+    if csv_path is not None:
+        with output_file(csv_path) as path:
+            write_frontier_csv(points, path, quality="predicted_loss")
+    if plot_path is not None:
+        with output_file(plot_path) as path:
+            plot_frontier(points, path, quality=f"predicted loss ({request.metric})")
+    if as_json:
+        echo_json({"frontier": [asdict(point) for point in points], "request": asdict(request)})
+        return
+    click.echo(frontier_chart(points, quality=f"predicted loss ({request.metric})"))
