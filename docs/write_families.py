@@ -23,13 +23,15 @@ def render() -> str:
     """The tables: what each family is made of and where it can go, and what each kind of layer can lose."""
     families = [FAMILIES[model_type] for model_type in sorted(FAMILIES)]
     by_family = _table(
-        ("family", "kinds in a block", "cut", "layers go", "biases, norms and options of the tests", "exports"),
+        ("family", "kinds in a block", "cut", "layouts", "biases, norms and options of the tests", "exports"),
         [
             (
                 f"`{family.model_type}`",
                 _blocks(family),
                 ", ".join(f"`{axis}`" for axis in _axes(family)),
-                "by block" if _architectures(family)[0].names.layers_per_block > 1 else "each",
+                "uniform (by block), per-layer"
+                if _architectures(family)[0].names.layers_per_block > 1
+                else "uniform, per-layer",
                 ", ".join(sorted({option for a in _architectures(family) for la in a.layers for option in la.options})),
                 ", ".join(_exports(family)),
             )
@@ -54,6 +56,11 @@ def render() -> str:
 
 def _architectures(family: Family) -> list[Architecture]:
     return [family.read(config) for config in family.tiny_configs.values()]
+
+
+def _layouts(family: Family) -> str:
+    goes_by_block = _architectures(family)[0].names.layers_per_block > 1
+    return "uniform (by block), per-layer" if goes_by_block else "uniform, per-layer"
 
 
 def _blocks(family: Family) -> str:

@@ -13,6 +13,8 @@ from torch import nn
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import Family, family_of
+from minipuzzle.families.per_layer import PER_LAYER_MODEL_TYPE, base_config
+from minipuzzle.per_layer_models import narrow_on_meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,9 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """A transformers model for a config.json with shapes and no weights, but with its tables of positions."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-    hf_config = AutoConfig.for_model(config["model_type"], **settings)
+    base = base_config(config)
+    settings = {key: value for key, value in base.items() if key not in ("model_type", "quantization_config")}
+    hf_config = AutoConfig.for_model(base["model_type"], **settings)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
     family = family_of(config)
@@ -60,6 +63,8 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     if family.modules.rotary and rotary is not None:
         # Its tables come from the config, not from weights.
         model.set_submodule(family.modules.rotary, type(rotary)(model.config))
+    if config["model_type"] == PER_LAYER_MODEL_TYPE:
+        narrow_on_meta(model, config, dtype)
     return model
 
 

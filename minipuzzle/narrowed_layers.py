@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from minipuzzle.architecture import Architecture, PlacedTensor
+from minipuzzle.families import family_of
 from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.models import ModelParts, build_on_meta, parts_of
 from minipuzzle.plan import WHOLE_MODEL, Plan
@@ -72,7 +73,7 @@ class NarrowedLayers:
     def __init__(self, stack: LayerStack) -> None:
         """Nothing is built or read until a layer is asked for."""
         self.stack = stack
-        self._blanks: dict[object, nn.Module] = {}
+        self._blanks: dict[object, ModelParts] = {}
 
     @contextmanager
     def modules(self, cuts: Sequence[LayerCut]) -> Iterator[list[nn.Module]]:
@@ -168,10 +169,11 @@ class NarrowedLayers:
         key = architecture.fingerprint()
         if key not in self._blanks:
             checkpoint = self.stack.checkpoint
-            model = build_on_meta(checkpoint.family.write(checkpoint.config, architecture), self.stack.dtype)
+            config = checkpoint.family.write(checkpoint.config, architecture)
+            model = build_on_meta(config, self.stack.dtype)
             checkpoint.family.prepare(model)
-            self._blanks[key] = model.eval()
-        return parts_of(self._blanks[key], self.stack.checkpoint.family)
+            self._blanks[key] = parts_of(model.eval(), family_of(config))
+        return self._blanks[key]
 
 
 def prefix_axes(layer: LayerSpec) -> tuple[str, ...]:

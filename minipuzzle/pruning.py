@@ -23,6 +23,7 @@ from minipuzzle.corpus import (
 )
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import documents_within
+from minipuzzle.families.per_layer import write_config
 from minipuzzle.finalists import Race, finalist_table
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.models import load_tokenizer
@@ -243,7 +244,8 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Adva
         writer.add(name, tensor)
         advance(1)
     writer.finish()
-    write_json(folder / "config.json", checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture)))
+    config = write_config(checkpoint.family, checkpoint.config, plan.apply(checkpoint.architecture))
+    write_json(folder / "config.json", config)
     copy_companions(checkpoint.folder, folder)
     (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
 

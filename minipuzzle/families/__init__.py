@@ -14,6 +14,7 @@ from types import MappingProxyType
 from minipuzzle.architecture import Architecture
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families.base import Config, Family, ModulePaths
+from minipuzzle.families.per_layer import PER_LAYER_MODEL_TYPE, base_config, per_layer_family
 
 __all__ = ["FAMILIES", "Config", "Family", "ModulePaths", "family_of", "read_architecture"]
 
@@ -31,13 +32,15 @@ def family_of(config: Config) -> Family:
 
     Raises: MinipuzzleError for an unknown ``model_type``.
     """
-    model_type = config.get("model_type")
+    model_type = base_config(config).get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MinipuzzleError(
             f"model_type {model_type!r} is not supported",
             f"supported families: {', '.join(sorted(FAMILIES))}",
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    is_per_layer = config.get("model_type") == PER_LAYER_MODEL_TYPE
+    return per_layer_family(family, config) if is_per_layer else family
 
 
 def read_architecture(config: Config) -> Architecture:
