@@ -20,7 +20,7 @@ from minipuzzle.plan import Plan
 from minipuzzle.ranking import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best_first, rank_plans
 from minipuzzle.refinement import neighbours_of, refine
 from minipuzzle.scores import Scores
-from minipuzzle.search import SearchRequest, find_candidates, plan_of
+from minipuzzle.search import SearchRequest, figures_of, find_candidates, plan_of
 from minipuzzle.search_space import requested_space
 from minipuzzle.selection import layer_scores
 
@@ -96,16 +96,7 @@ class Problem:
         """The plan with the figures that follow from its layers put right."""
         architecture = plan.apply(self.source)
         pricing = Pricing(source=self.source, deployment=self.deployment, timings=self.target.timings)
-        costs = pricing.model(architecture)
-        notes: dict[str, Any] = {
-            **plan.notes,
-            "pattern": architecture.pattern,
-            "num_parameters": costs.num_parameters,
-            "num_active_parameters": costs.num_active_parameters,
-            "memory_bytes": costs.memory_bytes,
-        }
-        notes.pop("memory_terms", None)
-        return replace(plan, notes=notes)
+        return replace(plan, notes={**plan.notes, **figures_of(architecture, pricing)})
 
 
 @dataclass(frozen=True, kw_only=True)

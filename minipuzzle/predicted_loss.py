@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minipuzzle.architecture import Architecture
+from minipuzzle.layer_kinds import LAYER_KINDS, LayerKind
 from minipuzzle.scores import Array, Scores
 from minipuzzle.selection import layer_scores
 
@@ -59,5 +60,12 @@ class LossModel:
         key = axis if axis == "hidden" else f"{axis}.{layer_idx}"
         if key not in self.scores.units:  # only layer scores are known, as in files measured elsewhere
             return (size - width) / size
-        energy = np.sort(self.scores.units[key].astype(np.float64) ** 2)
-        return float(energy[..., : size - width].sum() / max(energy.sum(), np.finfo(np.float64).tiny))
+        energy = self.scores.units[key].astype(np.float64) ** 2
+        group_axis = None if axis == "hidden" else self._kind(layer_idx).unit_groups.get(axis)
+        num_groups = self.source.layers[layer_idx].sizes[group_axis] if group_axis else 1
+        by_group = np.sort(energy.reshape(*energy.shape[:-1], num_groups, -1))
+        lost = by_group[..., : (size - width) // num_groups]
+        return float(lost.sum() / max(energy.sum(), np.finfo(np.float64).tiny))
+
+    def _kind(self, layer_idx: int) -> LayerKind:
+        return LAYER_KINDS[self.source.layers[layer_idx].kind]

@@ -197,27 +197,35 @@ def check_pruning_is_needed(source: Architecture, request: SearchRequest, deploy
         )
 
 
+def figures_of(architecture: Architecture, pricing: Pricing) -> dict[str, Any]:
+    """What a plan says of the model it leaves: layers, parameters, every memory term and their deployment."""
+    costs = pricing.model(architecture)
+    figures: dict[str, Any] = {
+        "pattern": architecture.pattern,
+        "num_parameters": costs.num_parameters,
+        "num_active_parameters": costs.num_active_parameters,
+        "memory_bytes": costs.memory_bytes,
+        "memory_terms": [asdict(term) for term in memory_breakdown(architecture, pricing.deployment).terms],
+        "deployment": asdict(pricing.deployment),
+    }
+    if (tokens_per_second := pricing.throughput(costs)) is not None:
+        figures["tokens_per_second"] = tokens_per_second
+    return figures
+
+
 def plan_of(source: Architecture, scores: Scores, candidate: Candidate, *, metric: str) -> Plan:
     """The plan of a candidate, with the figures it was chosen by, after adding all of them up again.
 
     Raises: MinipuzzleError if scores of units to cut are missing.
     """
     candidate.check()
-    pricing = candidate.pricing
     notes: dict[str, Any] = {
-        "pattern": candidate.architecture.pattern,
+        **figures_of(candidate.architecture, candidate.pricing),
         "layout": candidate.layout,
-        "num_parameters": candidate.num_parameters,
-        "num_active_parameters": candidate.costs.num_active_parameters,
-        "memory_bytes": candidate.memory_bytes,
-        "memory_terms": [asdict(term) for term in memory_breakdown(candidate.architecture, pricing.deployment).terms],
-        "deployment": asdict(pricing.deployment),
         "limits": candidate.limits.given(),
         "predicted_loss": candidate.predicted_loss,
         "metric": metric,
     }
-    if (tokens_per_second := pricing.throughput(candidate.costs)) is not None:
-        notes["tokens_per_second"] = tokens_per_second
     widths = {layer_idx: candidate.widths_of(layer_idx) for layer_idx in candidate.kept_layers}
     plan = make_plan(source, scores, kept_layers=candidate.kept_layers, widths=widths, notes=notes)
     left = plan.apply(source)

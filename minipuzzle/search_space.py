@@ -162,6 +162,8 @@ def _check_width(source: Architecture, axis: str, width: int) -> None:
         raise MinipuzzleError(f"the model has no axis {axis!r} of one width", "see `minipuzzle inspect`")
     if not 0 < width <= available:
         raise MinipuzzleError(f"cannot cut {axis} to {width}: the model has {available}", "lower --width")
+    if axis == "expert" and width < (used := source.width("experts_per_token") or 1):
+        raise MinipuzzleError(f"cannot cut expert to {width}: the router picks {used} a token", "keep more experts")
     kind = kind_of_axis(axis)
     if kind is not None and axis in kind.unit_groups:
         groups = source.width(kind.unit_groups[axis]) or 1

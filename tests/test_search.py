@@ -28,6 +28,16 @@ from minipuzzle.selection import keep_best_layers, keep_best_units, make_plan
 from minipuzzle.units import format_gib
 
 PATTERN = "M-M*-MM-*-M-"
+MOE_FIELDS: dict[str, Any] = {
+    "hybrid_override_pattern": "MEM*ME",
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
 DEPLOYMENTS = (Deployment(), Deployment(context_tokens=1_000_000, batch=3, weights="nvfp4", kv_cache="fp8"))
 
 
@@ -201,6 +211,47 @@ def test_candidates_differ_in_as_many_layers_as_asked(min_different: int) -> Non
     for one, other in itertools.combinations(found, 2):
         symbols = [{idx: candidate.widths_of(idx) for idx in candidate.kept_layers} for candidate in (one, other)]
         assert sum(symbols[0].get(idx) != symbols[1].get(idx) for idx in range(len(PATTERN))) >= min_different
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_every_family_is_searched_and_its_sums_are_those_of_whole_models(model_type: str, layout: str) -> None:
+    source = read_architecture(FAMILIES[model_type].tiny_config)
+    scores = Scores(layer={"mse": np.random.default_rng(0).random(len(source.layers))})
+    request = SearchRequest(memory="75%", params="90%", layout=layout, granularity=8, min_kept_fraction=0.25)
+    found = find_candidates(source, scores, request, Deployment(context_tokens=64, weights="fp8"))
+    for candidate in found:
+        candidate.check()
+        assert (
+            candidate.memory_bytes == memory_breakdown(candidate.architecture, candidate.pricing.deployment).total_bytes
+        )
+
+
+def test_experts_are_counted_once_in_total_and_by_their_share_when_active() -> None:
+    """A mixture of 8 experts of which a token uses 2: limits on all and on active parameters cut different things."""
+    config = {**FAMILIES["nemotron_h"].tiny_config, **MOE_FIELDS}
+    source = read_architecture(config)
+    one_expert = 2 * 32 * config["moe_intermediate_size"]
+    assert source.num_parameters - source.num_active_parameters == 2 * (8 - 2) * one_expert
+    request = SearchRequest(params="80%", widths={"expert": "2:8:2"}, min_kept_fraction=1, min_ffn_fraction=1)
+    scores = Scores(layer={"mse": np.ones(len(source.layers))})
+    best = find_candidates(source, scores, request, Deployment())[0]
+    assert best.widths["expert"] < 8
+    # Fewer experts save no active parameters but those of the router.
+    router = 2 * (8 - best.widths["expert"]) * (32 + 1)
+    assert source.num_active_parameters - best.costs.num_active_parameters == router
+    with pytest.raises(MinipuzzleError, match="picks 2 a token"):
+        find_candidates(source, scores, replace(request, widths={"expert": "1,8"}), Deployment())
+
+
+def test_lost_heads_are_counted_in_each_group() -> None:
+    """Two groups of two heads, all silent ones in the first: one head of each group goes, so a loud one as well."""
+    source = source_architecture()
+    heads = np.array([0.0, 0.0, 2.0, 1.0], np.float32)
+    units = {f"ssm_head.{idx}": heads for idx in source.layer_indices("mamba")}
+    scores = Scores(layer={"mse": np.ones(len(PATTERN))}, units=units)
+    (candidate,) = find_candidates(source, scores, SearchRequest(width={"ssm_head": 2}), Deployment())
+    assert candidate.predicted_loss == pytest.approx(5 * 1 / 5)
 
 
 def test_measured_losses_of_narrower_layers_are_used_and_interpolated() -> None:
