@@ -107,3 +107,14 @@ def test_people_see_the_cut_and_that_the_scores_are_unverified(config_file: Path
     assert result.exit_code == 0
     assert "unverified" in result.output
     assert "46.79 B" in result.output
+
+
+def test_prune_says_what_search_says_about_budgets_too_large_and_too_small(tmp_path: Path) -> None:
+    model = Path(__file__).parent.parent / "examples" / "tiny_hybrid"
+    text = model / "text" / "calibration.jsonl"
+    command = ["prune", str(model / "model"), "--data", str(text), "-o", str(tmp_path / "x")]
+    too_large = CliRunner().invoke(main, [*command, "--memory", "100%"])
+    assert too_large.exit_code == 1 and "nothing needs pruning" in too_large.output
+    too_small = CliRunner().invoke(main, [*command, "--memory", "10%"])
+    assert too_small.exit_code == 3 and "is the least" in too_small.output
+    assert not (tmp_path / "x").exists()
