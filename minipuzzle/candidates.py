@@ -82,7 +82,10 @@ class Candidate:
             for axis, width in widths.items():
                 ranges.setdefault(axis, []).append(width)
         uniform = [f"{axis} {width}" for axis, width in self.widths.items() if axis not in ranges]
-        mixed = [f"{axis} {min(found)}..{max(found)}" for axis, found in ranges.items()]
+        mixed = [
+            f"{axis} {min(found)}" + (f"..{max(found)}" if max(found) > min(found) else "")
+            for axis, found in ranges.items()
+        ]
         return f"{' '.join(words)}  {' '.join((*uniform, *mixed))}".strip()
 
     def to_json(self) -> dict[str, Any]:

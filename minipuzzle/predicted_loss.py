@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minipuzzle.architecture import Architecture
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.layer_kinds import LAYER_KINDS, LayerKind
 from minipuzzle.scores import Array, Scores
 from minipuzzle.selection import layer_scores
@@ -25,13 +26,21 @@ class LossModel:
     source: Architecture
     scores: Scores
     metric: str
-    _widths_measured: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _measured: dict[str, list[tuple[int, Array]]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for key in self.scores.variants:
-            axis, _, width = key.rpartition(".")
-            known = self._widths_measured.get(axis, ())
-            self._widths_measured[axis] = tuple(sorted((*known, int(width))))
+        """Raises: MinipuzzleError if the metric was not measured, or not of every layer."""
+        if missing := np.flatnonzero(~np.isfinite(self.removal)).tolist():
+            raise MinipuzzleError(
+                f"the scores hold no {self.metric} of layers {', '.join(map(str, missing))}",
+                "a search needs scores of all layers: measure without --layers",
+            )
+        for key, losses in self.scores.variants.items():
+            metric, axis, width = key.split(".")
+            if metric == self.metric:
+                self._measured.setdefault(axis, []).append((int(width), losses))
+        for measured in self._measured.values():
+            measured.sort(key=lambda pair: pair[0])
 
     @property
     def removal(self) -> Array:
@@ -49,10 +58,10 @@ class LossModel:
 
     def _narrowing_on(self, axis: str, layer_idx: int, width: int) -> float:
         size, removal = self.source.layers[layer_idx].sizes[axis], float(self.removal[layer_idx])
-        measured = [known for known in self._widths_measured.get(axis, ()) if known < size]
+        measured = [(known, float(losses[layer_idx])) for known, losses in self._measured.get(axis, ()) if known < size]
         if measured:
-            losses = [float(self.scores.variants[f"{axis}.{known}"][layer_idx]) for known in measured]
-            return float(np.interp(width, [0, *measured, size], [removal, *losses, 0.0]))
+            widths, losses = zip((0, removal), *measured, (size, 0.0), strict=True)
+            return float(np.interp(width, widths, losses))
         return removal * self._lost_share(axis, layer_idx, width)
 
     def _lost_share(self, axis: str, layer_idx: int, width: int) -> float:

@@ -256,7 +256,8 @@ def test_lost_heads_are_counted_in_each_group() -> None:
 
 def test_measured_losses_of_narrower_layers_are_used_and_interpolated() -> None:
     source = source_architecture()
-    measured = {"ffn.48": np.full(len(PATTERN), 0.1), "ffn.32": np.full(len(PATTERN), 0.4)}
+    measured = {"mse.ffn.48": np.full(len(PATTERN), 0.1), "mse.ffn.32": np.full(len(PATTERN), 0.4)}
+    measured["kl.ffn.32"] = np.full(len(PATTERN), 99.0)  # of another metric than the one that is searched by
     scores = replace(random_scores(source), layer={"mse": np.ones(len(PATTERN))}, variants=measured)
     losses = {}
     for width in (16, 32, 40, 48, 56):
@@ -366,14 +367,14 @@ def test_a_plan_that_cuts_nothing_keeps_everything() -> None:
 
 
 def test_scores_survive_their_file(tmp_path: Path) -> None:
-    variants = {"ffn.32": np.arange(len(PATTERN), dtype=np.float64)}
+    variants = {"mse.ffn.32": np.arange(len(PATTERN), dtype=np.float64)}
     scores = replace(random_scores(source_architecture()), metadata={"model_fingerprint": "abc"}, variants=variants)
     write_scores(scores, tmp_path / "scores.safetensors")
     found = read_scores(tmp_path / "scores.safetensors")
     assert found.metadata["model_fingerprint"] == "abc"
     assert all(np.array_equal(found.units[name], values) for name, values in scores.units.items())
     assert np.array_equal(found.layer["mse"], scores.layer["mse"])
-    assert np.array_equal(found.variants["ffn.32"], variants["ffn.32"])
+    assert np.array_equal(found.variants["mse.ffn.32"], variants["mse.ffn.32"])
 
 
 def test_scores_of_another_model_or_with_nan_are_refused(tmp_path: Path) -> None:
