@@ -6,6 +6,10 @@ Alone means: cut, loaded by transformers as a whole model and evaluated. Streams
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -221,3 +225,38 @@ def test_sixty_candidates_of_the_hybrid_measure_as_alone(hybrid: Checkpoint, hyb
     found = measure_plans(open_stack(hybrid, tree, texts), tree, hybrid_candidates, texts)
     for quality_together, wanted in zip(found, measured_alone(hybrid, hybrid_candidates, texts), strict=True):
         assert quality_together.to_json() == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)
+
+
+JOB = """
+import json, sys
+from pathlib import Path
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.plan import keep_everything
+from minipuzzle.prefix_tree import build_tree
+from minipuzzle.processes import joined_processes
+from minipuzzle.ranking import measure_plans, open_stack
+from tests.test_ranking import candidates, windows
+
+checkpoint = Checkpoint.open(Path(sys.argv[1]))
+plans = candidates(checkpoint)
+tree = build_tree(checkpoint.architecture, [keep_everything(checkpoint.architecture), *plans])
+stack = open_stack(checkpoint, tree, windows())
+with joined_processes("cpu") as processes:
+    found = measure_plans(stack, tree, plans, windows(), slice_windows=1, processes=processes)
+    record = {"found": [quality.to_json() for quality in found], "applications": stack.counters.layer_applications}
+    Path(sys.argv[2], f"{processes.rank}.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_the_windows_and_agree(tiny_folder: Path, alone: list[PlanQuality], tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [str(tmp_path / "job.py"), str(tiny_folder), str(tmp_path)]
+    subprocess.run([*torchrun, *arguments], check=True, timeout=240, env=environment)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["found"] == second["found"]
+    assert first["applications"] * 2 == second["applications"] * 3  # of five windows, three and two
+    for figures, wanted in zip(first["found"], alone, strict=True):
+        assert figures == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)

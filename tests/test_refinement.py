@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.choosing import ChoosingSettings, Problem, compare
 from minipuzzle.corpus import EvaluationWindows
 from minipuzzle.memory import Deployment
-from minipuzzle.plan import keep_everything
-from minipuzzle.ranking import rank_plans
-from minipuzzle.refinement import with_layers
+from minipuzzle.plan import Plan, keep_everything
+from minipuzzle.ranking import RankedPlan, rank_plans
+from minipuzzle.refinement import refine, with_layers
 from minipuzzle.search import SearchRequest
 from minipuzzle.selection import make_plan
 from tests.test_ranking import windows
@@ -27,10 +29,10 @@ DEPLOYMENT = Deployment(context_tokens=64)
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    """A random model of eleven layers, whose scores say little about what layers do together."""
+    """A random model of eleven layers with scores that say the opposite of what was measured."""
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path_factory.mktemp("eleven"), pattern="M-M*-M-M*-M"))
     ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
-    target = SearchRequest(memory="75%", granularity=16, metric="kl", minimum={"attention": 1}, keep_layers=(0,))
+    target = SearchRequest(memory="75%", granularity=16, metric="kl", min_kept_fraction=0.3, keep_layers=(0,))
     return Problem(
         checkpoint=checkpoint, scores=measure(checkpoint, ids, quiet=True), target=target, deployment=DEPLOYMENT
     )
@@ -57,6 +59,20 @@ def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> N
     assert added_up == pytest.approx(float(np.sum(problem.scores.layer["kl"][list(dropped)])))
 
 
+def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
+    def measured(plans: Sequence[Plan]) -> list[RankedPlan]:
+        return rank_plans(problem.checkpoint, plans, windows(), dtype=torch.float32, device="cpu")
+
+    whole = keep_everything(problem.source)
+    starts = [replace(whole, kept_layers=(0, 3, *rest)) for rest in itertools.combinations((1, 2, 4, 5, 6, 7), 3)]
+    worst = measured([plan for plan in starts if problem.fits(plan.apply(problem.source))])[-1]
+    found = refine(worst, neighbours=problem.neighbours, measure=measured, rank_by="kl")
+    steps = [item.quality.kl for item in found.path]
+    assert len(steps) > 1 and steps == sorted(steps, reverse=True)
+    layers = [item.plan.kept_layers for item in (worst, *found.measured)]
+    assert len(set(layers)) == len(layers)  # nothing is measured twice
+
+
 def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Problem) -> None:
     plan = problem.predicted_plans(1)[0]
     neighbours = problem.neighbours(plan)
@@ -68,8 +84,7 @@ def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Prob
         for dropped in [set[int](), *({idx} for idx in kept)] if len(added) == 1 else [{idx} for idx in kept]:
             layers = tuple(sorted((kept - dropped) | added))
             candidate = with_layers(problem.source, problem.scores, plan, layers)
-            has_attention = any(problem.source.layers[idx].kind == "attention" for idx in layers)
-            if problem.fits(candidate.apply(problem.source)) and has_attention and 0 in layers:
+            if problem.fits(candidate.apply(problem.source)) and 0 in layers:
                 wanted.add(layers)
     assert found <= wanted
     # What is missing has fewer layers of a kind than --min-kept allows.

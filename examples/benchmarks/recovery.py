@@ -158,7 +158,7 @@ def distil_and_measure(setting: Setting, plan: Plan, work: Path) -> dict[str, An
     )
     student, out = Checkpoint.open(cut), work / "distilled"
     if not out.is_dir():
-        data = [EXAMPLE / "text" / "distillation.jsonl"]
+        data = [_training_text(setting)]
         distill_checkpoint(student=student, teacher=setting.teacher, data=data, settings=settings, out=out)
     before = evaluate(load_model(student), student.family, setting.heldout)
     model = load_model(Checkpoint.open(out))
@@ -170,6 +170,17 @@ def distil_and_measure(setting: Setting, plan: Plan, work: Path) -> dict[str, An
         "validation": evaluate(model, student.family, setting.validation).loss,
         "heldout": evaluate(model, student.family, setting.heldout).loss,
     }
+
+
+def _training_text(setting: Setting) -> Path:
+    """As much of the training text as a run takes: tokenising all of it would cost more than the training."""
+    path = setting.folder / "training.jsonl"
+    if not path.is_file():
+        documents = read_documents([EXAMPLE / "text" / "distillation.jsonl"])
+        random.Random(0).shuffle(documents)
+        kept = documents_within(load_tokenizer(setting.teacher.folder), documents, setting.tokens + 2048)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
+    return path
 
 
 def run(setting: Setting, num_candidates: int) -> list[dict[str, Any]]:
@@ -275,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Recovery after equal distillation, by how the cut was chosen.")
     parser.add_argument("--folder", type=Path, default=Path("recovery_output"))
     parser.add_argument("--scores", type=Path, required=True, help="Scores of examples/tiny_hybrid/model.")
-    parser.add_argument("--tokens", type=int, default=12_288)
+    parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--windows", type=int, default=8, help="Calibration windows that rank candidates.")
     options = parser.parse_args()

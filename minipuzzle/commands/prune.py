@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.memory import Deployment
 from minipuzzle.options import (
     COUNT,
@@ -79,6 +80,12 @@ RANK_BY = ("kl", "loss", "mean-rank")  # as in ranking.py, which needs torch
 @click.option("--race-learning-rate", type=float, default=1e-4, help="Peak rate of the race.", show_default=True)
 @click.option("--race-batch", type=COUNT, default=16, help="Sequences of an optimiser step.", show_default=True)
 @click.option(
+    "--sweep",
+    metavar="LOW:HIGH:STEP",
+    help="Cut nothing: measure the best candidates of many budgets, e.g. 50%:100%:5%, and write the frontier of memory "
+    "against KL (CSV, PNG, JSON and a plan for each budget) to OUT.",
+)
+@click.option(
     "--device-memory", default=None, help="Memory for comparing candidates, e.g. 16GiB; default: what is free."
 )
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -96,6 +103,7 @@ def prune(
     plan_path: Path | None,
     validation: tuple[Path, ...],
     race_data: tuple[Path, ...],
+    sweep: str | None,
     out: Path,
     overwrite: bool,
     dry_run: bool,
@@ -140,6 +148,9 @@ def prune(
         _print_dry_run(prune_request, as_json)
         return
     settings = prune_request.choosing
+    if sweep is not None:
+        _sweep(prune_request, sweep, out=out, overwrite=overwrite, as_json=as_json)
+        return
     measure = measurer(device=settings.device, dtype=settings.dtype, quiet=as_json)
     race = racer(prune_request, quiet=as_json)
     choice = run_prune(prune_request, measure, out=out, overwrite=overwrite, quiet=as_json, race=race)
@@ -150,6 +161,24 @@ def prune(
     print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), deployment)
     _print_choice(choice)
     click.echo(f"written to {out}\nnext: minipuzzle distill {out} --data ... --tokens ... -o ...")
+
+
+def _sweep(request: PruneRequest, budgets: str, *, out: Path, overwrite: bool, as_json: bool) -> None:
+    from minipuzzle.frontier import QUALITY, sweep
+    from minipuzzle.sweep import frontier_chart
+
+    settings = request.choosing
+    if settings.race is not None or settings.refine or request.plan is not None:
+        raise MinipuzzleError("a sweep measures candidates and cuts nothing", "drop --finalists, --refine and --plan")
+    measure = measurer(device=settings.device, dtype=settings.dtype, quiet=as_json)
+    found = sweep(request, budgets, measure, out=out, overwrite=overwrite, quiet=as_json)
+    if as_json:
+        echo_json({"out": str(out), **found.to_json()})
+        return
+    click.echo(frontier_chart(found.points, quality=QUALITY))
+    click.echo(
+        f"written to {out}\nnext: minipuzzle prune {request.checkpoint.folder} --plan {out}/plan-....json -o ..."
+    )
 
 
 def _choosing_settings(options: dict[str, Any], sequence_length: int, seed: int) -> ChoosingSettings:

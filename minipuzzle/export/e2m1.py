@@ -58,7 +58,8 @@ def decode_blocks(codes_RC2: torch.Tensor, scale_RK: torch.Tensor, tensor_scale:
     values = torch.tensor([*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)], device=codes_RC2.device)
     code_RC = torch.stack((codes_RC2 & 15, codes_RC2 >> 4), dim=-1).flatten(-2)
     step_RK = scale_RK.float() * tensor_scale.to(codes_RC2.device)
-    return (values[code_RC.int()].unflatten(-1, (-1, BLOCK)) * step_RK[..., None]).flatten(-2)
+    decoded_RC: torch.Tensor = (values[code_RC.int()].unflatten(-1, (-1, BLOCK)) * step_RK[..., None]).flatten(-2)
+    return decoded_RC
 
 
 def fake_quantize_blocks(values: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
