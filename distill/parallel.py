@@ -29,6 +29,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import Family
 from minipuzzle.models import build_on_meta, load_model, parts_of
 from minipuzzle.processes import Processes, joined_processes
+from minipuzzle.sublayers import Branch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,14 @@ def open_pair(
         head.weight = nn.Parameter(head.weight.detach().clone())
     if engine.activation_checkpointing:
         recompute_layers(student_model, student.family)
-    pair = make_pair(teacher_model, student_model, student.family, device=placement.device, compute_dtype=compute_dtype)
+    pair = make_pair(
+        teacher_model,
+        student_model,
+        student.family,
+        teacher_family=teacher.family,
+        device=placement.device,
+        compute_dtype=compute_dtype,
+    )
     if placement.mesh is not None:
         low_dtype = None if compute_dtype == torch.float32 else compute_dtype
         split(pair.student, placement.mesh, low_dtype=low_dtype)
@@ -109,12 +117,13 @@ def make_pair(
     *,
     device: torch.device,
     compute_dtype: torch.dtype = torch.float32,
+    teacher_family: Family | None = None,
 ) -> DistillPair:
-    """A trainable student and a frozen teacher."""
+    """A trainable student and a frozen teacher, of the same family unless another is given."""
     teacher_model.requires_grad_(False).eval()
     student_model.requires_grad_(True).train()
     return DistillPair(
-        teacher=HiddenStates(teacher_model, family),
+        teacher=HiddenStates(teacher_model, teacher_family or family),
         student=HiddenStates(student_model, family),
         device=device,
         compute_dtype=compute_dtype,
@@ -147,7 +156,9 @@ def split(
     }
     parts = part.parts
     for unit in (parts.embeddings, *parts.layers):
-        fully_shard(unit, reshard_after_forward=True, **options)
+        # A part of a decoder block is not in the model's tree, but its modules are: they are gathered together.
+        modules = list(unit.children()) if isinstance(unit, Branch) else unit
+        fully_shard(modules, reshard_after_forward=True, **options)
     fully_shard(part, **options)
     for module in part.modules():
         if isinstance(module, FSDPModule):

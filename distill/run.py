@@ -110,7 +110,7 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
         check_target_folder(request.out, overwrite=request.overwrite)
     for checkpoint in (request.student, request.teacher):
         checkpoint.require_plain_weights()
-    if request.student.family is not request.teacher.family:
+    if request.student.architecture.model_type != request.teacher.architecture.model_type:
         raise MinipuzzleError("student and teacher are of different families", GIVE_TEACHER)
     tokenizer = _shared_tokenizer(request.student, request.teacher)
     train_windows = PackedWindows.from_texts(

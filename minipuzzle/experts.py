@@ -43,7 +43,8 @@ class SplitExperts(nn.Module):
         sum_NH = torch.zeros_like(tokens_NH, dtype=weights_NK.dtype)
         for expert_idx, expert in enumerate(self.children()):
             tokens_N, places_N = torch.where(expert_indices_NK == expert_idx)
-            if len(tokens_N):
+            # In training every expert takes part, if with no tokens: processes must agree on what has a gradient.
+            if len(tokens_N) or torch.is_grad_enabled():
                 weighted_NH = expert(tokens_NH[tokens_N], weights_NK[tokens_N, places_N, None])
                 sum_NH.index_add_(0, tokens_N, weighted_NH.to(sum_NH.dtype))
         return sum_NH.to(tokens_NH.dtype)

@@ -37,15 +37,21 @@ class ModelParts:
 
 def parts_of(model: nn.Module, family: Family) -> ModelParts:
     """The parts of a transformers model of the given family."""
+    # Made once a model: training wraps layers, and must find them again.
+    known: ModelParts | None = model.__dict__.get("_minipuzzle_parts")
+    if known is not None:
+        return known
     paths = family.modules
     head = model.get_submodule(paths.head)
     assert isinstance(head, nn.Linear)
-    return ModelParts(
+    parts = ModelParts(
         embeddings=model.get_submodule(paths.embeddings),
         layers=nn.ModuleList(family.layers(model)),
         final_norm=model.get_submodule(paths.final_norm),
         head=head,
     )
+    model.__dict__["_minipuzzle_parts"] = parts
+    return parts
 
 
 def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

@@ -106,6 +106,14 @@ def test_scores_of_experts_and_their_neurons_are_what_the_formulas_say(checkpoin
     assert {"expert", "expert_ffn", "shared_ffn"} <= measured <= set(UNIT_DEFINITIONS)
 
 
+def test_every_expert_has_a_gradient_though_no_token_is_given_to_it(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint)
+    model(tokens()[:1, :2], use_cache=False).logits.sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if ".experts." in name]
+    assert all(gradient is not None for gradient in gradients)
+    assert any(not gradient.any() for gradient in gradients if gradient is not None)
+
+
 def plan_of_own_neurons(checkpoint: Checkpoint, scores: dict[str, NDArray[np.float32]]) -> Plan:
     widths = {layer_idx: {"expert_ffn": 8, "expert": 4} for layer_idx in MOE_LAYERS}
     source = checkpoint.architecture

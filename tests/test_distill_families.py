@@ -1,0 +1,44 @@
+"""Guarantee: models whose blocks hold several layers, some missing, train split over processes as they do whole.
+
+Two processes have the losses of one, with layers recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.engine import EngineSettings
+from distill.parallel import joined_placement
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.plan import keep_everything
+from minipuzzle.pruning import write_pruned
+from tests.distill_job import run
+from tests.test_distill_parallel import ROOT, keep_only_step_10, losses, torchrun
+from tests.tiny_models import write_family_checkpoint
+
+
+def test_two_processes_train_a_llama_without_one_attention_as_one_does(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    teacher = Checkpoint.open(write_family_checkpoint(models / "teacher", "llama"))
+    kept = tuple(idx for idx in range(len(teacher.architecture.layers)) if idx != 2)
+    (models / "student").mkdir()
+    write_pruned(teacher, replace(keep_everything(teacher.architecture), kept_layers=kept), models / "student")
+    engine = EngineSettings(keep_last=2, activation_checkpointing=True)
+    with joined_placement("cpu", engine) as placement:
+        run(models, tmp_path / "one", placement, engine, "float32", count=False)
+    keep_only_step_10(tmp_path / "one", tmp_path / "one_two")
+    options = json.dumps({"activation_checkpointing": True})
+    torchrun(
+        2, str(ROOT / "tests/distill_job.py"), str(models), str(tmp_path / "two"), str(tmp_path / "one_two"), options
+    )
+    alone = losses(tmp_path / "one")
+    assert len(alone) == 20 and alone[-1] < alone[0]
+    assert losses(tmp_path / "two") == pytest.approx(alone, abs=1e-5)
+    assert losses(tmp_path / "one_two") == pytest.approx(alone, abs=1e-5)
+    reports = [json.loads((tmp_path / "two" / f"report-{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(report["all_split"] for report in reports)
+    assert Checkpoint.open(models / "student").config["model_type"] == "minipuzzle_per_layer"
