@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import linear, silu
 
+from importance.layers import not_finite, share_of_samples
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.processes import Processes
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.scores import FINAL
 from minipuzzle.streaming import LayerStack
@@ -57,6 +59,7 @@ class _Sums:
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     energies: dict[str, torch.Tensor] = field(default_factory=dict)
+    num_samples: int = 0
 
     @staticmethod
     def add_row(sums: dict[str, torch.Tensor], key: str, num_rows: int, row: int, values: torch.Tensor) -> None:
@@ -71,6 +74,29 @@ class _Sums:
         added = values_BU.double().sum(0).cpu()
         sums[key] = sums[key] + added if key in sums else added
 
+    def to_arrays(self) -> dict[str, NDArray[np.float64]]:
+        """The sums, exactly, for a file."""
+        tables = {"squares": self.squares, "means": self.means, "energies": self.energies}
+        arrays = {f"{table}/{key}": total.numpy() for table, sums in tables.items() for key, total in sums.items()}
+        return {**arrays, "num_samples": np.array([float(self.num_samples)])}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.float64]]) -> _Sums:
+        """The sums that ``to_arrays`` gave, to be continued."""
+        sums = cls(num_samples=int(arrays["num_samples"][0]))
+        for name, array in arrays.items():
+            table, _, key = name.partition("/")
+            if key:
+                getattr(sums, table)[key] = torch.tensor(array)
+        return sums
+
+    def summed_over(self, processes: Processes) -> _Sums:
+        """The sums of all processes together."""
+        if processes.world_size == 1:
+            return self
+        arrays = self.to_arrays()
+        return _Sums.from_arrays({name: processes.sum_(torch.tensor(arrays[name])).numpy() for name in sorted(arrays)})
+
 
 def score_channels(
     stack: LayerStack,
@@ -78,24 +104,38 @@ def score_channels(
     *,
     slice_samples: int | None = None,
     advance: Advance = no_progress,
+    processes: Processes | None = None,
+    earlier: Mapping[str, NDArray[np.float64]] | None = None,
+    after_slice: Callable[[dict[str, NDArray[np.float64]]], None] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Unit scores and norm energies, under the keys of a score file (``minipuzzle.scores``).
 
     Definitions: UNIT_DEFINITIONS and ENERGY_DEFINITIONS. ``slice_samples``: samples at a time (default: as many as
-    fit); the slicing changes nothing but rounding. Progress: one step for each layer and sample.
+    fit); the slicing changes nothing but rounding. Progress: one step for each layer and sample. Where there are
+    several processes each takes a share of the samples. ``after_slice`` receives the sums so far, and ``earlier``
+    takes such sums of an interrupted run: the samples they cover are not run again.
 
     Raises: MinipuzzleError if a value is not a finite number.
     """
     num_samples, num_tokens = token_ids_BT.shape
-    slice_samples = slice_samples or samples_per_slice(stack, num_samples, num_tokens)
-    sums = _Sums()
+    processes = processes or Processes()
+    samples = share_of_samples(num_samples, processes)
+    slice_samples = slice_samples or samples_per_slice(stack, len(samples), num_tokens)
+    sums = _Sums() if earlier is None else _Sums.from_arrays(earlier)
+    advance(sums.num_samples * stack.num_layers)
     with _hooks(stack, sums):
-        for token_ids in torch.split(token_ids_BT, slice_samples):
+        for start in range(samples.start + sums.num_samples, samples.stop, slice_samples):
+            token_ids = token_ids_BT[start : min(start + slice_samples, samples.stop)]
             hidden_BTH = stack.embed(token_ids)
             for layer_idx in range(stack.num_layers):
                 stack.apply(layer_idx, hidden_BTH, out=hidden_BTH)
+                _require_finite_states(hidden_BTH, layer_idx, start)
                 advance(len(token_ids))
             stack.final_norm(hidden_BTH)
+            sums.num_samples += len(token_ids)
+            if after_slice is not None:
+                after_slice(sums.to_arrays())
+    sums = sums.summed_over(processes)
     units = _units(sums, num_samples)
     energies = {key: _float32(total / num_samples) for key, total in sums.energies.items()}
     _require_finite({**units, **energies})
@@ -120,6 +160,12 @@ def _units(sums: _Sums, num_samples: int) -> dict[str, Array]:
 
 def _float32(values: torch.Tensor) -> Array:
     return values.numpy().astype(np.float32)
+
+
+def _require_finite_states(hidden_BTH: torch.Tensor, layer_idx: int, first_sample: int) -> None:
+    sums_B = hidden_BTH.sum(dim=(1, 2), dtype=torch.float32)  # finite only if all its terms are
+    for sample in (~torch.isfinite(sums_B)).nonzero()[:, 0].tolist():
+        raise not_finite(layer_idx, first_sample + sample)
 
 
 def _require_finite(measured: Mapping[str, Array]) -> None:

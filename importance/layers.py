@@ -1,143 +1,273 @@
-"""The score of every layer: how far the LM head's input moves when the layer's residual branch contributes zero.
+"""Scores of altered models: how far the LM head's input moves when a layer is left out, or run at a smaller width.
 
-Without layer j nothing below j changes. So one stream of hidden states is kept for the full model and one for each
-removed layer below the current one; layer i is loaded once and applied to all i + 1 of them as one batch. A model of L
-layers costs L (L + 1) / 2 layer applications a slice of the calibration data, and one read of the weights, where
-removing layers one by one costs L * L and L.
+Without layer j nothing below j changes. So the altered models and the full one form a tree over layers
+(``minipuzzle.prefix_tree``): one stream of hidden states for the full model and one for each altered model below the
+present layer; a layer is loaded once and applied to all of them. Leaving out each of L layers costs L (L + 1) / 2 layer
+applications a slice of the calibration data, and one read of the weights, where removing layers one by one costs L * L
+and L. Each of K narrower forms costs what a removal costs and one application more.
 
-Shape suffixes: S streams (0 is the full model, j + 1 lacks layer j), B batch, T tokens, C a chunk of them, H hidden.
+Shape suffixes: S streams of altered models, B batch, T tokens, C a chunk of them, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from importance.metrics import HeadInputMetrics, chunk_bytes, chunk_tokens, next_token_labels
+from importance.stream_cache import StreamCache, streams_before
 from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.narrowed_layers import NarrowedLayers
+from minipuzzle.plan import Plan, keep_everything
+from minipuzzle.prefix_tree import PrefixTree, TreeLevel, build_tree
+from minipuzzle.processes import Processes
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.streaming import LayerStack, largest_activation_bytes
 
+Metrics = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a caller wants to know or keep while slices are run.
+
+    ``after_slice`` receives the sums so far, and ``earlier`` takes such sums of an interrupted run: the samples they
+    cover are not run again. ``cache`` keeps streams for a later run that shares their beginnings.
+    """
+
+    advance: Advance = no_progress
+    earlier: HeadInputMetrics | None = None
+    after_slice: Callable[[HeadInputMetrics], None] | None = None
+    cache: StreamCache | None = None
+    processes: Processes = field(default_factory=Processes)
+
+
+def removal_plans(source: Architecture, layers: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Plan]:
+    """For each of some layers, the plan that leaves it out, beside those that are removed already."""
+    fingerprint = source.fingerprint()
+    return [
+        Plan(
+            source_fingerprint=fingerprint,
+            kept_layers=tuple(idx for idx in range(len(source.layers)) if idx not in removed | {layer_idx}),
+        )
+        for layer_idx in layers
+    ]
+
 
 def reserved_bytes(
-    checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, memory_bytes: int, device: str = "cpu"
+    checkpoint: Checkpoint,
+    num_tokens: int,
+    dtype: torch.dtype,
+    memory_bytes: int,
+    *,
+    device: str = "cpu",
+    num_streams: int | None = None,
 ) -> int:
-    """The least that scoring layers needs beside the weights: all streams of one sample, one layer at work on one
-    sequence, and the logits of one chunk."""
+    """The least that scoring needs beside the weights: all streams of one sample, one layer at work on one sequence,
+    and the metrics of one chunk. ``num_streams``: altered models (default: one for each layer)."""
+    num_streams = len(checkpoint.architecture.layers) if num_streams is None else num_streams
     return (
-        sample_bytes(checkpoint, num_tokens, dtype)
+        sample_bytes(checkpoint, num_tokens, dtype, num_streams)
         + largest_activation_bytes(checkpoint, num_tokens, dtype)
-        + head_bytes(checkpoint, num_tokens, memory_bytes, device)
+        + head_bytes(checkpoint, num_tokens, memory_bytes, device, num_streams)
     )
 
 
-def sample_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype) -> int:
-    """Memory of all streams of one sample."""
-    architecture = checkpoint.architecture
-    return (len(architecture.layers) + 1) * num_tokens * architecture.hidden * dtype.itemsize
+def sample_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, num_streams: int) -> int:
+    """Memory of all streams of one sample: the altered models', the full model's, and one that is being computed."""
+    return (num_streams + 2) * num_tokens * checkpoint.architecture.hidden * dtype.itemsize
 
 
-def head_bytes(checkpoint: Checkpoint, num_tokens: int, memory_bytes: int, device: str) -> int:
+def head_bytes(checkpoint: Checkpoint, num_tokens: int, memory_bytes: int, device: str, num_streams: int) -> int:
     """Memory that the metrics of one chunk of tokens take."""
-    sizes = _head_sizes(checkpoint.architecture)
+    sizes = _head_sizes(checkpoint.architecture, num_streams)
     return chunk_bytes(chunk_tokens(num_tokens, memory_bytes, **sizes), device, **sizes)
 
 
-def _head_sizes(architecture: Architecture) -> dict[str, int]:
-    return {
-        "num_streams": len(architecture.layers),
-        "hidden": architecture.hidden,
-        "vocabulary": architecture.vocabulary,
-    }
+def _head_sizes(architecture: Architecture, num_streams: int) -> dict[str, int]:
+    return {"num_streams": num_streams, "hidden": architecture.hidden, "vocabulary": architecture.vocabulary}
 
 
-def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int) -> int:
+def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int, num_streams: int) -> int:
     """Samples whose streams fit beside the weights, a layer at work and the metrics; one always does."""
     beside = stack.activation_bytes(num_tokens)
-    beside += head_bytes(stack.checkpoint, num_tokens, stack.memory_bytes, stack.device)
-    fitting = (stack.free_bytes - beside) // sample_bytes(stack.checkpoint, num_tokens, stack.dtype)
+    beside += head_bytes(stack.checkpoint, num_tokens, stack.memory_bytes, stack.device, num_streams)
+    fitting = (stack.free_bytes - beside) // sample_bytes(stack.checkpoint, num_tokens, stack.dtype, num_streams)
     return max(1, min(num_samples, fitting))
 
 
-def num_steps(num_layers: int, num_samples: int) -> int:
-    """Steps of progress that ``score_layers`` reports: applications of a layer, or of the head, to one sequence."""
-    return num_samples * (num_layers * (num_layers + 1) // 2 + num_layers + 1)
+def num_steps(tree: PrefixTree, num_samples: int) -> int:
+    """Steps of progress of one measurement: applications of a layer, or of the head, to one sequence."""
+    return num_samples * (tree.num_applications + tree.num_streams)
+
+
+def alteration_tree(source: Architecture, plans: Sequence[Plan]) -> PrefixTree:
+    """The tree of the full model and the altered ones."""
+    return build_tree(source, [keep_everything(source), *plans])
 
 
 def score_layers(
+    stack: LayerStack, token_ids_BT: torch.Tensor, *, slice_samples: int | None = None, hooks: Hooks | None = None
+) -> Metrics:
+    """All metrics of LAYER_METRICS for leaving out each layer, ``[num_layers]``; see ``score_plans``."""
+    plans = removal_plans(stack.architecture, range(stack.num_layers))
+    return score_plans(stack, plans, token_ids_BT, slice_samples=slice_samples, hooks=hooks)
+
+
+def score_plans(
     stack: LayerStack,
+    plans: Sequence[Plan],
     token_ids_BT: torch.Tensor,
     *,
     slice_samples: int | None = None,
-    advance: Advance = no_progress,
-    earlier: HeadInputMetrics | None = None,
-    after_slice: Callable[[HeadInputMetrics], None] | None = None,
-) -> dict[str, NDArray[np.float64]]:
-    """All metrics of LAYER_METRICS for each layer, ``[num_layers]``.
+    hooks: Hooks | None = None,
+) -> Metrics:
+    """All metrics of LAYER_METRICS between the full model and each altered one, ``[plans]``.
 
-    ``slice_samples``: samples at a time (default: as many as fit). The slicing changes nothing but rounding.
-    ``after_slice`` receives the sums so far, and ``earlier`` takes such sums of an interrupted run: the samples they
-    cover are not run again.
+    ``slice_samples``: samples at a time (default: as many as fit). The slicing changes nothing but rounding. Where
+    there are several processes each takes a share of the samples, and all get the scores of all samples.
 
-    Raises: MinipuzzleError if a score is not a finite number.
+    Raises: MinipuzzleError naming the layer and the sample at which a value is not a finite number.
     Source: arXiv 2504.03624, section 3.2, for ``mse``.
     """
-    num_samples, num_tokens = token_ids_BT.shape
-    slice_samples = slice_samples or samples_per_slice(stack, num_samples, num_tokens)
-    metrics = earlier or HeadInputMetrics(stack.num_layers)
-    num_done = metrics.num_tokens // num_tokens
-    advance(num_steps(stack.num_layers, num_done))
-    for start in range(num_done, num_samples, slice_samples):
-        token_ids = token_ids_BT[start : start + slice_samples]
-        streams_SBTH = _run_streams(stack, token_ids, advance)
-        _compare_streams(stack, streams_SBTH, token_ids, metrics, advance)
-        if after_slice is not None:
-            after_slice(metrics)
-    scores = metrics.result()
-    _require_finite(scores)
-    return scores
-
-
-def _run_streams(stack: LayerStack, token_ids_BT: torch.Tensor, advance: Advance) -> torch.Tensor:
-    """Hidden states before the final norm, of the full model and without each layer, ``[layers + 1, B, T, H]``."""
-    embedded_BTH = stack.embed(token_ids_BT)
-    streams_SBTH = embedded_BTH.new_empty(stack.num_layers + 1, *embedded_BTH.shape)
-    streams_SBTH[0] = embedded_BTH
-    for layer_idx in range(stack.num_layers):
-        streams_SBTH[layer_idx + 1] = streams_SBTH[0]  # passes this layer by
-        running = streams_SBTH[: layer_idx + 1]
-        stack.apply(layer_idx, running, out=running)
-        advance(len(running) * len(token_ids_BT))
-    return streams_SBTH
-
-
-def _compare_streams(
-    stack: LayerStack,
-    streams_SBTH: torch.Tensor,
-    token_ids_BT: torch.Tensor,
-    metrics: HeadInputMetrics,
-    advance: Advance,
-) -> None:
-    labels_BT = next_token_labels(token_ids_BT).to(streams_SBTH.device)
-    head_VH = stack.head_weight()
+    hooks = hooks or Hooks()
+    tree = alteration_tree(stack.architecture, plans)
+    run = _Run(stack=stack, plans=plans, tree=tree, narrowed=NarrowedLayers(stack), hooks=hooks)
+    samples = share_of_samples(len(token_ids_BT), hooks.processes)
     num_tokens = token_ids_BT.shape[1]
-    chunk = chunk_tokens(num_tokens, stack.memory_bytes, **_head_sizes(stack.architecture))
-    for sample_idx in range(len(token_ids_BT)):
-        for start in range(0, num_tokens, chunk):
-            normed_SCH = stack.final_norm(streams_SBTH[:, sample_idx, start : start + chunk])
-            metrics.add(normed_SCH[0], normed_SCH[1:], head_VH, labels_BT[sample_idx, start : start + chunk])
-        advance(len(streams_SBTH))
+    slice_samples = slice_samples or samples_per_slice(stack, len(samples), num_tokens, len(plans))
+    metrics = hooks.earlier or HeadInputMetrics(len(plans))
+    num_done = metrics.num_tokens // num_tokens
+    hooks.advance(num_steps(tree, num_done))
+    for start in range(samples.start + num_done, samples.stop, slice_samples):
+        token_ids = token_ids_BT[start : min(start + slice_samples, samples.stop)]
+        streams_BTH = run.streams(token_ids, start)
+        run.compare(streams_BTH, token_ids, metrics, start)
+        if hooks.after_slice is not None:
+            hooks.after_slice(metrics)
+    return metrics.summed_over(hooks.processes).result()
 
 
-def _require_finite(scores: Mapping[str, NDArray[np.float64]]) -> None:
-    for metric, values in scores.items():
-        for layer_idx in np.flatnonzero(~np.isfinite(values)):
-            raise MinipuzzleError(
-                f"the {metric} score of layer {layer_idx} is {values[layer_idx]}: the hidden states overflow",
-                "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
-            )
+def share_of_samples(num_samples: int, processes: Processes) -> range:
+    """The samples that fall to this process, one stretch of them.
+
+    Raises: MinipuzzleError if there are fewer samples than processes.
+    """
+    if num_samples < processes.world_size:
+        raise MinipuzzleError(
+            f"{processes.world_size} processes cannot share {num_samples} samples",
+            "give more --samples, or start fewer processes",
+        )
+    edges = [num_samples * rank // processes.world_size for rank in (processes.rank, processes.rank + 1)]
+    return range(*edges)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What all slices of one measurement have in common."""
+
+    stack: LayerStack
+    plans: Sequence[Plan]
+    tree: PrefixTree
+    narrowed: NarrowedLayers
+    hooks: Hooks
+
+    @torch.no_grad()
+    def streams(self, token_ids_BT: torch.Tensor, first_sample: int) -> list[torch.Tensor]:
+        """Hidden states before the final norm of all streams, each ``[B, T, H]``."""
+        cache = self.hooks.cache
+        all_plans = [keep_everything(self.stack.architecture), *self.plans]
+        found = None if cache is None else cache.restore(first_sample, self.tree, all_plans, self.stack.device)
+        first_level, streams = (0, [self.stack.embed(token_ids_BT)]) if found is None else found
+        self.hooks.advance(sum(level.num_applications for level in self.tree.levels[:first_level]) * len(token_ids_BT))
+        for level in self.tree.levels[first_level:]:
+            if cache is not None:
+                cache.store(
+                    first_sample, level.layer_idx, streams, streams_before(self.tree, level.layer_idx), all_plans
+                )
+            streams = self._through(level, streams)
+            self._require_finite(level, streams, first_sample)
+            self.hooks.advance(level.num_applications * len(token_ids_BT))
+        return streams
+
+    def _through(self, level: TreeLevel, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        real_cuts = [cut for cut in level.cuts if cut.kept_units or cut.norm_scales]
+        if not real_cuts:
+            return self._apply(level, streams, [None] * len(level.cuts))
+        with self.narrowed.modules(real_cuts) as modules:
+            module_of = dict(zip(real_cuts, modules, strict=True))
+            return self._apply(level, streams, [module_of.get(cut) for cut in level.cuts])
+
+    def _apply(
+        self, level: TreeLevel, streams: Sequence[torch.Tensor], modules: Sequence[torch.nn.Module | None]
+    ) -> list[torch.Tensor]:
+        following = []
+        for position, (parent, cut_idx) in enumerate(level.branches):
+            hidden_BTH = streams[parent]
+            if cut_idx is not None:
+                # The last child of a stream takes its place.
+                is_last = position + 1 == len(level.branches) or level.branches[position + 1][0] != parent
+                out = hidden_BTH if is_last else None
+                hidden_BTH = self.stack.apply(level.layer_idx, hidden_BTH, out=out, module=modules[cut_idx])
+            following.append(hidden_BTH)
+        return following
+
+    def _require_finite(self, level: TreeLevel, streams: Sequence[torch.Tensor], first_sample: int) -> None:
+        """A sum is finite only if all its terms are; one look at the sums of all streams costs next to nothing."""
+        sums_SB = torch.stack([stream_BTH.sum(dim=(1, 2), dtype=torch.float32) for stream_BTH in streams])
+        for stream, sample in (~torch.isfinite(sums_SB)).nonzero().tolist():
+            of_plan = streams_before(self.tree, level.layer_idx + 1).index(stream)
+            raise not_finite(level.layer_idx, first_sample + sample, self._name(of_plan))
+
+    def compare(
+        self, streams: list[torch.Tensor], token_ids_BT: torch.Tensor, metrics: HeadInputMetrics, first_sample: int
+    ) -> None:
+        """Add the samples of one slice to the sums."""
+        stack, stream_of = self.stack, self.tree.stream_of_plan
+        labels_BT = next_token_labels(token_ids_BT).to(stack.device)
+        head_VH = stack.head_weight()
+        num_tokens = token_ids_BT.shape[1]
+        chunk = chunk_tokens(num_tokens, stack.memory_bytes, **_head_sizes(stack.architecture, len(self.plans)))
+        for sample_idx in range(len(token_ids_BT)):
+            for start in range(0, num_tokens, chunk):
+                tokens = slice(start, start + chunk)
+                states_SCH = stack.final_norm(torch.stack([streams[s][sample_idx, tokens] for s in stream_of]))
+                added_MS = metrics.add(states_SCH[0], states_SCH[1:], head_VH, labels_BT[sample_idx, tokens])
+                if not torch.isfinite(added_MS).all():
+                    plan_idx = int((~torch.isfinite(added_MS)).any(0).nonzero()[0, 0])
+                    raise not_finite("the LM head", first_sample + sample_idx, self._name(plan_idx + 1))
+            self.hooks.advance(len(streams))
+
+    def _name(self, plan_idx: int) -> str:
+        """The model of a plan in words; 0 is the full one."""
+        if plan_idx == 0:
+            return "the full model"
+        plan = self.plans[plan_idx - 1]
+        dropped = plan.dropped_layers(self.stack.architecture)
+        narrowed = [f"{axis} of layer {key} narrowed" for axis, by in plan.kept_units.items() for key in by]
+        parts = [*narrowed, *([f"without layer {', '.join(map(str, dropped))}"] if dropped else [])]
+        return f"the model {' and '.join(parts)}" if parts else "the full model"
+
+
+def not_finite(layer: int | str, sample: int, model: str = "the full model") -> MinipuzzleError:
+    """The error for a value that is not a finite number."""
+    where = f"layer {layer}" if isinstance(layer, int) else layer
+    return MinipuzzleError(
+        f"{where} computes NaN or infinite values for sample {sample} in {model}",
+        "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
+    )
+
+
+def spread(values: Metrics, layers: Sequence[int], num_layers: int) -> Mapping[str, NDArray[np.float64]]:
+    """Scores of some layers at their places among all, NaN for the others."""
+    found = {}
+    for metric, scores in values.items():
+        found[metric] = np.full(num_layers, np.nan)
+        found[metric][list(layers)] = scores
+    return found

@@ -1,146 +1,191 @@
-"""Measuring a checkpoint: layer and channel scores of the same tokens, and beforehand what that will cost."""
+"""Measuring a checkpoint: layer and channel scores of the same tokens, in one process or several."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from importance import channels, layers
+from importance.alterations import LayerRequest, narrowed_plans
+from importance.layers import Hooks, Metrics, alteration_tree, removal_plans, score_plans
+from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
+from importance.stream_cache import StreamCache
+from importance.work import cache_bytes, open_stack
 from minipuzzle import __version__
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.mamba_scan import scan_path
+from minipuzzle.plan import Plan
+from minipuzzle.processes import Processes
 from minipuzzle.progress import progress_bar
 from minipuzzle.scores import LAYER_METRICS, Scores
-from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, default_memory_bytes
+from minipuzzle.streaming import LayerStack
 
-_IDENTITY = ("model_fingerprint", "token_ids_sha256", "samples", "dtype", "tool_versions")  # of a measurement
+# What must agree for the sums of an interrupted measurement to be continued.
+_IDENTITY = ("model_fingerprint", "token_ids_sha256", "samples", "channel_samples", "dtype", "tool_versions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a measurement costs: exact numbers of layer applications and bytes read, an estimate of the memory.
+class _Measurement:
+    """A measurement under way."""
 
-    A layer application takes one stream of one slice of the samples through one layer: L (L + 1) / 2 of them score
-    all layers on a slice, L score all channels.
-    """
-
-    layer_slices: int
-    channel_slices: int
-    layer_applications: int
-    weight_bytes_read: int
-    weights_stay_in_memory: bool
-    peak_bytes: int
+    stack: LayerStack
+    processes: Processes
+    partial: PartialSums | None
+    quiet: bool
 
 
 def measure(
     checkpoint: Checkpoint,
     token_ids_BT: torch.Tensor,
     *,
+    request: LayerRequest | None = None,
     layer_samples: int | None = None,
     channel_samples: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     device_memory_bytes: int | None = None,
     partial_file: Path | None = None,
+    processes: Processes | None = None,
     quiet: bool = False,
 ) -> Scores:
-    """Scores of all layers, channels and heads of a checkpoint on some windows of tokens.
+    """Scores of layers, channels and heads of a checkpoint on some windows of tokens.
 
-    ``layer_samples`` and ``channel_samples``: how many of the windows, from the first, each measurement takes
-    (default: all). ``device_memory_bytes``: limit of weights and working memory together (default: most of what is
-    free). ``partial_file``: keeps the sums of finished slices while layers are scored, so that an interrupted
-    measurement continues. The metadata hold what is needed to repeat the measurement, and its counters.
+    ``request``: which layers, narrower forms and removals (default: leaving out each layer). ``layer_samples`` and
+    ``channel_samples``: how many of the windows, from the first, each measurement takes (default: all).
+    ``device_memory_bytes``: limit of weights and working memory together (default: most of what is free).
+    ``partial_file``: keeps the sums of finished slices, so that an interrupted measurement continues (each process
+    but the first has its own beside it). ``processes``: those of a torchrun job share the samples and all get all
+    scores. The metadata hold what is needed to repeat the measurement, and its counters.
 
     Shapes: ``token_ids_BT`` ``[samples, sequence_length]`` of token ids, as from ``corpus.sample_windows``.
-    Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a score is not finite;
+    Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a value is not finite;
     InputChangedError if ``partial_file`` belongs to another measurement.
     """
     _check_token_ids(checkpoint, token_ids_BT)
+    request, processes = request or LayerRequest(), processes or Processes()
     layer_ids, channel_ids = token_ids_BT[:layer_samples], token_ids_BT[:channel_samples]
-    num_layers = len(checkpoint.architecture.layers)
     stack = open_stack(
         checkpoint,
+        request=request,
         sequence_length=token_ids_BT.shape[1],
         device=device,
         dtype=dtype,
         device_memory_bytes=device_memory_bytes,
     )
     metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), dtype)
-    partial = None if partial_file is None else PartialSums(partial_file, {key: metadata[key] for key in _IDENTITY})
-    with progress_bar("scoring layers", layers.num_steps(num_layers, len(layer_ids)), quiet=quiet) as advance:
-        layer_scores = layers.score_layers(
-            stack,
-            layer_ids,
-            advance=advance,
-            earlier=partial.read() if partial else None,
-            after_slice=partial.write if partial else None,
-        )
-    with progress_bar("scoring channels", num_layers * len(channel_ids), quiet=quiet) as advance:
-        units, energies = channels.score_channels(stack, channel_ids, advance=advance)
+    metadata |= {**request.to_metadata(), "scan": scan_path(device)}
+    identity = {key: metadata[key] for key in (*_IDENTITY, *request.to_metadata())}
+    partial = None if partial_file is None else _open_partial(partial_file, identity, processes)
+    run = _Measurement(stack=stack, processes=processes, partial=partial, quiet=quiet or not processes.is_first)
+    units, energies = _score_channels(run, channel_ids)
+    of_units = Scores(layer={}, units=units, energies=energies)
+    found = _score_layers(run, request, of_units, layer_ids)
+    counters = processes.sum_(torch.tensor(list(asdict(stack.counters).values()), dtype=torch.int64)).tolist()
     if partial:
+        processes.wait()  # all are done before any forgets
         partial.remove()
-    return Scores(
-        layer=layer_scores,
-        units=units,
-        energies=energies,
+    return replace(
+        of_units,
+        layer=found.layer,
+        variants=found.variants,
         token_ids=token_ids_BT.numpy().astype(np.int32),
-        metadata={**metadata, "counters": json.dumps(asdict(stack.counters))},
+        metadata={
+            **metadata,
+            "processes": str(processes.world_size),
+            "removed_layers": json.dumps(found.removed),
+            "counters": json.dumps(dict(zip(asdict(stack.counters), counters, strict=True))),
+        },
     )
 
 
-def open_stack(
-    checkpoint: Checkpoint,
-    *,
-    sequence_length: int,
-    device: str = "cpu",
-    dtype: str = "float32",
-    device_memory_bytes: int | None = None,
-) -> LayerStack:
-    """A layer stack with room for measuring at a sequence length; no weight is read yet.
+def _open_partial(path: Path, identity: dict[str, str], processes: Processes) -> PartialSums:
+    path = path if processes.is_first else path.with_name(f"{path.name}.{processes.rank}")
+    return PartialSums(path, {**identity, "processes": str(processes.world_size)})
 
-    Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
+
+def _score_channels(run: _Measurement, token_ids_BT: torch.Tensor) -> tuple[dict[str, channels.Array], ...]:
+    partial = run.partial
+    num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
+    with progress_bar("scoring channels", run.stack.num_layers * num_samples, quiet=run.quiet) as advance:
+        return channels.score_channels(
+            run.stack,
+            token_ids_BT,
+            advance=advance,
+            processes=run.processes,
+            earlier=partial.stage("channels") if partial else None,
+            after_slice=(lambda arrays: partial.write("channels", arrays)) if partial else None,
+        )
+
+
+@dataclass(kw_only=True)
+class _LayerScores:
+    layer: dict[str, NDArray[np.float64]]
+    variants: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    removed: list[int] = field(default_factory=list)
+
+
+def _score_layers(
+    run: _Measurement, request: LayerRequest, of_units: Scores, token_ids_BT: torch.Tensor
+) -> _LayerScores:
+    """Scores of leaving out layers and of narrower ones; then of what is left, as often as a layer is removed.
+
+    A removed layer keeps the score at which it was removed; the others have those of the last round.
     """
-    compute_dtype: torch.dtype = getattr(torch, dtype)
-    memory_bytes = default_memory_bytes(device) if device_memory_bytes is None else device_memory_bytes
-    return LayerStack(
-        checkpoint,
-        device=device,
-        dtype=compute_dtype,
-        device_memory_bytes=memory_bytes,
-        reserved_bytes=layers.reserved_bytes(checkpoint, sequence_length, compute_dtype, memory_bytes, device),
-    )
+    source = run.stack.architecture
+    candidates, narrowings = request.candidates(source), request.narrowings(source)
+    narrowed = narrowed_plans(source, of_units, request)
+    num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
+    num_streams = len(candidates) + len(narrowed)
+    slice_samples = layers.samples_per_slice(run.stack, num_samples, token_ids_BT.shape[1], num_streams)
+    max_bytes = cache_bytes(run.stack, slice_samples, token_ids_BT.shape[1], num_streams) if request.removals else 0
+    cache = StreamCache(max_bytes=max_bytes, num_slices=-(-num_samples // slice_samples)) if max_bytes else None
+    found = _LayerScores(layer={metric: np.full(len(source.layers), np.nan) for metric in LAYER_METRICS})
+    for round_idx in range(request.removals + 1):
+        left = [layer_idx for layer_idx in candidates if layer_idx not in found.removed]
+        plans = removal_plans(source, left, frozenset(found.removed)) + ([] if round_idx else narrowed)
+        values = _score_round(run, round_idx, plans, token_ids_BT, slice_samples, cache)
+        for metric, scores in values.items():
+            found.layer[metric][left] = scores[: len(left)]
+            for (layer_idx, axis, width), score in zip(narrowings, scores[len(left) :], strict=not round_idx):
+                name = f"{metric}.{axis}.{width}"
+                found.variants.setdefault(name, np.zeros(len(source.layers)))[layer_idx] = score
+        if round_idx < request.removals:
+            cheapest = left[int(np.argmin(values[request.metric][: len(left)]))]
+            found.removed.append(run.processes.broadcast(cheapest))
+    return found
 
 
-def predict_work(stack: LayerStack, *, layer_samples: int, channel_samples: int, sequence_length: int) -> Work:
-    """What ``measure`` will do with a stack as ``open_stack`` gives it."""
-    layer_slice = layers.samples_per_slice(stack, layer_samples, sequence_length)
-    channel_slice = channels.samples_per_slice(stack, channel_samples, sequence_length)
-    layer_slices, channel_slices = -(-layer_samples // layer_slice), -(-channel_samples // channel_slice)
-    body_bytes = sum(stack.stored_bytes(part) for part in (EMBEDDINGS, *range(stack.num_layers)))
-    head_bytes, norm_bytes = stack.stored_bytes(HEAD), stack.stored_bytes(FINAL_NORM)
-    if stack.is_resident:
-        read_bytes = body_bytes + norm_bytes + (0 if stack.architecture.tied_embeddings else head_bytes)
-    else:  # the final norm is small and stays
-        read_bytes = (layer_slices + channel_slices) * body_bytes + layer_slices * head_bytes + norm_bytes
-    applications = layer_slices * stack.num_layers * (stack.num_layers + 1) // 2 + channel_slices * stack.num_layers
-    streams_bytes = layer_slice * layers.sample_bytes(stack.checkpoint, sequence_length, stack.dtype)
-    head_work_bytes = layers.head_bytes(stack.checkpoint, sequence_length, stack.memory_bytes, stack.device)
-    working_bytes = streams_bytes + max(stack.activation_bytes(sequence_length), head_work_bytes)
-    return Work(
-        layer_slices=layer_slices,
-        channel_slices=channel_slices,
-        layer_applications=applications,
-        weight_bytes_read=read_bytes,
-        weights_stay_in_memory=stack.is_resident,
-        peak_bytes=stack.weight_bytes + working_bytes,
-    )
+def _score_round(
+    run: _Measurement,
+    round_idx: int,
+    plans: list[Plan],
+    token_ids_BT: torch.Tensor,
+    slice_samples: int,
+    cache: StreamCache | None,
+) -> Metrics:
+    stage, partial = f"layers-{round_idx}", run.partial
+    earlier = partial.stage(stage) if partial else None
+    num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
+    steps = layers.num_steps(alteration_tree(run.stack.architecture, plans), num_samples)
+    title = f"round {round_idx + 1} of layers" if round_idx else "scoring layers"
+    with progress_bar(title, steps, quiet=run.quiet) as advance:
+        hooks = Hooks(
+            advance=advance,
+            earlier=HeadInputMetrics.from_arrays(earlier) if earlier else None,
+            after_slice=(lambda metrics: partial.write(stage, metrics.to_arrays())) if partial else None,
+            cache=cache,
+            processes=run.processes,
+        )
+        return score_plans(run.stack, plans, token_ids_BT, slice_samples=slice_samples, hooks=hooks)
 
 
 def _check_token_ids(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> None:

@@ -13,7 +13,6 @@ Shape suffixes: S streams (one an altered model), T tokens, C tokens of a chunk,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from minipuzzle.corpus import IGNORE
+from minipuzzle.processes import Processes
 from minipuzzle.scores import LAYER_METRICS
 
 LOGIT_BUFFERS = 3  # of [chunk, vocabulary] in float32, alive at once at the worst moment
@@ -72,20 +72,27 @@ class HeadInputMetrics:
         self._num_elements = 0  # of the hidden states
         self.num_tokens = 0
 
-    def to_record(self) -> dict[str, Any]:
-        """The sums as JSON values, exactly."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        return {**counts, "sums": dict(zip(SUMS, self._sums_MS.tolist(), strict=True))}
+    def to_arrays(self) -> dict[str, NDArray[np.float64]]:
+        """The sums, exactly, for a file."""
+        return {"sums": self._sums_MS.numpy().copy(), "counts": np.array([float(getattr(self, n)) for n in _COUNTS])}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> HeadInputMetrics:
-        """The sums that ``to_record`` gave, to be continued."""
-        sums_MS = torch.tensor([record["sums"][name] for name in SUMS], dtype=torch.float64)
-        metrics = cls(sums_MS.shape[1])
-        metrics._sums_MS = sums_MS
-        for name in _COUNTS:
-            setattr(metrics, name, record[name])
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.float64]]) -> HeadInputMetrics:
+        """The sums that ``to_arrays`` gave, to be continued."""
+        metrics = cls(arrays["sums"].shape[1])
+        metrics._sums_MS = torch.tensor(arrays["sums"])
+        for name, count in zip(_COUNTS, arrays["counts"].tolist(), strict=True):
+            setattr(metrics, name, type(getattr(metrics, name))(count))
         return metrics
+
+    def summed_over(self, processes: Processes) -> HeadInputMetrics:
+        """The sums of all processes together."""
+        if processes.world_size == 1:
+            return self
+        arrays = self.to_arrays()
+        return HeadInputMetrics.from_arrays(
+            {name: processes.sum_(torch.from_numpy(arrays[name])).numpy() for name in sorted(arrays)}
+        )
 
     @torch.no_grad()
     def add(

@@ -1,44 +1,69 @@
-"""Sums of the samples done so far, in a small file, so that an interrupted measurement of layers continues."""
+"""Sums of the samples done so far, in a small file, so that an interrupted measurement continues where it was."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from importance.metrics import HeadInputMetrics
-from minipuzzle.checkpoint import read_json, write_json
+import numpy as np
+from numpy.typing import NDArray
+
 from minipuzzle.errors import InputChangedError
+
+Arrays = dict[str, NDArray[Any]]
 
 
 class PartialSums:
-    """A file with the sums over finished slices. ``identity`` is what must agree for the sums to be continued."""
+    """A file with the sums over finished slices of every stage of a measurement.
+
+    ``identity`` is what must agree for the sums to be continued.
+    """
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
-        self.path = path
-        self.identity = dict(identity)
-
-    def read(self) -> HeadInputMetrics | None:
-        """The sums of an interrupted measurement, if there was one.
+        """Read what an interrupted measurement left.
 
         Raises: InputChangedError naming the field in which that measurement differs.
         """
-        if not self.path.is_file():
-            return None
-        record = read_json(self.path)
-        earlier = record.get("identity", {})
-        for name, wanted in self.identity.items():
-            if earlier.get(name) != wanted:
-                raise InputChangedError(
-                    f"{self.path} holds an interrupted measurement with another {name}: "
-                    f"{earlier.get(name)!r} then, {wanted!r} now",
-                    f"restore it to continue, or remove {self.path} to start afresh",
-                )
-        return HeadInputMetrics.from_record(record["sums"])
+        self.path = path
+        self.identity = dict(identity)
+        self._arrays: Arrays = {}
+        if path.is_file():
+            earlier = self._read()
+            for name, wanted in self.identity.items():
+                if earlier.get(name) != wanted:
+                    raise InputChangedError(
+                        f"{path} holds an interrupted measurement with another {name}: "
+                        f"{earlier.get(name)!r} then, {wanted!r} now",
+                        f"restore it to continue, or remove {path} to start afresh",
+                    )
 
-    def write(self, metrics: HeadInputMetrics) -> None:
-        """Replace the file by the sums so far; numbers survive exactly."""
+    def _read(self) -> dict[str, str]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                identity = json.loads((file.metadata() or {}).get("identity", "{}"))
+        except SafetensorError as error:
+            raise InputChangedError(f"{self.path} cannot be continued: {error}", f"remove {self.path}") from None
+        return {str(name): str(value) for name, value in identity.items()}
+
+    def stage(self, stage: str) -> Arrays | None:
+        """The sums of one stage, if it has begun."""
+        prefix = f"{stage}/"
+        found = {name.removeprefix(prefix): a for name, a in self._arrays.items() if name.startswith(prefix)}
+        return found or None
+
+    def write(self, stage: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace the sums of one stage; numbers survive exactly, and a kill while writing harms nothing."""
+        from safetensors.numpy import save_file
+
+        kept = {name: array for name, array in self._arrays.items() if not name.startswith(f"{stage}/")}
+        self._arrays = {**kept, **{f"{stage}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}}
         unfinished = self.path.with_name(self.path.name + ".new")
-        write_json(unfinished, {"identity": self.identity, "sums": metrics.to_record()})
+        save_file(self._arrays, unfinished, metadata={"identity": json.dumps(self.identity)})
         unfinished.replace(self.path)
 
     def remove(self) -> None:

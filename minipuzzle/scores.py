@@ -1,11 +1,11 @@
 """The score file: what was measured about each layer and unit, on which tokens, of which model.
 
-``scores.safetensors`` holds ``layer.<metric>`` [num_layers] float64, ``unit.<axis>.<layer_idx>`` [num_units] float32
-(``unit.hidden`` for the axis of the whole model), ``variant.<axis>.<width>`` [num_layers] float64 (the score of each
-layer at a smaller width of one of its axes, 0 where a layer has no such axis), ``energy.ssm.<layer_idx>`` and
-``energy.hidden.<layer_idx|final>`` (mean squares of what each RMS norm averages, needed to correct the norms of a cut
-model), and ``token_ids`` [samples, length] int32. Layer scores measured elsewhere may come as JSON:
-``{"layer": {"mse": [...]}}``.
+``scores.safetensors`` holds ``layer.<metric>`` [num_layers] float64 (NaN for layers that were not asked for),
+``variant.<metric>.<axis>.<width>`` [num_layers] float64 (the score of each layer at a smaller width of one of its
+axes, 0 where a layer has no such axis or is no wider), ``unit.<axis>.<layer_idx>`` [num_units] float32
+(``unit.hidden`` for the axis of the whole model), ``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>``
+(mean squares of what each RMS norm averages, needed to correct the norms of a cut model), and ``token_ids`` [samples,
+length] int32. Layer scores measured elsewhere may come as JSON: ``{"layer": {"mse": [...]}}``.
 """
 
 from __future__ import annotations
@@ -80,6 +80,12 @@ class Scores:
                     f"layer scores {metric!r} cover {values.size} layers; the model has {num_layers}",
                     "measure this model with `minipuzzle score`",
                 )
+        missing = sorted({int(idx) for values in self.layer.values() for idx in np.flatnonzero(np.isnan(values))})
+        if missing and self.metadata.get("layers", "all") != "all":
+            raise MinipuzzleError(
+                f"the scores lack layers {', '.join(map(str, missing))}: they were measured with --layers",
+                "measure all layers to search or cut",
+            )
         for name, values in _all_items(self):
             if not np.isfinite(values).all():
                 raise MinipuzzleError(f"scores {name!r} hold NaN or infinite values", "measure again")

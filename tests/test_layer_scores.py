@@ -151,13 +151,39 @@ def test_too_little_memory_is_refused_with_the_amount_that_is_needed(tiny_checkp
         LayerStack(tiny_checkpoint, device_memory_bytes=1000)
 
 
-def test_an_overflow_is_an_error_and_not_a_score(tmp_path: Path) -> None:
+def test_an_overflow_is_named_with_the_layer(tmp_path: Path) -> None:
     def inflate(tensors: Tensors) -> None:
         tensors["backbone.layers.1.mixer.up_proj.weight"].mul_(1e25)
 
     stack = LayerStack(Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), inflate)))
-    with pytest.raises(MinipuzzleError, match="score of layer"):
+    with pytest.raises(MinipuzzleError, match="layer 1 computes NaN or infinite values for sample 0 in the full model"):
         score_layers(stack, random_tokens())
+
+
+@pytest.mark.parametrize("slice_samples", [1, 2, 3])
+def test_an_overflow_is_named_with_the_sample(tmp_path: Path, slice_samples: int) -> None:
+    def poison(tensors: Tensors) -> None:
+        tensors["backbone.embeddings.weight"][5] = 3e38
+
+    checkpoint = Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), poison))
+    tokens = random_tokens()
+    tokens[tokens == 5] = 6
+    score_layers(LayerStack(checkpoint), tokens)  # nothing overflows without token 5
+    tokens[2, 4] = 5
+    with pytest.raises(MinipuzzleError, match="for sample 2 in"):
+        score_layers(LayerStack(checkpoint), tokens, slice_samples=slice_samples)
+
+
+@pytest.mark.parametrize("slice_samples", [1, 2])
+def test_forty_layers_in_irregular_runs(tmp_path: Path, slice_samples: int) -> None:
+    pattern = "M---MM---M*MM--*-M-M---MMM*----M-MM*M--M"
+    assert len(pattern) == 40
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, pattern=pattern))
+    tokens = random_tokens(2, 33)
+    stack = LayerStack(checkpoint)
+    found = score_layers(stack, tokens, slice_samples=slice_samples)
+    assert_same_scores(found, scores_by_naive_removal(checkpoint, tokens), relative=1e-5)
+    assert stack.counters.layer_applications == (2 // slice_samples) * 40 * 41 // 2
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 300.0])

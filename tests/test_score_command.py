@@ -16,20 +16,23 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from importance.layers import score_layers
-from importance.measure import measure, open_stack, predict_work
+from importance.alterations import LayerRequest
+from importance.layers import Hooks, score_layers
+from importance.measure import measure
 from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
+from importance.work import open_stack, predict_work
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.cli import main
 from minipuzzle.corpus import read_documents, sample_windows
 from minipuzzle.errors import InputChangedError
 from minipuzzle.models import load_tokenizer
-from minipuzzle.scores import LAYER_METRICS, read_scores
+from minipuzzle.scores import LAYER_METRICS, Scores, read_scores
 from minipuzzle.streaming import LayerStack
 from tests.tiny_models import VOCABULARY
 
 SMALL_MEMORY = "700KiB"  # holds any one part of the tiny model, not all of it
+SMALL_BYTES = 1000 * 1024  # the same with streams of narrower layers; one sample at a time
 
 
 def score(model: Path, text: Path, out: Path, *extra: str) -> Result:
@@ -148,37 +151,89 @@ def test_a_killed_run_continues_with_the_samples_that_are_left(tiny_checkpoint: 
         pass
 
     tokens = torch.randint(VOCABULARY, (5, 40), generator=torch.Generator().manual_seed(1))
-    partial = PartialSums(tmp_path / "partial.json", {"model": "a"})
+    path = tmp_path / "partial"
+    partial = PartialSums(path, {"model": "a"})
     wanted = score_layers(LayerStack(tiny_checkpoint), tokens, slice_samples=2)
 
     def write_twice_then_die(metrics: HeadInputMetrics) -> None:
-        partial.write(metrics)
+        partial.write("layers-0", metrics.to_arrays())
         if metrics.num_tokens == 4 * 40:
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        score_layers(LayerStack(tiny_checkpoint), tokens, slice_samples=2, after_slice=write_twice_then_die)
+        hooks = Hooks(after_slice=write_twice_then_die)
+        score_layers(LayerStack(tiny_checkpoint), tokens, slice_samples=2, hooks=hooks)
     stack = LayerStack(tiny_checkpoint)
     steps: list[int] = []
-    found = score_layers(stack, tokens, slice_samples=2, earlier=partial.read(), advance=steps.append)
+    left = PartialSums(path, {"model": "a"}).stage("layers-0")
+    assert left is not None
+    hooks = Hooks(earlier=HeadInputMetrics.from_arrays(left), advance=steps.append)
+    found = score_layers(stack, tokens, slice_samples=2, hooks=hooks)
     assert stack.counters.layer_applications == stack.num_layers * (stack.num_layers + 1) // 2  # one slice was left
     assert sum(steps) == 5 * (28 + 8)  # progress counts what was done before
     for metric, values in wanted.items():
         np.testing.assert_array_equal(found[metric], values)
 
 
-def test_an_interrupted_run_on_other_inputs_is_not_continued(tmp_path: Path) -> None:
-    PartialSums(tmp_path / "partial.json", {"model_fingerprint": "old"}).write(HeadInputMetrics(1))
-    with pytest.raises(InputChangedError, match="another model_fingerprint: 'old' then, 'new' now"):
-        PartialSums(tmp_path / "partial.json", {"model_fingerprint": "new"}).read()
-
-
-def test_the_command_keeps_and_checks_the_sums_of_an_interrupted_run(
-    tiny_folder: Path, text_file: Path, tmp_path: Path
+@pytest.mark.parametrize("stage", ["channels", "layers-0", "layers-1"])
+def test_a_run_killed_in_any_stage_gives_the_same_scores(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    left_over = tmp_path / "s.safetensors.partial.json"
-    PartialSums(left_over, {"model_fingerprint": "another"}).write(HeadInputMetrics(7))
-    result = score(tiny_folder, text_file, tmp_path / "s.safetensors")
+    class PowerCutError(Exception):
+        pass
+
+    tokens = torch.randint(VOCABULARY, (5, 40), generator=torch.Generator().manual_seed(1))
+    request = LayerRequest(removals=1, widths={"ffn": (24,)})
+    path = tmp_path / "partial"
+
+    def run() -> Scores:
+        return measure(
+            tiny_checkpoint,
+            tokens,
+            request=request,
+            device_memory_bytes=SMALL_BYTES,
+            partial_file=path,
+            quiet=True,
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialSums, "write", lambda *_args: None)
+        wanted = run()
+    write = PartialSums.write
+
+    def write_then_die(partial: PartialSums, name: str, arrays: Any) -> None:
+        write(partial, name, arrays)
+        if name == stage:
+            raise PowerCutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialSums, "write", write_then_die)
+        with pytest.raises(PowerCutError):
+            run()
+    left = PartialSums(path, {}).stage(stage)
+    assert left is not None
+    found = run()
+    assert json.loads(found.metadata["counters"]) != json.loads(wanted.metadata["counters"])  # not all was run again
+    assert found.metadata["removed_layers"] == wanted.metadata["removed_layers"]
+    for table in ("layer", "variants", "units", "energies"):
+        for name, values in getattr(wanted, table).items():
+            np.testing.assert_array_equal(getattr(found, table)[name], values, err_msg=name)
+    assert not path.exists()
+
+
+def test_an_interrupted_run_on_other_inputs_is_not_continued(tmp_path: Path) -> None:
+    PartialSums(tmp_path / "partial", {"model_fingerprint": "old"}).write("x", {"sums": np.zeros(1)})
+    with pytest.raises(InputChangedError, match="another model_fingerprint: 'old' then, 'new' now"):
+        PartialSums(tmp_path / "partial", {"model_fingerprint": "new"})
+
+
+@pytest.mark.parametrize("extra", [["--iterative", "1"], ["--layers", "0-3"], ["--variants", "ffn=50%"]])
+def test_the_command_keeps_and_checks_the_sums_of_an_interrupted_run(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, extra: list[str]
+) -> None:
+    left_over = tmp_path / "s.safetensors.partial-sums"
+    PartialSums(left_over, {"model_fingerprint": "another"}).write("x", {"sums": np.zeros(1)})
+    result = score(tiny_folder, text_file, tmp_path / "s.safetensors", *extra)
     assert result.exit_code == 4
     assert str(left_over) in result.stderr.replace("\n", "")
 

@@ -294,7 +294,7 @@ def _print_dry_run(request: PruneRequest, as_json: bool) -> None:
 
 
 def _measuring_work(request: PruneRequest) -> dict[str, int]:
-    from importance.measure import open_stack, predict_work
+    from importance.work import open_stack, predict_work
 
     length = request.sequence_length
     stack = open_stack(

@@ -1,0 +1,118 @@
+"""What a measurement will cost, and a layer stack with room for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from importance import channels, layers
+from importance.alterations import LayerRequest, plans_of_any_units
+from importance.layers import alteration_tree, removal_plans
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.processes import Processes
+from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, default_memory_bytes, largest_part_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a measurement costs: exact numbers of layer applications and bytes read, an estimate of the memory.
+
+    A layer application takes one stream of one slice of the samples through one layer: L (L + 1) / 2 of them score
+    all layers on a slice, L score all channels. Where layers are removed one after another, the two numbers are what
+    the work is at most: what it is depends on which layers go.
+    """
+
+    layer_slices: int
+    channel_slices: int
+    layer_applications: int
+    weight_bytes_read: int
+    weights_stay_in_memory: bool
+    peak_bytes: int
+
+
+def open_stack(
+    checkpoint: Checkpoint,
+    *,
+    sequence_length: int,
+    request: LayerRequest | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    device_memory_bytes: int | None = None,
+) -> LayerStack:
+    """A layer stack with room for measuring at a sequence length; no weight is read yet.
+
+    Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
+    """
+    request = request or LayerRequest()
+    source = checkpoint.architecture
+    compute_dtype: torch.dtype = getattr(torch, dtype)
+    memory_bytes = default_memory_bytes(device) if device_memory_bytes is None else device_memory_bytes
+    reserved_bytes = layers.reserved_bytes(
+        checkpoint,
+        sequence_length,
+        compute_dtype,
+        memory_bytes,
+        device=device,
+        num_streams=len(request.candidates(source)) + len(request.narrowings(source)),
+    )
+    if request.widths:  # a narrowed layer takes at most as much again as the layer itself
+        reserved_bytes += largest_part_bytes(source, compute_dtype)
+    return LayerStack(
+        checkpoint,
+        device=device,
+        dtype=compute_dtype,
+        device_memory_bytes=memory_bytes,
+        reserved_bytes=reserved_bytes,
+    )
+
+
+def predict_work(
+    stack: LayerStack,
+    *,
+    layer_samples: int,
+    channel_samples: int,
+    sequence_length: int,
+    request: LayerRequest | None = None,
+    processes: Processes | None = None,
+) -> Work:
+    """What ``measure`` will do with a stack as ``open_stack`` gives it; of this process, where there are several."""
+    request, processes = request or LayerRequest(), processes or Processes()
+    source = stack.architecture
+    plans = removal_plans(source, request.candidates(source)) + plans_of_any_units(source, request)
+    layer_share = len(layers.share_of_samples(layer_samples, processes))
+    channel_share = len(layers.share_of_samples(channel_samples, processes))
+    layer_slice = layers.samples_per_slice(stack, layer_share, sequence_length, len(plans))
+    channel_slice = channels.samples_per_slice(stack, channel_share, sequence_length)
+    layer_slices, channel_slices = -(-layer_share // layer_slice), -(-channel_share // channel_slice)
+    rounds = request.removals + 1
+    body_bytes = sum(stack.stored_bytes(part) for part in (EMBEDDINGS, *range(stack.num_layers)))
+    head_bytes, norm_bytes = stack.stored_bytes(HEAD), stack.stored_bytes(FINAL_NORM)
+    if stack.is_resident:
+        read_bytes = body_bytes + norm_bytes + (0 if source.tied_embeddings else head_bytes)
+    else:  # the final norm is small and stays
+        passes = layer_slices * rounds + channel_slices
+        read_bytes = passes * body_bytes + layer_slices * rounds * head_bytes + norm_bytes
+    applications = layer_slices * alteration_tree(source, plans).num_applications * rounds
+    streams_bytes = layer_slice * layers.sample_bytes(stack.checkpoint, sequence_length, stack.dtype, len(plans))
+    head_work_bytes = layers.head_bytes(stack.checkpoint, sequence_length, stack.memory_bytes, stack.device, len(plans))
+    working_bytes = streams_bytes + max(stack.activation_bytes(sequence_length), head_work_bytes)
+    return Work(
+        layer_slices=layer_slices,
+        channel_slices=channel_slices,
+        layer_applications=applications + channel_slices * stack.num_layers,
+        weight_bytes_read=read_bytes,
+        weights_stay_in_memory=stack.is_resident,
+        peak_bytes=stack.weight_bytes + working_bytes,
+    )
+
+
+def cache_bytes(stack: LayerStack, slice_samples: int, sequence_length: int, num_streams: int) -> int:
+    """Memory of the CPU that is left for streams to be used again: half of what is free beside a GPU, else what the
+    streams of one slice leave."""
+    if torch.device(stack.device).type != "cpu":
+        return default_memory_bytes("cpu") // 2
+    used = slice_samples * layers.sample_bytes(stack.checkpoint, sequence_length, stack.dtype, num_streams)
+    used += stack.activation_bytes(sequence_length)
+    used += layers.head_bytes(stack.checkpoint, sequence_length, stack.memory_bytes, "cpu", num_streams)
+    return max(0, stack.free_bytes - used)

@@ -1,0 +1,5 @@
+"""``python -m minipuzzle``: the command line, for torchrun and wherever the script is not on the path."""
+
+from minipuzzle.cli import main
+
+main()
