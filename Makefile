@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs bench bench-ranking bench-recovery clean
+.PHONY: demo test test-slow check docs bench bench-ranking bench-recovery bench-score clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,11 @@ bench-ranking: $(RECOVERY)/scores.safetensors  ## rank candidates together again
 
 bench-recovery: $(RECOVERY)/scores.safetensors  ## distil cuts chosen in several ways; continues where it was stopped
 	$(BIN)/python examples/benchmarks/recovery.py --scores $< --folder $(RECOVERY)
+
+bench-score: $(READY)  ## scoring: speed, memory, and an 8B model where there is a GPU
+	$(BIN)/python examples/benchmarks/layer_scores.py
+	$(BIN)/python examples/benchmarks/score_memory.py
+	$(BIN)/python examples/benchmarks/score_8b_gpu.py
 
 clean:
 	rm -rf $(VENV) demo_output recovery_output

@@ -95,7 +95,18 @@ class _Sums:
         if processes.world_size == 1:
             return self
         arrays = self.to_arrays()
-        return _Sums.from_arrays({name: processes.sum_(torch.tensor(arrays[name])).numpy() for name in sorted(arrays)})
+        # An expert that got no token in one process has a sum in others only.
+        shapes = {
+            name: shape
+            for found in processes.gather({n: a.shape for n, a in arrays.items()})
+            for name, shape in found.items()
+        }
+        summed = {}
+        for name in sorted(shapes):
+            array = arrays.get(name)
+            own = torch.zeros(shapes[name], dtype=torch.float64) if array is None else torch.tensor(array)
+            summed[name] = processes.sum_(own).numpy()
+        return _Sums.from_arrays(summed)
 
 
 def score_channels(

@@ -9,6 +9,7 @@ Shape suffixes: B batch, T tokens, H hidden, V vocabulary; a leading S counts st
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,14 @@ class LayerStack:
         self._loaded: set[PartName] = set()
         all_weights = resident_weight_bytes(self.architecture, dtype)
         self.is_resident = all_weights + reserved_bytes <= self.memory_bytes
-        self.weight_bytes = all_weights if self.is_resident else largest_part_bytes(self.architecture, dtype)
+        one_part, next_part = (
+            largest_part_bytes(self.architecture, dtype),
+            largest_layer_bytes(self.architecture, dtype),
+        )
+        self._reads_ahead = not self.is_resident and one_part + next_part + reserved_bytes <= self.memory_bytes
+        self.weight_bytes = all_weights if self.is_resident else one_part + (next_part if self._reads_ahead else 0)
+        self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(max_workers=1)  # starts no thread before there is something to read
         self._require_room(reserved_bytes)
 
     def _require_room(self, reserved_bytes: int) -> None:
@@ -191,7 +199,10 @@ class LayerStack:
         return sum(self.checkpoint.entries[t.name].num_bytes for t in part_tensors(self.architecture, part))
 
     def _load(self, part: PartName) -> nn.Module:
-        """The module of one part with its weights; where not all fit, the part before it leaves the memory."""
+        """The module of one part with its weights; where not all fit, the part before it leaves the memory.
+
+        Then the layer after it is read while this one works, if there is room for it.
+        """
         module = self._module(part)
         if part in self._loaded:
             return module
@@ -199,9 +210,22 @@ class LayerStack:
             for other in self._loaded - {FINAL_NORM}:
                 self._module(other).to("meta")
             self._loaded &= {FINAL_NORM}
-        module.load_state_dict(dict(self._read(part)), strict=True, assign=True)
+        module.load_state_dict(self._weights(part), strict=True, assign=True)
         self._loaded.add(part)
+        following = 0 if part == EMBEDDINGS else part + 1 if isinstance(part, int) else self.num_layers
+        if self._reads_ahead and following < self.num_layers:
+            self._ahead = following, self._reader.submit(lambda: dict(self._read(following)))
         return module
+
+    def _weights(self, part: PartName) -> dict[str, torch.Tensor]:
+        """Weights of one part: those that were read ahead, if they are of this part."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            weights = ahead[1].result()  # of another part too, so that no more than two are ever in memory
+            if ahead[0] == part:
+                return weights
+            del weights
+        return dict(self._read(part))
 
     def _read(self, part: PartName) -> Iterator[tuple[str, torch.Tensor]]:
         """Weights of one part under the names they have inside its module."""
@@ -246,6 +270,11 @@ def largest_part_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     """Memory of the weights where only one part stays: the largest one and the final norm."""
     sizes = [part_bytes(architecture, part, dtype) for part in part_names(architecture)]
     return max(sizes) + part_bytes(architecture, FINAL_NORM, dtype)
+
+
+def largest_layer_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """Memory of the weights of the largest layer."""
+    return max(part_bytes(architecture, layer_idx, dtype) for layer_idx, _times in architecture.distinct_layers())
 
 
 def activation_bytes(checkpoint: Checkpoint, layer: LayerSpec, num_tokens: int, dtype: torch.dtype) -> int:

@@ -7,6 +7,7 @@ memory; and it costs L (L + 1) / 2 layer applications and one read of the weight
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,23 @@ def test_one_part_at_a_time_means_one(tiny_checkpoint: Checkpoint) -> None:
         hidden = stack.apply(layer_idx, hidden)
         loaded = [i for i in range(stack.num_layers) if not any(p.is_meta for p in stack.layer(i).parameters())]
         assert loaded == [layer_idx]
+
+
+def test_the_next_layer_is_read_in_the_background(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: dict[str, set[str]] = {}
+    read = Checkpoint.tensor
+
+    def tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        readers.setdefault(name, set()).add(threading.current_thread().name)
+        return read(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", tensor)
+    wanted = score_layers(LayerStack(tiny_checkpoint), random_tokens())
+    readers.clear()
+    found = score_layers(open_stack(tiny_checkpoint, fits=False), random_tokens())
+    in_background = {name for name, threads in readers.items() if threads != {threading.main_thread().name}}
+    assert in_background == {name for name in readers if ".layers." in name}
+    assert_same_scores(found, wanted, relative=1e-6)
 
 
 def test_too_little_memory_is_refused_with_the_amount_that_is_needed(tiny_checkpoint: Checkpoint) -> None:
