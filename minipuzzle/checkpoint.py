@@ -141,7 +141,8 @@ class Checkpoint:
         """
         if self.is_quantized:
             raise MinipuzzleError(
-                f"{self.folder} is a quantised export, which cannot be measured, cut or trained",
+                f"{self.folder} is a quantised export (config.json has quantization_config), which cannot be measured, "
+                "cut or trained",
                 "use the checkpoint it was exported from; `minipuzzle evaluate` reads exports",
             )
         expected = {tensor.name: tensor.shape for tensor in self.architecture.tensors()}

@@ -324,6 +324,13 @@ def test_windows_follow_the_blocks_that_stay(folders: dict[str, Path]) -> None:
         assert [layer.sizes.get("window") for layer in written.layers[::2]] == windows
 
 
+def test_a_quantised_checkpoint_is_refused_with_the_field_named(folders: dict[str, Path]) -> None:
+    source = Checkpoint.open(folders["llama"])
+    quantised = Checkpoint(source.folder, {**source.config, "quantization_config": {}}, source.entries)
+    with pytest.raises(MinipuzzleError, match="quantization_config"):
+        LayerStack(quantised)
+
+
 @pytest.mark.parametrize(
     ("model_type", "change", "word"),
     [
@@ -334,6 +341,8 @@ def test_windows_follow_the_blocks_that_stay(folders: dict[str, Path]) -> None:
         ("qwen2", {"sliding_window": None}, "sliding_window"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("mistral", {"head_dim": 0}, "head_dim"),
+        ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "rwkv"]}, r"layer_types\[1\]"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
         ("nemotron_h", {"attention_bias": True}, "attention_bias"),
         ("nemotron_h", {"hybrid_override_pattern": "MXE"}, "layer 1 .*'X'"),

@@ -179,6 +179,34 @@ def _prepare(model: nn.Module) -> None:
     backbone.norm.register_forward_hook(scaled_by(logit_scale))
 
 
+_TINY_CONFIG: Config = {
+    **TINY_CONFIG,
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "shared_intermediate_size": 48,
+    "intermediate_size": 48,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "attention_bias": False,
+    "position_embedding_type": "rope",
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+    "tie_word_embeddings": True,
+}
+
 FAMILIES = (
     Family(
         model_type="granitemoehybrid",
@@ -187,32 +215,16 @@ FAMILIES = (
         write=_write,
         layers=_layers,
         prepare=_prepare,
-        tiny_config={
-            **TINY_CONFIG,
-            "model_type": "granitemoehybrid",
-            "architectures": ["GraniteMoeHybridForCausalLM"],
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-            "shared_intermediate_size": 48,
-            "intermediate_size": 48,
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 16,
-            "mamba_d_conv": 4,
-            "mamba_expand": 2,
-            "mamba_chunk_size": 16,
-            "mamba_conv_bias": True,
-            "mamba_proj_bias": False,
-            "attention_bias": False,
-            "position_embedding_type": "rope",
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.25,
-            "residual_multiplier": 0.5,
-            "logits_scaling": 4.0,
-            "tie_word_embeddings": True,
+        tiny_config=_TINY_CONFIG,
+        # As in the files of the published models: older names, and attention without positions.
+        tiny_variants={
+            "nope": {
+                **_TINY_CONFIG,
+                "layer_types": ["mamba", "attention", "mamba"],
+                "num_hidden_layers": 3,
+                "position_embedding_type": "nope",
+                "mamba_n_groups": 1,
+            }
         },
     ),
 )
