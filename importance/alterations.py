@@ -43,6 +43,11 @@ class LayerRequest:
             )
         return layers
 
+    def blocks(self, source: Architecture) -> tuple[tuple[int, ...], ...]:
+        """Decoder blocks of several layers, which only go together where config.json knows no incomplete ones."""
+        candidates = set(self.candidates(source))
+        return tuple(block for block in source.blocks if len(block) > 1 and candidates >= set(block))
+
     def narrowings(self, source: Architecture) -> list[tuple[int, str, int]]:
         """(layer, axis, width) of every narrower form; a layer that is no wider than a width is not narrowed."""
         return [

@@ -12,7 +12,7 @@ Shape suffixes: S streams of altered models, B batch, T tokens, C a chunk of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -58,6 +58,13 @@ def removal_plans(source: Architecture, layers: Sequence[int], removed: frozense
         )
         for layer_idx in layers
     ]
+
+
+def block_plans(source: Architecture, blocks: Sequence[tuple[int, ...]]) -> list[Plan]:
+    """For each of some blocks, the plan that leaves all its layers out."""
+    everything = keep_everything(source)
+    kept = (tuple(idx for idx in everything.kept_layers if idx not in block) for block in blocks)
+    return [replace(everything, kept_layers=layers) for layers in kept]
 
 
 def reserved_bytes(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from importance import channels, layers
 from importance.alterations import LayerRequest, narrowed_plans
-from importance.layers import Hooks, Metrics, alteration_tree, removal_plans, score_plans
+from importance.layers import Hooks, Metrics, alteration_tree, block_plans, removal_plans, score_plans
 from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
 from importance.stream_cache import StreamCache
@@ -97,6 +97,7 @@ def measure(
         of_units,
         layer=found.layer,
         variants=found.variants,
+        blocks=found.blocks,
         token_ids=token_ids_BT.numpy().astype(np.int32),
         metadata={
             **metadata,
@@ -130,6 +131,7 @@ def _score_channels(run: _Measurement, token_ids_BT: torch.Tensor) -> tuple[dict
 class _LayerScores:
     layer: dict[str, NDArray[np.float64]]
     variants: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    blocks: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     removed: list[int] = field(default_factory=list)
 
 
@@ -142,20 +144,25 @@ def _score_layers(
     """
     source = run.stack.architecture
     candidates, narrowings = request.candidates(source), request.narrowings(source)
-    narrowed = narrowed_plans(source, of_units, request)
+    narrowed, blocks = narrowed_plans(source, of_units, request), request.blocks(source)
     num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
-    num_streams = len(candidates) + len(narrowed)
+    num_streams = len(candidates) + len(narrowed) + len(blocks)
     slice_samples = layers.samples_per_slice(run.stack, num_samples, token_ids_BT.shape[1], num_streams)
     max_bytes = cache_bytes(run.stack, slice_samples, token_ids_BT.shape[1], num_streams) if request.removals else 0
     cache = StreamCache(max_bytes=max_bytes, num_slices=-(-num_samples // slice_samples)) if max_bytes else None
     found = _LayerScores(layer={metric: np.full(len(source.layers), np.nan) for metric in LAYER_METRICS})
     for round_idx in range(request.removals + 1):
         left = [layer_idx for layer_idx in candidates if layer_idx not in found.removed]
-        plans = removal_plans(source, left, frozenset(found.removed)) + ([] if round_idx else narrowed)
+        plans = removal_plans(source, left, frozenset(found.removed))
+        plans += [] if round_idx else [*narrowed, *block_plans(source, blocks)]
         values = _score_round(run, round_idx, plans, token_ids_BT, slice_samples, cache)
         for metric, scores in values.items():
             found.layer[metric][left] = scores[: len(left)]
-            for (layer_idx, axis, width), score in zip(narrowings, scores[len(left) :], strict=not round_idx):
+            if blocks and not round_idx:
+                found.blocks[metric] = np.zeros(len(source.layers))
+                found.blocks[metric][[block[0] for block in blocks]] = scores[len(left) + len(narrowed) :]
+            of_narrowings = scores[len(left) : len(left) + len(narrowed)]
+            for (layer_idx, axis, width), score in zip(narrowings, of_narrowings, strict=not round_idx):
                 name = f"{metric}.{axis}.{width}"
                 found.variants.setdefault(name, np.zeros(len(source.layers)))[layer_idx] = score
         if round_idx < request.removals:

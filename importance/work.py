@@ -8,7 +8,7 @@ import torch
 
 from importance import channels, layers
 from importance.alterations import LayerRequest, plans_of_any_units
-from importance.layers import alteration_tree, removal_plans
+from importance.layers import alteration_tree, block_plans, removal_plans
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.processes import Processes
 from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, default_memory_bytes, largest_part_bytes
@@ -54,7 +54,7 @@ def open_stack(
         compute_dtype,
         memory_bytes,
         device=device,
-        num_streams=len(request.candidates(source)) + len(request.narrowings(source)),
+        num_streams=len(request.candidates(source)) + len(request.narrowings(source)) + len(request.blocks(source)),
     )
     if request.widths:  # a narrowed layer takes at most as much again as the layer itself
         reserved_bytes += largest_part_bytes(source, compute_dtype)
@@ -80,6 +80,7 @@ def predict_work(
     request, processes = request or LayerRequest(), processes or Processes()
     source = stack.architecture
     plans = removal_plans(source, request.candidates(source)) + plans_of_any_units(source, request)
+    plans += block_plans(source, request.blocks(source))
     layer_share = len(layers.share_of_samples(layer_samples, processes))
     channel_share = len(layers.share_of_samples(channel_samples, processes))
     layer_slice = layers.samples_per_slice(stack, layer_share, sequence_length, len(plans))

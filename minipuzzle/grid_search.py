@@ -107,7 +107,7 @@ def price_grid(loss: LossModel, pricing: Pricing, space: SearchSpace) -> Grid:
             f"the grid has {prod(shape):,} points; {MAX_GRID_POINTS:,} are the most that are held",
             "take larger steps (--depth-step, --widths AXIS=LOW:HIGH:STEP) or narrower bounds (--min, --max)",
         )
-    ranked = rank_layers(source, loss.removal, space.layout, space.keep_layers)
+    ranked = rank_layers(source, loss.removal_in(space.layout), space.layout, space.keep_layers)
     costs, losses = np.zeros((len(COSTS), *shape)), np.zeros(shape)
     dims = {name: dim for dim, name in enumerate((*space.counts, *space.widths))}
     outer = np.array([pricing.outer(hidden) for hidden in space.widths.get("hidden", (source.hidden,))])
@@ -138,7 +138,8 @@ def _kind_tables(
     width_shape = tuple(len(space.widths[axis]) for axis in axes)
     costs = np.empty((len(COSTS), len(counts), *width_shape))
     losses = np.empty((len(counts), *width_shape))
-    removal = np.array([loss.removal[list(together)].sum() for together in ranked])
+    of_layers = loss.removal_in(space.layout)
+    removal = np.array([of_layers[list(together)].sum() for together in ranked])
     lost = np.concatenate([removal[::-1].cumsum()[::-1], [0.0]])
     for point in itertools.product(*map(range, width_shape)):
         widths = {axis: space.widths[axis][idx] for axis, idx in zip(axes, point, strict=True)}

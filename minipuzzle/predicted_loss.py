@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minipuzzle.architecture import Architecture
+from minipuzzle.architecture import UNIFORM, Architecture
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.layer_kinds import LAYER_KINDS, LayerKind
 from minipuzzle.scores import Array, Scores
@@ -46,6 +46,17 @@ class LossModel:
     def removal(self) -> Array:
         """Loss of removing each layer, ``[layers]``."""
         return layer_scores(self.scores, self.metric)
+
+    def removal_in(self, layout: str) -> Array:
+        """Loss of removing each layer, ``[layers]``, so that layers which go together add up to what was measured for
+        removing them together; where that was not measured, each has its own."""
+        together = self.scores.blocks.get(self.metric)
+        if layout != UNIFORM or together is None:
+            return self.removal
+        losses = self.removal.copy()
+        for block in (block for block in self.source.blocks if len(block) > 1):
+            losses[list(block)] = together[block[0]] / len(block)
+        return losses
 
     def narrowing(self, layer_idx: int, widths: Mapping[str, int]) -> float:
         """Loss of narrowing one layer; losses of several axes add up. Axes that it does not have cost nothing."""

@@ -2,10 +2,12 @@
 
 ``scores.safetensors`` holds ``layer.<metric>`` [num_layers] float64 (NaN for layers that were not asked for),
 ``variant.<metric>.<axis>.<width>`` [num_layers] float64 (the score of each layer at a smaller width of one of its
-axes, 0 where a layer has no such axis or is no wider), ``unit.<axis>.<layer_idx>`` [num_units] float32
-(``unit.hidden`` for the axis of the whole model), ``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>``
-(mean squares of what each RMS norm averages, needed to correct the norms of a cut model), and ``token_ids`` [samples,
-length] int32. Layer scores measured elsewhere may come as JSON: ``{"layer": {"mse": [...]}}``.
+axes, 0 where a layer has no such axis or is no wider), ``block.<metric>`` [num_layers] float64 (the score of leaving
+out a whole decoder block, at the place of its first layer, for families with several layers in a block),
+``unit.<axis>.<layer_idx>`` [num_units] float32 (``unit.hidden`` for the axis of the whole model),
+``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>`` (mean squares of what each RMS norm averages, needed
+to correct the norms of a cut model), and ``token_ids`` [samples, length] int32. Layer scores measured elsewhere may
+come as JSON: ``{"layer": {"mse": [...]}}``.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of one model. Keys of ``units``, ``variants`` and ``energies`` are tensor names without the first part."""
+    """Scores of one model. Keys of all but ``layer`` are tensor names without the first part."""
 
     layer: Mapping[str, Array]
     units: Mapping[str, Array] = field(default_factory=dict)
     variants: Mapping[str, Array] = field(default_factory=dict)
+    blocks: Mapping[str, Array] = field(default_factory=dict)
     energies: Mapping[str, Array] = field(default_factory=dict)
     token_ids: NDArray[np.int32] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class Scores:
         Raises: MinipuzzleError naming what differs.
         """
         num_layers = len(architecture.layers)
-        for metric, values in (*self.layer.items(), *self.variants.items()):
+        for metric, values in (*self.layer.items(), *self.variants.items(), *self.blocks.items()):
             if values.shape != (num_layers,):
                 raise MinipuzzleError(
                     f"layer scores {metric!r} cover {values.size} layers; the model has {num_layers}",
@@ -103,7 +106,7 @@ class Scores:
 
 
 def _all_items(scores: Scores) -> Iterator[tuple[str, Array]]:
-    for mapping in (scores.layer, scores.variants, scores.units, scores.energies):
+    for mapping in (scores.layer, scores.variants, scores.blocks, scores.units, scores.energies):
         yield from mapping.items()
 
 
@@ -113,6 +116,7 @@ def write_scores(scores: Scores, path: Path) -> None:
 
     tensors: dict[str, NDArray[Any]] = {f"layer.{name}": np.asarray(v, np.float64) for name, v in scores.layer.items()}
     tensors |= {f"variant.{name}": np.asarray(v, np.float64) for name, v in scores.variants.items()}
+    tensors |= {f"block.{name}": np.asarray(v, np.float64) for name, v in scores.blocks.items()}
     tensors |= {f"unit.{name}": np.asarray(v, np.float32) for name, v in scores.units.items()}
     tensors |= {f"energy.{name}": np.asarray(v, np.float32) for name, v in scores.energies.items()}
     if scores.token_ids is not None:
@@ -160,6 +164,7 @@ def _read_safetensors_scores(path: Path) -> Scores:
         layer=under("layer."),
         units=under("unit."),
         variants=under("variant."),
+        blocks=under("block."),
         energies=under("energy."),
         token_ids=tensors.get("token_ids"),
         metadata=metadata,
