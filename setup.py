@@ -32,6 +32,10 @@ setup(
         'tomli>=2; python_version < "3.11"',
     ],
     # requests: modelopt, an oracle of the tests, imports it without asking for it.
-    extras_require={"dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests"]},
+    # torchao: FP8 matrix products on GPUs; `distill --fp8` says so where it is missing.
+    extras_require={
+        "fp8": ["torchao>=0.15"],
+        "dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests"],
+    },
     entry_points={"console_scripts": ["minipuzzle = minipuzzle.cli:main"]},
 )

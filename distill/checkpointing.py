@@ -2,13 +2,15 @@
 
 ``<folder>/state/step-00000120/`` is a PyTorch distributed checkpoint (DCP): each process writes its own part, and any
 number of processes can read it. It is copied while training waits and written while training goes on, under another
-name; it gets its own name only when all parts are on disk, and only then are older states removed. So a run killed
-at any moment finds a whole state. ``<folder>`` must be one that all processes see.
+name; it gets its own name only when all parts are on disk, and only then are older states removed, their names first.
+So whatever has a name is whole, and a run killed at any moment finds the last that was. ``<folder>`` must be one that
+all processes see.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 import warnings
@@ -31,6 +33,7 @@ from minipuzzle.processes import Processes
 
 STATE_FOLDER = "state"
 _UNFINISHED_SUFFIX = ".unfinished"
+_REMOVED_SUFFIX = ".removed"
 _PROGRESS_FILE = "progress.json"
 # DCP says of every save and load of a single process that it assumes a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -131,8 +134,8 @@ class StateStore:
         steps = saved_steps(self.folder)
         kept = {*steps[-self._keep_last :], *self._protected_steps}
         for path in self.folder.iterdir():
-            if path.name not in {step_folder(self.folder, step).name for step in kept}:
-                shutil.rmtree(path)
+            if path not in {step_folder(self.folder, step) for step in kept}:
+                _remove(path)
 
     def load_last(self) -> Progress | None:
         """Restore the last whole state into model, optimiser and generators; None if there is none."""
@@ -172,7 +175,7 @@ class StateStore:
 
     def _tensors(self) -> dict[str, Tensor]:
         groups: dict[str, Mapping[str, Tensor]] = {
-            _MODEL: dict(self._state.model.named_parameters()),
+            _MODEL: self._state.model.state_dict(),
             _OPTIMIZER: _optimizer_tensors(self._state.optimizer),
             self._generator_prefix: _generator_states(self._state.device),
         }
@@ -188,8 +191,16 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def saved_steps(folder: Path) -> list[int]:
     """The steps whose states are whole, ascending."""
-    names = [path.name for path in folder.glob("step-*") if not path.name.endswith(_UNFINISHED_SUFFIX)]
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _remove(path: Path) -> None:
+    """Remove a state, which loses its name first: a kill in between must not leave part of it under that name."""
+    unnamed = path.with_name(path.name + _REMOVED_SUFFIX)
+    if not path.name.endswith((_UNFINISHED_SUFFIX, _REMOVED_SUFFIX)):
+        path = path.rename(unnamed)
+    shutil.rmtree(path)
 
 
 def weight_reader(folder: Path, step: int) -> Callable[[str, tuple[int, ...]], Tensor]:

@@ -243,10 +243,12 @@ class _Run:
     def _validation_kl(self) -> float | None:
         if self.validation is None:
             return None
-        self.state.model.eval()
+        model = self.state.model
+        was_training = model.training
+        model.eval()
         batch_sequences = EVALUATED_MICRO_BATCHES * self.settings.micro_batch_sequences
         validation_kl = self.pair.mean_kl(self.validation, batch_sequences=batch_sequences, processes=self.processes)
-        self.state.model.train()
+        model.train(was_training)
         return validation_kl
 
 

@@ -28,12 +28,13 @@ class HiddenStates(nn.Module):
     def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__()
         self.model = model
-        self._family = family
+        parts = parts_of(model, family)
+        # Where a decoder block is several layers, these are modules of their own over the block's parts. They are
+        # registered, so that FSDP finds them; names of weights are those in ``model``.
+        self.layers = parts.layers
+        self.__dict__["parts"] = parts
 
-    @property
-    def parts(self) -> ModelParts:
-        """The model's parts."""
-        return parts_of(self.model, self._family)
+    parts: ModelParts  # made once: what is done to a layer must stay
 
     @property
     def head_weight(self) -> Tensor:

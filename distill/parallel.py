@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from distill.engine import EngineSettings
+from distill.low_precision import float8_obstacle, train_through_fp8, use_float8_compute
 from distill.pair import DistillPair, HiddenStates
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import Family
 from minipuzzle.models import build_on_meta, load_model, parts_of
 from minipuzzle.processes import Processes, joined_processes
-from minipuzzle.sublayers import Branch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,6 @@ def open_pair(
     if student.architecture.tied_embeddings and placement.mesh is None:
         head = parts_of(student_model, student.family).head
         head.weight = nn.Parameter(head.weight.detach().clone())
-    if engine.activation_checkpointing:
-        recompute_layers(student_model, student.family)
     pair = make_pair(
         teacher_model,
         student_model,
@@ -101,6 +99,7 @@ def open_pair(
         device=placement.device,
         compute_dtype=compute_dtype,
     )
+    prepare_student(pair.student, student, engine, placement.device)
     if placement.mesh is not None:
         low_dtype = None if compute_dtype == torch.float32 else compute_dtype
         split(pair.student, placement.mesh, low_dtype=low_dtype)
@@ -108,6 +107,25 @@ def open_pair(
         fill(pair.student, student, placement.device)
         fill(pair.teacher, teacher, torch.device("cpu") if engine.teacher_offload == "cpu" else placement.device)
     return pair
+
+
+def prepare_student(part: HiddenStates, student: Checkpoint, engine: EngineSettings, device: torch.device) -> None:
+    """Change how a student computes, before it is split."""
+    if engine.fp8:
+        obstacle = float8_obstacle(device)
+        assert obstacle is None, obstacle  # settled when the run was prepared
+        use_float8_compute(part.model, part.layers)
+    if engine.qat != "none":
+        train_through_fp8(part.model, student)
+    if engine.fp8 or engine.qat != "none":
+        # No layer drops anything out; all that training mode does is to let GPU kernels take a linear layer's weight
+        # and multiply by it themselves, past what was changed here.
+        part.model.eval()
+    if engine.activation_checkpointing:
+        recompute(part.layers)
+    if engine.compile_layers:
+        for layer in part.layers:
+            layer.compile()
 
 
 def make_pair(
@@ -130,13 +148,13 @@ def make_pair(
     )
 
 
-def recompute_layers(model: nn.Module, family: Family) -> None:
+def recompute(layers: nn.ModuleList) -> None:
     """Make every layer keep its inputs alone and compute the rest again in the backward pass.
 
     Inside FSDP's own hooks, so that a layer is gathered once for its second forward and its backward pass. No layer
     draws random numbers, so none are kept.
     """
-    for layer in parts_of(model, family).layers:
+    for layer in layers:
         forward = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
         layer.__dict__["forward"] = forward
 
@@ -154,12 +172,10 @@ def split(
         "mp_policy": MixedPrecisionPolicy(param_dtype=low_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload_to_cpu else OffloadPolicy(),
     }
-    parts = part.parts
-    for unit in (parts.embeddings, *parts.layers):
-        # A part of a decoder block is not in the model's tree, but its modules are: they are gathered together.
-        modules = list(unit.children()) if isinstance(unit, Branch) else unit
-        fully_shard(modules, reshard_after_forward=True, **options)
-    fully_shard(part, **options)
+    units = (part.parts.embeddings, *part.layers)
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=True, **options)
+    fully_shard(part, ignored_params={weight for unit in units for weight in unit.parameters()}, **options)
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -177,10 +193,13 @@ def fill(part: HiddenStates, checkpoint: Checkpoint, device: torch.device) -> No
     head = f"{checkpoint.family.modules.head}.weight"
     disk_names.setdefault(head, disk_names[f"{checkpoint.family.modules.embeddings}.weight"])
     state: dict[str, Tensor] = {}
-    for name, parameter in part.model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is not split"
+    for name, parameter in part.model.state_dict().items():
+        disk_name = disk_names.pop(name)
+        if not isinstance(parameter, DTensor):  # a buffer, such as the routing bias of experts
+            state[name] = checkpoint.rows(disk_name, 0, None).to(device, parameter.dtype)
+            continue
         first, count = own_rows(parameter)
-        local = checkpoint.rows(disk_names.pop(name), first, first + count)
+        local = checkpoint.rows(disk_name, first, first + count)
         state[name] = DTensor.from_local(
             local.to(device, parameter.dtype, copy=True),
             parameter.device_mesh,

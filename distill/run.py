@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.checkpointing import STATE_FOLDER, Progress
 from distill.data import PackedWindows
 from distill.engine import EngineSettings
-from distill.estimate import MemoryEstimate, estimate_memory
+from distill.estimate import RunEstimate, estimate_run
+from distill.hardware import PeakMemory, hardware_of
 from distill.loop import distill_pair
+from distill.low_precision import float8_obstacle
 from distill.pair import DistillPair
-from distill.parallel import Placement, joined_placement, open_pair, rows_of_process, whole
+from distill.parallel import Placement, joined_placement, open_pair, rows_of_process
+from distill.results import shared_output_folder, write_result
 from distill.settings import DistillSettings, OnStep, ignore_step
-from minipuzzle.architecture import Architecture
-from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, read_json, write_json
+from minipuzzle.checkpoint import Checkpoint, read_json
 from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.models import load_tokenizer
-from minipuzzle.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files, output_folder
-from minipuzzle.processes import Processes, processes_from_environment
+from minipuzzle.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
+from minipuzzle.processes import processes_from_environment
 
 GIVE_TEACHER = "give the model it was cut from with --teacher"
 
@@ -48,12 +48,16 @@ class DistillRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A request that passed every check that needs no weights, with its text in tokens."""
+    """A request that passed every check that needs no weights, with its text in tokens.
+
+    ``notes``: what was asked for and will not be done, and why.
+    """
 
     request: DistillRequest
     train_windows: PackedWindows
     validation_windows: EvaluationWindows | None
-    memory: MemoryEstimate
+    estimate: RunEstimate
+    notes: tuple[str, ...] = ()
 
     @property
     def epochs(self) -> float:
@@ -64,7 +68,10 @@ class PreparedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
-    """What a finished run did. Validation KL: nats per token at temperature 1; None without validation text."""
+    """What a finished run did. Validation KL: nats per token at temperature 1; None without validation text.
+
+    ``peak_memory_bytes``: of this process, beyond what it held before. ``estimate``: what was expected.
+    """
 
     out: Path
     steps: int
@@ -74,6 +81,13 @@ class DistillResult:
     train_seconds: float
     validation_kl_before: float | None
     validation_kl_after: float | None
+    peak_memory_bytes: int
+    estimate: RunEstimate
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all processes, evaluations not counted."""
+        return self.tokens / max(self.train_seconds, 1e-9)
 
     @property
     def remaining_kl_fraction(self) -> float | None:
@@ -105,6 +119,7 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
 
     Raises: MinipuzzleError naming what does not fit.
     """
+    request, notes = _without_unavailable(request)
     settings = request.settings
     if processes_from_environment().is_first:
         check_target_folder(request.out, overwrite=request.overwrite)
@@ -124,8 +139,25 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
         request=request,
         train_windows=train_windows,
         validation_windows=validation_windows,
-        memory=estimate_memory(request.student.architecture, request.teacher.architecture, settings, request.device),
+        estimate=estimate_run(
+            request.student.architecture,
+            request.teacher.architecture,
+            settings,
+            request.engine,
+            hardware=hardware_of(torch.device(request.device), getattr(torch, settings.dtype)),
+            num_processes=processes_from_environment().world_size,
+        ),
+        notes=notes,
     )
+
+
+def _without_unavailable(request: DistillRequest) -> tuple[DistillRequest, tuple[str, ...]]:
+    """A request without FP8 compute where that cannot be had, and the reason in words."""
+    obstacle = float8_obstacle(torch.device(request.device)) if request.engine.fp8 else None
+    if obstacle is None:
+        return request, ()
+    engine = replace(request.engine, fp8=False)
+    return replace(request, engine=engine), (f"--fp8 is ignored: {obstacle}",)
 
 
 def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> DistillResult:
@@ -142,7 +174,9 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
         with shared_output_folder(
             request.out, provenance_of(request), processes, overwrite=request.overwrite
         ) as folder:
+            memory = PeakMemory(placement.device)
             pair, progress = _train(prepared, placement, folder, on_step)
+            peak_memory_bytes = memory.extra_bytes()
             write_result(pair, request.student, folder, processes)
             # Last, because until now a run that is killed can still continue from it.
             if processes.is_first:
@@ -156,21 +190,9 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
         train_seconds=progress.train_seconds,
         validation_kl_before=progress.validation_kl_before,
         validation_kl_after=progress.validation_kl_after,
+        peak_memory_bytes=peak_memory_bytes,
+        estimate=prepared.estimate,
     )
-
-
-@contextmanager
-def shared_output_folder(
-    target: Path, provenance: dict[str, Any], processes: Processes, *, overwrite: bool
-) -> Iterator[Path]:
-    """An ``output_folder`` that the first process opens and completes, and that all of them write into."""
-    with ExitStack() as stack:
-        folder: Path | None = None
-        if processes.is_first:
-            folder = stack.enter_context(output_folder(target, provenance, overwrite=overwrite))
-        shared: Path = processes.broadcast(folder)
-        yield shared
-        processes.wait()  # nobody still writes when the folder gets its name
 
 
 def distill_checkpoint(
@@ -215,45 +237,8 @@ def provenance_of(request: DistillRequest) -> dict[str, Any]:
         "data_fingerprint": fingerprint_files(list(request.data)),
         "validation_fingerprint": fingerprint_files(list(request.validation)) if request.validation else None,
         "settings": request.settings.shaping(),
+        **request.engine.shaping(),
     }
-
-
-def write_result(pair: DistillPair, student: Checkpoint, folder: Path, processes: Processes) -> None:
-    """Write a trained student as a Hugging Face checkpoint in the precision in which it was stored before.
-
-    A split student is gathered tensor by tensor, so that no process ever holds all of it.
-    """
-    weights = dict(pair.student.model.named_parameters())
-
-    def gathered(name: str, _shape: tuple[int, ...]) -> Tensor:
-        return whole(weights[name].detach())
-
-    if processes.is_first:
-        write_student(gathered, student, folder)
-        return
-    for tensor in written_architecture(student).tensors():
-        gathered(student.family.modules.module_name(tensor.name), tensor.shape)
-
-
-def written_architecture(student: Checkpoint) -> Architecture:
-    """What is written: head and embeddings are never tied, so that all engines read the result alike."""
-    return replace(student.architecture, tied_embeddings=False)
-
-
-def write_student(read: Callable[[str, tuple[int, ...]], Tensor], student: Checkpoint, folder: Path) -> None:
-    """Write a student whose weights ``read`` gives one by one, by their name in memory and shape."""
-    architecture = written_architecture(student)
-    write_json(folder / "config.json", student.family.write(student.config, architecture))
-    copy_companions(student.folder, folder)
-    writer = ShardWriter(folder)
-    for tensor in architecture.tensors():
-        stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
-        weight = read(student.family.modules.module_name(tensor.name), tensor.shape)
-        writer.add(tensor.name, weight.to("cpu", _TORCH_DTYPES[stored.dtype]))
-    writer.finish()
-
-
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: OnStep) -> tuple[DistillPair, Progress]:

@@ -69,10 +69,10 @@ def dry_run_option(function: Function) -> Function:
     )(function)
 
 
-def out_option(kind: str = "folder") -> Callable[[Function], Function]:
+def out_option(kind: str = "folder", *, required: bool = True) -> Callable[[Function], Function]:
     """Where the result goes."""
     return click.option(
-        "-o", "--out", "out", type=FOLDER_OR_FILE, required=True, help=f"Output {kind}; appears only when complete."
+        "-o", "--out", "out", type=FOLDER_OR_FILE, required=required, help=f"Output {kind}; appears only when complete."
     )
 
 

@@ -1,7 +1,7 @@
 """A distillation job of several processes, started by torchrun from tests; each process reports what it held and did.
 
-Usage: torchrun ... distill_job.py MODELS FOLDER RESUMED [OPTIONS AS JSON]
-``FOLDER`` is for a run from its start, ``RESUMED`` for the rest of a run whose state already lies there.
+Usage: torchrun ... distill_job.py OPTIONS-AS-JSON MODELS FOLDER [MODELS FOLDER ...]
+Each folder gets a run, or the rest of a run whose state already lies there, of the student and teacher in MODELS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from distill.engine import EngineSettings
 from distill.loop import distill_pair
 from distill.parallel import Placement, joined_placement, open_pair, whole
-from distill.run import write_result
+from distill.results import write_result
 from minipuzzle.checkpoint import Checkpoint
 from tests.test_distill_loop import SETTINGS, held_out, windows
 
@@ -36,6 +36,7 @@ def run(
 ) -> dict[str, Any]:
     """Distil; report what this process read and holds, and write the student from the first process."""
     student, teacher = (Checkpoint.open(models / name) for name in ("student", "teacher"))
+    assert teacher.family is student.family
     rows_read = count_rows(student, teacher) if count else []
     pair = open_pair(
         student=student,
@@ -78,7 +79,7 @@ def count_rows(*checkpoints: Checkpoint) -> list[int]:
     def counted(checkpoint: Checkpoint) -> None:
         rows = checkpoint.rows
 
-        def count(name: str, start: int, stop: int) -> torch.Tensor:
+        def count(name: str, start: int, stop: int | None) -> torch.Tensor:
             tensor = rows(name, start, stop)
             read.append(tensor.numel())
             return tensor
@@ -92,15 +93,14 @@ def count_rows(*checkpoints: Checkpoint) -> list[int]:
 
 
 def main() -> None:
-    models, folder, resumed = (Path(argument) for argument in sys.argv[1:4])
-    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    options = json.loads(sys.argv[1])
     dtype = options.pop("dtype", "float32")
     engine = EngineSettings(**{"keep_last": 2, "activation_checkpointing": True, **options})
+    folders = [Path(argument) for argument in sys.argv[2:]]
     with joined_placement("cpu", engine) as placement:
-        report = run(models, folder, placement, engine, dtype)
-        if resumed.exists():
-            report["resumed"] = run(models, resumed, placement, engine, dtype)
-        (folder / f"report-{placement.processes.rank}.json").write_text(json.dumps(report))
+        for models, folder in zip(folders[::2], folders[1::2], strict=True):
+            report = run(models, folder, placement, engine, dtype)
+            (folder / f"report-{placement.processes.rank}.json").write_text(json.dumps(report))
         placement.processes.wait()
 
 

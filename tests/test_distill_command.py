@@ -21,12 +21,14 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from distill.checkpointing import step_folder
 from distill.run import distill_checkpoint, find_teacher
 from distill.settings import DistillSettings, StepRecord
 from minipuzzle.checkpoint import Checkpoint, read_json, write_json
 from minipuzzle.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.outputs import PROVENANCE_FILE
+from tests.test_distill_loop import saved_tensors
 from tests.tiny_models import write_tiny_checkpoint
 
 OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")
@@ -151,6 +153,49 @@ def test_a_terminated_command_leaves_a_partial_folder_that_the_same_command_fini
     saved = [path.name for path in (tmp_path / "out.partial" / "state").iterdir()]
     assert len(saved) == 1 and int(saved[0].removeprefix("step-")) > 2
     assert os.path.lexists(out) is False
+
+
+def test_a_kept_state_becomes_a_model_while_the_run_is_unfinished(
+    student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    out = tmp_path / "out"
+    crash_after_three_steps(student, tiny_folder, text_file, out)
+    result = CliRunner().invoke(main, ["distill", str(student), "-o", str(out), "--to-hf", "2"])
+    assert result.exit_code == 0, result.output
+    converted = tmp_path / "out.step-2"
+    Checkpoint.open(converted).require_plain_weights()
+    assert find_teacher(converted) == tiny_folder
+    saved = saved_tensors(step_folder(tmp_path / "out.partial/state", 2))
+    written = load_file(converted / "model.safetensors")
+    name_in_memory = Checkpoint.open(student).family.modules.module_name
+    for name, weight in written.items():
+        assert torch.equal(weight, saved["model/" + name_in_memory(name)].bfloat16()), name
+    missing = CliRunner().invoke(main, ["distill", str(student), "-o", str(out), "--to-hf", "1"])
+    assert missing.exit_code == 1
+    assert "no state of step 1" in missing.stderr and "these steps: 2" in missing.stderr
+    other = CliRunner().invoke(main, ["distill", str(tiny_folder), "-o", str(out), "--to-hf", "2"])
+    assert other.exit_code == 4 and "another student" in other.stderr
+    assert invoke(student, text_file, out).exit_code == 0  # the run itself goes on as before
+
+
+def test_the_result_says_what_was_estimated_and_what_was_measured(
+    student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    result = invoke(student, text_file, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    lines = {line[:22].strip(): line[22:].split() for line in result.output.splitlines()}
+    assert lines["tokens/s"] and all(float(figure.replace(",", "")) > 0 for figure in lines["tokens/s"])
+    assert lines["memory, each process"][1::2] == ["GiB", "GiB"]
+
+
+@pytest.mark.parametrize("missing", ["--tokens", "--data", "--out"])
+def test_an_option_that_a_run_needs_is_asked_for(student: Path, text_file: Path, tmp_path: Path, missing: str) -> None:
+    given = {"--tokens": "64", "--data": str(text_file), "--out": str(tmp_path / "out"), "--device": "cpu"}
+    del given[missing]
+    arguments = [part for option in given.items() for part in option]
+    result = CliRunner().invoke(main, ["distill", str(student), *arguments])
+    assert result.exit_code == 2
+    assert f"Missing option '{missing}'" in result.stderr
 
 
 @pytest.mark.parametrize("changed", ["data", "settings", "student", "teacher"])

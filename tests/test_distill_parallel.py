@@ -26,6 +26,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.processes import Processes
 from tests.distill_job import run
 from tests.test_distill_loop import models  # noqa: F401  the fixture
+from tests.tiny_models import write_family_checkpoint
 
 ROOT = Path(__file__).parent.parent
 Job = dict[str, Any]
@@ -55,11 +56,20 @@ def keep_only_step_10(folder: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """``one``: a run of one process. ``two``: of two. ``one_two``: begun by one and continued by two processes."""
+    """``one``: a run of one process. ``two``: of two. ``one_two``: begun by one and continued by two processes.
+
+    ``paired_one`` and ``paired_two``: the same with a family whose blocks are two layers, and whose head is tied.
+    """
     root = tmp_path_factory.mktemp("jobs")
+    paired = root / "paired"
+    for name, num_blocks, seed in (("teacher", 2, 0), ("student", 1, 1)):
+        write_family_checkpoint(paired / name, "llama", seed=seed, num_hidden_layers=num_blocks)
     run_alone(models, root / "one")
+    run_alone(paired, root / "paired_one")
     keep_only_step_10(root / "one", root / "one_two")
-    torchrun(2, str(ROOT / "tests/distill_job.py"), str(models), str(root / "two"), str(root / "one_two"))
+    runs = ((models, "two"), (models, "one_two"), (paired, "paired_two"))
+    arguments = [str(path) for folders, name in runs for path in (folders, root / name)]
+    torchrun(2, str(ROOT / "tests/distill_job.py"), "{}", *arguments)
     return root
 
 
@@ -70,6 +80,12 @@ def reports(jobs: Path) -> list[Job]:
 def test_two_processes_have_the_losses_of_one_over_20_steps(jobs: Path) -> None:
     alone, together = losses(jobs / "one"), losses(jobs / "two")
     assert len(alone) == 20 and alone[-1] < 0.9 * alone[0]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_family_with_two_layers_a_block_and_a_tied_head_is_split_alike(jobs: Path) -> None:
+    alone, together = losses(jobs / "paired_one"), losses(jobs / "paired_two")
+    assert alone[-1] < 0.9 * alone[0]
     assert together == pytest.approx(alone, abs=1e-5)
 
 

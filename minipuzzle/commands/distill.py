@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
-from functools import wraps
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill.engine import OFFLOADS, EngineSettings
+from distill.engine import EngineSettings
 from distill.settings import DTYPES, DistillSettings
+from minipuzzle.commands.distill_engine import (
+    engine_options,
+    estimate_options,
+    require_options,
+    show_comparison,
+    show_estimates,
+)
 from minipuzzle.options import (
     COUNT,
     FOLDER_OR_FILE,
-    Function,
     data_option,
     default_device,
     device_option,
@@ -30,58 +35,9 @@ from minipuzzle.units import format_count, format_gib
 
 if TYPE_CHECKING:
     from distill.run import DistillResult, PreparedRun
+    from minipuzzle.checkpoint import Checkpoint
 
 DEFAULTS = DistillSettings(tokens=1)
-ENGINE_DEFAULTS = EngineSettings()
-
-
-def engine_options(function: Function) -> Function:
-    """How the run is executed, whatever it learns; passed on as one ``engine``."""
-
-    @wraps(function)
-    def with_engine(**params: Any) -> Any:
-        engine = EngineSettings(**{field.name: params.pop(field.name) for field in fields(EngineSettings)})
-        return function(engine=engine, **params)
-
-    options = (
-        click.option(
-            "--activation-checkpointing",
-            is_flag=True,
-            help="Keep only the inputs of layers and compute the rest twice: less memory, a third more work.",
-        ),
-        click.option(
-            "--teacher-offload",
-            type=click.Choice(OFFLOADS),
-            default=ENGINE_DEFAULTS.teacher_offload,
-            show_default=True,
-            help="Keep the teacher in host memory and copy it to the device layer by layer.",
-        ),
-        click.option(
-            "--keep-last",
-            type=COUNT,
-            default=ENGINE_DEFAULTS.keep_last,
-            show_default=True,
-            help="Saved states to keep while the run lasts.",
-        ),
-        click.option(
-            "--spike-factor",
-            type=float,
-            default=ENGINE_DEFAULTS.spike_factor,
-            show_default=True,
-            help="Skip a step whose loss is so many times the median of recent ones.",
-        ),
-        click.option(
-            "--max-skipped-steps",
-            type=click.IntRange(min=0),
-            default=ENGINE_DEFAULTS.max_skipped_steps,
-            show_default=True,
-            help="Stop a run that has skipped more steps than this.",
-        ),
-    )
-    decorated: Any = with_engine
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
 
 
 @click.command()
@@ -92,9 +48,9 @@ def engine_options(function: Function) -> Function:
     default=None,
     help="The model STUDENT was cut from; default: the one that STUDENT remembers.",
 )
-@data_option()
-@click.option("--tokens", type=COUNT, required=True, help="Tokens to train on, e.g. 2M; may exceed the data.")
-@out_option()
+@data_option(required=False)
+@click.option("--tokens", type=COUNT, help="Tokens to train on, e.g. 2M; may exceed the data.")
+@out_option(required=False)
 @click.option(
     "--validation",
     type=FOLDER_OR_FILE,
@@ -140,7 +96,16 @@ def engine_options(function: Function) -> Function:
     help="Precision of the computation; default: bfloat16 on a GPU, float32 on a CPU. Weights are trained in float32.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Order of the text.")
+@click.option(
+    "--to-hf",
+    type=COUNT,
+    default=None,
+    metavar="STEP",
+    help="Write the student as it was after STEP steps of the run towards OUT to OUT.step-STEP, and stop. Needs a "
+    "state that is still kept (--save-every, --keep-last); the run may be going on.",
+)
 @engine_options
+@estimate_options
 @device_option
 @overwrite_option
 @dry_run_option
@@ -149,11 +114,16 @@ def distill(
     student: Path,
     teacher: Path | None,
     data: tuple[Path, ...],
+    tokens: int | None,
     validation: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     device: str | None,
     dtype: str | None,
     engine: EngineSettings,
+    estimate: bool,
+    gpus: str | None,
+    gpu: str,
+    to_hf: int | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -165,34 +135,74 @@ def distill(
     GPUs: torchrun --nproc-per-node=8 -m minipuzzle.cli distill ...; any number of processes continues what any other
     number began.
     """
+    from minipuzzle.checkpoint import Checkpoint
+
+    if to_hf is not None:
+        require_options(out=out)
+        assert out is not None
+        _convert(Checkpoint.open(student), out, to_hf, overwrite=overwrite, as_json=as_json)
+        return
+    require_options(tokens=tokens)
+    device = "cuda" if estimate and gpus else default_device(device)
+    settings = _settings({"tokens": tokens, **options}, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    if estimate:
+        from distill.run import find_teacher
+
+        teacher = teacher or find_teacher(student)
+        show_estimates(student, teacher, settings, engine, gpus=gpus, gpu=gpu, device=device, as_json=as_json)
+        return
+    require_options(data=data, out=out)
+    assert out is not None
+    _distill(
+        student,
+        teacher,
+        out,
+        data=data,
+        validation=validation,
+        settings=settings,
+        engine=engine,
+        device=device,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+def _distill(
+    student: Path, teacher: Path | None, out: Path, *, dry_run: bool, as_json: bool, **request_fields: Any
+) -> None:
     from distill.display import distill_progress
     from distill.run import DistillRequest, find_teacher, prepare_run, run_prepared
     from minipuzzle.checkpoint import Checkpoint
 
-    device = default_device(device)
-    settings = _settings(options, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    student_checkpoint = Checkpoint.open(student)
     request = DistillRequest(
-        student=student_checkpoint,
+        student=Checkpoint.open(student),
         teacher=Checkpoint.open(teacher or find_teacher(student)),
-        data=data,
-        settings=settings,
         out=out,
-        engine=engine,
-        validation=validation,
-        device=device,
-        overwrite=overwrite,
+        **request_fields,
     )
     prepared = prepare_run(request)
     is_first = processes_from_environment().is_first
+    for note in prepared.notes if is_first else ():
+        click.echo(note, err=True)
     if dry_run:
         if is_first:
             _show_plan(prepared, as_json=as_json)
         return
-    with distill_progress(settings.total_steps, quiet=as_json or not is_first) as on_step:
+    with distill_progress(request.settings.total_steps, quiet=as_json or not is_first) as on_step:
         result = run_prepared(prepared, on_step=on_step)
     if is_first:
         _show_result(result, as_json=as_json)
+
+
+def _convert(student: Checkpoint, out: Path, step: int, *, overwrite: bool, as_json: bool) -> None:
+    from distill.results import convert_state
+
+    target = convert_state(student=student, out=out, step=step, overwrite=overwrite)
+    if as_json:
+        echo_json({"out": str(target), "step": step})
+    else:
+        click.echo(f"written to {target}")
 
 
 def _settings(options: dict[str, Any], dtype: str) -> DistillSettings:
@@ -210,16 +220,19 @@ def _show_plan(prepared: PreparedRun, *, as_json: bool) -> None:
         "data_tokens": windows.num_tokens,
         "epochs": prepared.epochs,
         "validation_tokens": 0 if validation is None else validation.num_predictions,
-        **asdict(prepared.memory),
-        "memory_bytes": prepared.memory.total_bytes,
+        **asdict(prepared.estimate.memory),
+        "memory_bytes": prepared.estimate.memory.total_bytes,
+        "tokens_per_second": round(prepared.estimate.tokens_per_second),
+        "hours": prepared.estimate.hours,
     }
     if as_json:
         echo_json({"teacher": str(prepared.request.teacher.folder), **facts, "settings": asdict(settings)})
         return
     click.echo(f"{'teacher':<26} {prepared.request.teacher.folder}")
     for name, value in facts.items():
-        shown = format_gib(int(value)) if "bytes" in name else f"{value:,.2f}" if name == "epochs" else f"{value:,}"
-        estimated = " (estimate)" if name == "activation_bytes" else ""
+        is_fraction = name in ("epochs", "hours")
+        shown = format_gib(int(value)) if "bytes" in name else f"{value:,.2f}" if is_fraction else f"{value:,}"
+        estimated = " (estimate)" if name in ("activation_bytes", "tokens_per_second", "hours") else ""
         click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}{estimated}")
     click.echo("dry run: nothing was written")
 
@@ -240,10 +253,15 @@ def _show_result(result: DistillResult, *, as_json: bool) -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         Console().print(table)
-    seconds = max(result.train_seconds, 1e-9)
     click.echo(
         f"{result.steps:,} steps, {format_count(result.tokens)} tokens, {result.epochs:.2f} epochs, "
-        f"{result.tokens / seconds:,.0f} tokens/s"
+        f"{result.tokens_per_second:,.0f} tokens/s"
+    )
+    show_comparison(
+        result.estimate,
+        tokens_per_second=result.tokens_per_second,
+        memory_bytes=result.peak_memory_bytes,
+        echo=click.echo,
     )
     if result.skipped_steps:
         click.echo(
