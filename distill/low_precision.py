@@ -111,7 +111,8 @@ def _rounded_linear(
 ) -> Tensor:
     with torch.no_grad():
         amax = torch.stack([sibling.weight.abs().amax().float() for sibling in siblings]).amax()
-        weight_scale, input_scale = _scale(amax), _scale(inputs.abs().amax())
+        largest_input = inputs.abs().amax() if inputs.numel() else amax  # an expert without tokens
+        weight_scale, input_scale = _scale(amax), _scale(largest_input)
     weight = _rounded(linear.weight, weight_scale, stored_dtype)
     return F.linear(_rounded(inputs, input_scale, None), weight, linear.bias)
 

@@ -1,6 +1,6 @@
 """A distillation job of several processes, started by torchrun from tests; each process reports what it held and did.
 
-Usage: torchrun ... distill_job.py OPTIONS-AS-JSON MODELS FOLDER [MODELS FOLDER ...]
+Usage: torchrun ... distill_job.py OPTIONS-AS-JSON MODELS FOLDER STEPS [MODELS FOLDER STEPS ...]
 Each folder gets a run, or the rest of a run whose state already lies there, of the student and teacher in MODELS.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,25 @@ from distill.engine import EngineSettings
 from distill.loop import distill_pair
 from distill.parallel import Placement, joined_placement, open_pair, whole
 from distill.results import write_result
+from distill.settings import DistillSettings
 from minipuzzle.checkpoint import Checkpoint
 from tests.test_distill_loop import SETTINGS, held_out, windows
 
-STEPS = 20
 
-
-def settings_of(**changes: Any) -> Any:
-    from dataclasses import replace
-
-    tokens = STEPS * SETTINGS.tokens_per_step
-    return replace(SETTINGS, tokens=tokens, micro_batch_sequences=1, save_every=10, **changes)
+def settings_of(num_steps: int, dtype: str) -> DistillSettings:
+    tokens = num_steps * SETTINGS.tokens_per_step
+    return replace(SETTINGS, tokens=tokens, micro_batch_sequences=1, save_every=10, dtype=dtype)
 
 
 def run(
-    models: Path, folder: Path, placement: Placement, engine: EngineSettings, dtype: str, *, count: bool = True
+    models: Path,
+    folder: Path,
+    placement: Placement,
+    engine: EngineSettings,
+    dtype: str,
+    *,
+    num_steps: int,
+    count: bool = True,
 ) -> dict[str, Any]:
     """Distil; report what this process read and holds, and write the student from the first process."""
     student, teacher = (Checkpoint.open(models / name) for name in ("student", "teacher"))
@@ -50,7 +55,7 @@ def run(
         for part, module in (("student", pair.student), ("teacher", pair.teacher))
     }
     folder.mkdir(exist_ok=True)
-    settings = settings_of(dtype=dtype)
+    settings = settings_of(num_steps, dtype)
     progress = distill_pair(
         pair=pair,
         data=windows(),
@@ -96,11 +101,11 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     dtype = options.pop("dtype", "float32")
     engine = EngineSettings(**{"keep_last": 2, "activation_checkpointing": True, **options})
-    folders = [Path(argument) for argument in sys.argv[2:]]
+    arguments = sys.argv[2:]
     with joined_placement("cpu", engine) as placement:
-        for models, folder in zip(folders[::2], folders[1::2], strict=True):
-            report = run(models, folder, placement, engine, dtype)
-            (folder / f"report-{placement.processes.rank}.json").write_text(json.dumps(report))
+        for models, folder, steps in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
+            report = run(Path(models), Path(folder), placement, engine, dtype, num_steps=int(steps))
+            (Path(folder) / f"report-{placement.processes.rank}.json").write_text(json.dumps(report))
         placement.processes.wait()
 
 

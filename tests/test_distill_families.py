@@ -17,7 +17,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.plan import keep_everything
 from minipuzzle.pruning import write_pruned
 from tests.distill_job import run
-from tests.test_distill_parallel import ROOT, keep_only_step_10, losses, torchrun
+from tests.test_distill_parallel import ROOT, STEPS, keep_only_step_10, losses, torchrun
 from tests.tiny_models import write_family_checkpoint
 
 
@@ -29,14 +29,13 @@ def test_two_processes_train_a_llama_without_one_attention_as_one_does(tmp_path:
     write_pruned(teacher, replace(keep_everything(teacher.architecture), kept_layers=kept), models / "student")
     engine = EngineSettings(keep_last=2, activation_checkpointing=True)
     with joined_placement("cpu", engine) as placement:
-        run(models, tmp_path / "one", placement, engine, "float32", count=False)
+        run(models, tmp_path / "one", placement, engine, "float32", num_steps=STEPS, count=False)
     keep_only_step_10(tmp_path / "one", tmp_path / "one_two")
-    options = json.dumps({"activation_checkpointing": True})
-    torchrun(
-        2, str(ROOT / "tests/distill_job.py"), str(models), str(tmp_path / "two"), str(tmp_path / "one_two"), options
-    )
+    folders = [tmp_path / "two", tmp_path / "one_two"]
+    arguments = [str(part) for folder in folders for part in (models, folder, STEPS)]
+    torchrun(2, str(ROOT / "tests/distill_job.py"), "{}", *arguments)
     alone = losses(tmp_path / "one")
-    assert len(alone) == 20 and alone[-1] < alone[0]
+    assert len(alone) == STEPS and alone[-1] < alone[0]
     assert losses(tmp_path / "two") == pytest.approx(alone, abs=1e-5)
     assert losses(tmp_path / "one_two") == pytest.approx(alone, abs=1e-5)
     reports = [json.loads((tmp_path / "two" / f"report-{rank}.json").read_text()) for rank in (0, 1)]

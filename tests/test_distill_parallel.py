@@ -29,6 +29,10 @@ from tests.test_distill_loop import models  # noqa: F401  the fixture
 from tests.tiny_models import write_family_checkpoint
 
 ROOT = Path(__file__).parent.parent
+STEPS, FEW_STEPS = 20, 5
+
+
+OTHER_FAMILIES = {"llama": {"num_hidden_layers": 2}, "nemotron_h-moe": {}}
 Job = dict[str, Any]
 
 
@@ -42,11 +46,11 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / METRICS_FILE).read_text().splitlines()]
 
 
-def run_alone(models: Path, folder: Path) -> Job:  # noqa: F811
+def run_alone(models: Path, folder: Path, num_steps: int = STEPS) -> Job:  # noqa: F811
     engine = EngineSettings(keep_last=2)
     with joined_placement("cpu", engine) as placement:
         assert placement.mesh is None
-        return run(models, folder, placement, engine, "float32", count=False)
+        return run(models, folder, placement, engine, "float32", num_steps=num_steps, count=False)
 
 
 def keep_only_step_10(folder: Path, target: Path) -> None:
@@ -58,17 +62,19 @@ def keep_only_step_10(folder: Path, target: Path) -> None:
 def jobs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """``one``: a run of one process. ``two``: of two. ``one_two``: begun by one and continued by two processes.
 
-    ``paired_one`` and ``paired_two``: the same with a family whose blocks are two layers, and whose head is tied.
+    ``llama_one`` and ``llama_two``: the same with a family whose blocks are two layers, and whose head is tied;
+    ``nemotron_h-moe_...``: with experts, of which each process sends its tokens to others.
     """
     root = tmp_path_factory.mktemp("jobs")
-    paired = root / "paired"
-    for name, num_blocks, seed in (("teacher", 2, 0), ("student", 1, 1)):
-        write_family_checkpoint(paired / name, "llama", seed=seed, num_hidden_layers=num_blocks)
     run_alone(models, root / "one")
-    run_alone(paired, root / "paired_one")
     keep_only_step_10(root / "one", root / "one_two")
-    runs = ((models, "two"), (models, "one_two"), (paired, "paired_two"))
-    arguments = [str(path) for folders, name in runs for path in (folders, root / name)]
+    runs = [(models, "two", STEPS), (models, "one_two", STEPS)]
+    for name, changes in OTHER_FAMILIES.items():
+        for seed, part in enumerate(("teacher", "student")):
+            write_family_checkpoint(root / name / part, name, seed=seed, **changes)
+        run_alone(root / name, root / f"{name}_one", FEW_STEPS)
+        runs.append((root / name, f"{name}_two", FEW_STEPS))
+    arguments = [str(part) for folders, name, steps in runs for part in (folders, root / name, steps)]
     torchrun(2, str(ROOT / "tests/distill_job.py"), "{}", *arguments)
     return root
 
@@ -83,10 +89,15 @@ def test_two_processes_have_the_losses_of_one_over_20_steps(jobs: Path) -> None:
     assert together == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_family_with_two_layers_a_block_and_a_tied_head_is_split_alike(jobs: Path) -> None:
-    alone, together = losses(jobs / "paired_one"), losses(jobs / "paired_two")
-    assert alone[-1] < 0.9 * alone[0]
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_other_kinds_of_layers_are_split_alike(jobs: Path, name: str) -> None:
+    alone, together = losses(jobs / f"{name}_one"), losses(jobs / f"{name}_two")
+    assert len(alone) == FEW_STEPS and alone[-1] < alone[0]
     assert together == pytest.approx(alone, abs=1e-5)
+    weights = [load_file(jobs / f"{name}_{number}" / "model.safetensors") for number in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for weight, other in zip(weights[0].values(), weights[1].values(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=1e-2, atol=1e-4)
 
 
 def test_both_processes_end_with_the_weights_of_one(jobs: Path) -> None:
