@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs bench bench-ranking bench-recovery bench-score clean
+.PHONY: demo test test-slow check docs bench bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,15 @@ bench-score: $(READY)  ## scoring: speed, memory, and an 8B model where there is
 	$(BIN)/python examples/benchmarks/layer_scores.py
 	$(BIN)/python examples/benchmarks/score_memory.py
 	$(BIN)/python examples/benchmarks/score_8b_gpu.py
+
+bench-distill: $(READY)  ## whole distillation steps against a KDTrainer-style loop
+	$(BIN)/python examples/benchmarks/distill_step.py
+
+bench-qat: $(READY)  ## what FP8 exports lose without and with training through FP8 rounding
+	$(BIN)/python examples/benchmarks/qat.py
+
+bench-gpu: $(READY)  ## distillation speed on the GPU of this machine
+	$(BIN)/python examples/gpu/distill_8b.py
 
 clean:
 	rm -rf $(VENV) demo_output recovery_output

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from distill.checkpointing import STATE_FOLDER, Progress
 from distill.data import PackedWindows
+from distill.engine import EngineSettings
 from distill.estimate import estimate_memory
 from distill.loop import METRICS_FILE, distill
 from distill.optimizers import make_optimizer
@@ -75,7 +77,11 @@ def held_out() -> EvaluationWindows:
 
 
 def run(
-    models: Path, folder: Path, settings: DistillSettings = SETTINGS, stop_after: int | None = None
+    models: Path,
+    folder: Path,
+    settings: DistillSettings = SETTINGS,
+    stop_after: int | None = None,
+    engine: EngineSettings | None = None,
 ) -> tuple[nn.Module, Progress]:
     """Distil into ``folder``; fail as a crash would after ``stop_after`` steps."""
 
@@ -93,6 +99,7 @@ def run(
         settings=settings,
         folder=folder,
         validation=held_out(),
+        engine=engine,
         on_step=crash,
     )
     return student_model, progress
@@ -269,6 +276,19 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(models:
     assert_same_tensors(student_model.state_dict(), before)
     assert [record["skipped"] for record in metrics(tmp_path)] == [True] * 20
     assert metrics(tmp_path)[0]["loss"] is None
+
+
+def test_steps_whose_loss_rises_suddenly_are_skipped_and_do_not_count_as_usual(models: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tokens=44 * SETTINGS.tokens_per_step, learning_rate=1e-9, save_every=100)
+    _, progress = run(models, tmp_path / "run", settings, engine=EngineSettings(spike_factor=1.02))
+    records = metrics(tmp_path / "run")
+    usual: list[float] = []
+    for record in records:
+        is_spike = len(usual) >= 32 and record["loss"] > 1.02 * median(usual[-32:])
+        assert record["skipped"] == is_spike, record["step"]
+        if not is_spike:
+            usual.append(record["loss"])
+    assert progress.skipped_steps == sum(record["skipped"] for record in records) > 0
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:

@@ -134,6 +134,40 @@ def test_a_run_of_two_processes_is_continued_by_one(jobs: Path, models: Path, tm
     assert losses(tmp_path / "two_one")[:10] == losses(jobs / "two")[:10]
 
 
+def test_one_process_with_an_offloaded_teacher_splits_among_itself_alone(
+    jobs: Path,
+    models: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The way a single GPU goes: the same hooks and gathers as with many, over a mesh of one."""
+    engine = EngineSettings(teacher_offload="cpu", activation_checkpointing=True, keep_last=2)
+    with joined_placement("cpu", engine) as placement:
+        assert placement.mesh is not None
+        report = run(models, tmp_path / "run", placement, engine, "float32", num_steps=FEW_STEPS)
+    assert report["all_split"]
+    assert not torch.distributed.is_initialized()
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(jobs / "one")[0], abs=1e-6)
+    assert len(losses(tmp_path / "run")) == FEW_STEPS
+
+
+@pytest.mark.slow
+def test_bfloat16_in_two_processes_stays_near_float32(jobs: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = json.dumps({"dtype": "bfloat16"})
+    torchrun(2, str(ROOT / "tests/distill_job.py"), options, str(models), str(tmp_path / "run"), str(STEPS))
+    assert losses(tmp_path / "run") == pytest.approx(losses(jobs / "one"), rel=0.05)
+    assert losses(tmp_path / "run") != losses(jobs / "two")
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:  # noqa: F811
+    found = []
+    for name, engine in (("plain", EngineSettings()), ("compiled", EngineSettings(compile_layers=True))):
+        with joined_placement("cpu", engine) as placement:
+            run(models, tmp_path / name, placement, engine, "float32", num_steps=FEW_STEPS, count=False)
+        found.append(losses(tmp_path / name))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
     shares = [rows_of_process(6, Processes(rank=rank, world_size=3)) for rank in range(3)]
     assert shares == [(0, 2), (2, 2), (4, 2)]
