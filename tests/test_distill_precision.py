@@ -4,7 +4,6 @@ through an export's rounding computes with the very weights that the export stor
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -102,11 +101,3 @@ def test_qat_computes_with_the_weights_that_the_export_stores(stored_in_bf16: Ch
         torch.testing.assert_close(inputs.grad, weight.sum(0).expand_as(inputs))
         assert linear.weight.grad is not None
         torch.testing.assert_close(linear.weight.grad, rounded_inputs.sum(0).expand_as(weight))
-
-
-@pytest.mark.slow
-def test_a_student_trained_through_fp8_loses_less_in_the_fp8_export(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "examples" / "benchmarks" / "qat.py"
-    result = runpy.run_path(str(script))["run"](tmp_path, 16 * 1024, 8 * 1024)
-    assert result.qat_kl < 0.9 * result.plain_kl
-    assert result.qat_agreement > result.plain_agreement
