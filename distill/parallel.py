@@ -167,10 +167,11 @@ def split(
     ``low_dtype``: what weights are gathered and multiplied in; gradients are summed in float32 always. The final norm
     and the LM head stay gathered from the forward pass on, because the loss uses them after it.
     """
+    has_gpu = mesh.device_type == "cuda"  # pinned memory is for copies to a GPU
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=low_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offload_to_cpu else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=has_gpu) if offload_to_cpu else OffloadPolicy(),
     }
     units = (part.parts.embeddings, *part.layers)
     for unit in units:
