@@ -26,6 +26,7 @@ class LossModel:
     source: Architecture
     scores: Scores
     metric: str
+    _lost_by_number: dict[tuple[str, int], Array] = field(default_factory=dict, repr=False, compare=False)
     _measured: dict[str, list[tuple[int, Array]]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -80,12 +81,20 @@ class LossModel:
         key = axis if axis == "hidden" else f"{axis}.{layer_idx}"
         if key not in self.scores.units:  # only layer scores are known, as in files measured elsewhere
             return (size - width) / size
-        energy = self.scores.units[key].astype(np.float64) ** 2
+        if (axis, layer_idx) not in self._lost_by_number:
+            self._lost_by_number[axis, layer_idx] = self._lost_shares(self.scores.units[key], axis, layer_idx)
+        shares = self._lost_by_number[axis, layer_idx]
+        return float(shares[(size - width) * (len(shares) - 1) // size])
+
+    def _lost_shares(self, unit_scores: Array, axis: str, layer_idx: int) -> Array:
+        """The share of all squared scores that goes with the lowest n units of each group, by n from 0 to all."""
+        energy = unit_scores.astype(np.float64) ** 2
         group_axis = None if axis == "hidden" else self._kind(layer_idx).unit_groups.get(axis)
         num_groups = self.source.layers[layer_idx].sizes[group_axis] if group_axis else 1
         by_group = np.sort(energy.reshape(*energy.shape[:-1], num_groups, -1))
-        lost = by_group[..., : (size - width) // num_groups]
-        return float(lost.sum() / max(energy.sum(), np.finfo(np.float64).tiny))
+        lost = by_group.reshape(-1, by_group.shape[-1]).sum(axis=0).cumsum()
+        shares: Array = np.concatenate([[0.0], lost]) / max(lost[-1], np.finfo(np.float64).tiny)
+        return shares
 
     def _kind(self, layer_idx: int) -> LayerKind:
         return LAYER_KINDS[self.source.layers[layer_idx].kind]

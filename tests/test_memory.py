@@ -1,7 +1,7 @@
 """Guarantee: memory is bytes. Weight terms equal the data of safetensors files, cache terms the real cache tensors.
 
-Checked on the embedded model and on cuts of it, for every precision that is written or computed here. NVFP4, which no
-CPU computes, is checked against the tensors of modelopt's own quantiser.
+Checked on the embedded model and on cuts of it, for every precision that is written or computed here; NVFP4 against
+the tensors of modelopt's own quantiser too.
 """
 
 from __future__ import annotations
@@ -106,8 +106,10 @@ def test_cache_terms_are_the_bytes_of_the_filled_cache(embedded: Checkpoint, cut
     assert {term: bytes_of(breakdown, (term,)) for term in ("kv_cache", "ssm_state", "conv_state")} == dict(real)
 
 
-@pytest.mark.parametrize("fp8_kv_cache", [False, True])
-def test_weight_terms_are_the_data_of_an_fp8_export(embedded: Checkpoint, fp8_kv_cache: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "fp8_kv_cache"), [("fp8", False), ("fp8", True), ("nvfp4", True)])
+def test_weight_terms_are_the_data_of_a_quantized_export(
+    embedded: Checkpoint, scheme: str, fp8_kv_cache: bool, tmp_path: Path
+) -> None:
     """Shared by the whole model and a cut of it, because an export calibrates and runs what it writes."""
     from minipuzzle.checkpoint import read_safetensors_header
     from minipuzzle.export.run import ExportRequest, export_checkpoint
@@ -117,14 +119,14 @@ def test_weight_terms_are_the_data_of_an_fp8_export(embedded: Checkpoint, fp8_kv
     pruned.mkdir()
     write_pruned(embedded, cuts_of(embedded.architecture)["narrower"], pruned)
     for source in (embedded, Checkpoint.open(pruned)):
-        out = tmp_path / f"{source.folder.name}-fp8"
+        out = tmp_path / f"{source.folder.name}-quantized"
         tokens = torch.arange(64).reshape(2, 32)
-        request = ExportRequest(scheme="fp8", fp8_kv_cache=fp8_kv_cache)
+        request = ExportRequest(scheme=scheme, fp8_kv_cache=fp8_kv_cache)
         export_checkpoint(source, out, request, calibration_token_ids=tokens)
         stored = sum(
             entry.num_bytes for file in out.glob("*.safetensors") for entry in read_safetensors_header(file).values()
         )
-        deployment = Deployment(weights="fp8", kv_cache="fp8" if fp8_kv_cache else "bf16")
+        deployment = Deployment(weights=scheme, kv_cache="fp8" if fp8_kv_cache else "bf16")
         assert bytes_of(memory_breakdown(source.architecture, deployment), WEIGHT_TERMS) == stored
 
 
