@@ -111,6 +111,23 @@ def test_parameter_count_equals_the_transformers_model(family: Family, config: C
     assert family.read(config).num_parameters == num_stored(model)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "published"),
+    [  # blocks, hidden, ffn, heads, key-value heads, vocabulary; whether the head is tied
+        ("llama", (32, 4096, 14336, 32, 8, 128256, False), 8_030_261_248),  # Llama 3.1 8B
+        ("llama", (30, 576, 1536, 9, 3, 49152, True), 134_515_008),  # SmolLM2 135M
+        ("mistral", (32, 4096, 14336, 32, 8, 32000, False), 7_241_732_096),  # Mistral 7B
+        ("qwen2", (28, 3584, 18944, 28, 4, 152064, False), 7_615_616_512),  # Qwen2.5 7B
+        ("qwen3", (36, 4096, 12288, 32, 8, 151936, False), 8_190_735_360),  # Qwen3 8B
+    ],
+)
+def test_known_models_have_their_published_parameter_counts(model_type: str, sizes: Any, published: int) -> None:
+    fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    config = {key: value for key, value in TINY_CONFIGS[model_type].items() if key != "head_dim"}
+    config |= dict(zip((*fields, "vocab_size", "tie_word_embeddings"), sizes, strict=True))
+    assert read_architecture(config).num_parameters == published
+
+
 def num_stored(model: torch.nn.Module) -> int:
     """Elements of all that a checkpoint stores; tied weights once."""
     return sum({id(weight): weight.numel() for weight in model.state_dict(keep_vars=True).values()}.values())
