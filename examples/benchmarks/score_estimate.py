@@ -53,7 +53,7 @@ def estimate(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> np.ndarray:
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
     """Rank correlation; there are no ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def main() -> None:
