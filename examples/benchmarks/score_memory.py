@@ -1,13 +1,12 @@
 """Memory of scoring: a random checkpoint of 2 GiB within --device-memory 512MiB, against a run with all of it resident.
 
-Peak resident memory (ru_maxrss) of a process that scores, less that of one that only imports torch. Writes
+Peak resident memory (VmHWM) of a process that scores, less that of one that only imports torch. Writes
 score_memory.md.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from minipuzzle.units import GIB, MIB
 PATTERN = "M---*---M---*---M---M---M---M---"
 SIZES = {
     "hidden_size": 1024,
-    "intermediate_size": 18432,
+    "intermediate_size": 20480,
     "vocab_size": 16384,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
@@ -79,8 +78,9 @@ def score(folder: Path, limit_bytes: int) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has had resident. (ru_maxrss would count its parent's as well.)"""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 def in_a_process_of_its_own(*arguments: str) -> dict[str, Any]:
