@@ -19,14 +19,16 @@ SMALL = ["--context", "64", "--samples", "2", "--sequence-length", "16", "--gran
 def test_a_sweep_writes_the_best_measured_plan_of_each_budget(
     tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "frontier"
+    out, validation = tmp_path / "frontier", tmp_path / "validation.txt"
+    validation.write_text("Seven wizards jump over a lazy fox.", encoding="utf-8")
     arguments = ["prune", str(tiny_folder), "--data", str(text_file), *SMALL, "--candidates", "2", "-o", str(out)]
-    result = CliRunner().invoke(main, [*arguments, "--sweep", "40%:90%:10%", "--json"])
+    result = CliRunner().invoke(main, [*arguments, "--validation", str(validation), "--sweep", "40%:90%:10%", "--json"])
     assert result.exit_code == 0, result.output
     record = json.loads(result.output)
     source = Checkpoint.open(tiny_folder).architecture
     points, candidates = record["frontier"], record["candidates"]
     assert len(points) == 6 and points[0]["memory_bytes"] is None and points[-1]["memory_bytes"] is not None
+    assert {candidate["num_tokens"] for candidate in candidates} == {35}  # a byte a token, the first after the opening
     for point in points:
         fitting = [candidate for candidate in candidates if candidate["memory_bytes"] <= point["budget_bytes"]]
         assert point["quality"] == min((candidate["kl"] for candidate in fitting), default=None)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.commands import prune
 from minipuzzle.corpus import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import evaluate
@@ -25,6 +26,7 @@ from minipuzzle.models import build_model, load_model
 from minipuzzle.plan import Plan, keep_everything
 from minipuzzle.prefix_tree import PrefixTree, build_tree
 from minipuzzle.ranking import (
+    RANK_BY,
     PlanQuality,
     RankedPlan,
     best_first,
@@ -170,6 +172,10 @@ def test_the_order_follows_the_criterion_and_ties_the_prediction() -> None:
     assert names("loss") == "bacd"
     # ranks by accuracy b a c d, by agreement c a b d: a 1 + 1, b 0 + 2, c 2 + 0 are equal, then by prediction
     assert names("mean-rank") == "cbad"
+
+
+def test_the_command_offers_every_criterion() -> None:
+    assert prune.RANK_BY == RANK_BY
 
 
 def test_ranking_returns_the_best_first(tiny_checkpoint: Checkpoint) -> None:
