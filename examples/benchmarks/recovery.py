@@ -297,6 +297,13 @@ def _cut(done: dict[str, Any]) -> str:
     )
 
 
+def _missing(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What a run that was cut short has not measured."""
+    measured = {row[0] for row in table_rows(results)}
+    if missing := [budget for budget in BUDGETS if budget not in measured]:
+        yield f"- Not measured yet: {', '.join(missing)}. The run continues where it was stopped."
+
+
 def write_page(setting: Setting, results: Sequence[dict[str, Any]], teacher_loss: float) -> None:
     """The result page beside this script."""
     rows = ["| " + " | ".join(row) + " |" for row in table_rows(results)]
@@ -319,7 +326,7 @@ Written by `{Path(__file__).name}` (`make bench-recovery`), whose docstring says
 The last column has the standard error of the difference over windows of text. A training of {setting.tokens:,} tokens
 is {setting.tokens // 512} steps; it stands for the paper's short distillation, not for a recovery that is complete.
 
-{chr(10).join(remarks(results))}
+{chr(10).join([*remarks(results), *_missing(results)])}
 
 All cuts: before and after distillation. The validation loss chose among ours; the held-out loss chose nothing.
 
