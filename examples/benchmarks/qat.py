@@ -43,9 +43,9 @@ def run(folder: Path, training_tokens: int = TRAINING_TOKENS, evaluation_tokens:
     settings = DistillSettings(
         tokens=training_tokens,
         sequence_length=256,
-        batch_sequences=8,
-        micro_batch_sequences=8,
-        learning_rate=2e-4,
+        batch_sequences=4,
+        micro_batch_sequences=4,
+        learning_rate=3e-5,
         weight_decay=0.0,
     )
     distill_checkpoint(
