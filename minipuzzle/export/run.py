@@ -24,7 +24,7 @@ from minipuzzle.export.write import ExportTensors, deployed_architecture, write_
 from minipuzzle.outputs import check_target_folder, output_folder
 from minipuzzle.progress import Advance, no_progress
 
-_CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
+CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
 _RANDOM_WINDOWS, _RANDOM_TOKENS = 4, 256  # of verification without text
 
 
@@ -167,7 +167,7 @@ def export_checkpoint(
         verification = _verify(tensors, request, calibration_token_ids, partial) if request.verifies else None
         facts = _card_facts(layout, request, calibration_token_ids, verification)
         warnings = write_model_card(partial, checkpoint, facts)
-        (partial / _CALIBRATION_FILE).unlink(missing_ok=True)
+        (partial / CALIBRATION_FILE).unlink(missing_ok=True)
         written = Checkpoint.open(partial)
         return ExportedFolder(
             folder=out,
@@ -197,7 +197,7 @@ def _calibrate(
     if not layout.needs_calibration:
         return ActivationAmax()
     assert token_ids is not None
-    path = partial / _CALIBRATION_FILE
+    path = partial / CALIBRATION_FILE
     if path.is_file():
         advance(len(checkpoint.architecture.layers))
         return ActivationAmax(**read_json(path))

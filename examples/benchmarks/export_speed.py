@@ -1,0 +1,201 @@
+"""Export of a random 3 GiB checkpoint: peak memory and speed, against plain file copy plus hashing in the same run.
+
+Each export runs in a process of its own, whose largest resident memory the system reports; seconds are those of the
+export itself, without the imports. Writes export_speed.md beside this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from minipuzzle.checkpoint import Checkpoint, write_json
+from minipuzzle.corpus import read_documents, sample_windows
+from minipuzzle.export.calibration import CalibrationMethod
+from minipuzzle.export.run import ExportRequest, export_checkpoint
+from minipuzzle.export.shards import TensorHeader, plan_shards, write_index
+from minipuzzle.families import FAMILIES, family_of
+from minipuzzle.models import load_tokenizer
+from minipuzzle.units import GIB, MIB
+
+EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
+MEMORY_LIMIT_BYTES = 512 * MIB  # of the layers in memory while calibrating and verifying
+RUNS: dict[str, ExportRequest] = {
+    "BF16, every tensor read back": ExportRequest(),
+    "FP8, dynamic activations, not run": ExportRequest(scheme="fp8-dynamic", verifies=False),
+    "FP8, one scale a tensor, not run": ExportRequest(scheme="fp8", verifies=False),
+    "NVFP4, not run": ExportRequest(scheme="nvfp4", verifies=False),
+    "FP8, calibrated, run and compared": ExportRequest(scheme="fp8", device_memory_bytes=MEMORY_LIMIT_BYTES),
+}
+CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 2, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One run."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+def write_random_checkpoint(folder: Path, *, num_pairs: int = 24, hidden: int = 2048) -> Path:
+    """A hybrid with random BF16 weights, written tensor by tensor, with a real tokenizer."""
+    folder.mkdir(parents=True)
+    pattern = "M-" * num_pairs + "*-"
+    config = {
+        **FAMILIES["nemotron_h"].tiny_config,
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "vocab_size": 32_000,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "mamba_num_heads": hidden // 32,
+        "mamba_head_dim": 64,
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "chunk_size": 64,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+    write_json(folder / "config.json", config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EXAMPLE / "model" / name, folder / name)
+    tensors = list(family_of(config).read(config).tensors())
+    units = [[TensorHeader(name=tensor.name, dtype="BF16", shape=tensor.shape)] for tensor in tensors]
+    shards = plan_shards(folder, units, 10**9)
+    generator = torch.Generator().manual_seed(0)
+    for shard in shards:
+        with shard.open():
+            for header in shard.headers.values():
+                values = torch.randn(header.shape, generator=generator) * (
+                    hidden**-0.5 if len(header.shape) > 1 else 0.1
+                )
+                values += 1.0 if header.name.endswith(("norm.weight", "norm_f.weight")) else 0.0
+                shard.write(header.name, values.to(torch.bfloat16))
+    write_index(folder, shards)
+    return folder
+
+
+def copy_and_hash(source: Path, target: Path) -> None:
+    """What any tool does at least: copy all files, then read and hash the copies."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+        digest = hashlib.sha256()
+        with (target / file.name).open("rb") as copied:
+            while block := copied.read(1 << 20):
+                digest.update(block)
+    os.sync()
+
+
+def run_one(name: str, source: Path, target: Path) -> float:
+    """Seconds of one run in this process."""
+    if name == "copy":
+        start = time.perf_counter()
+        copy_and_hash(source, target)
+        return time.perf_counter() - start
+    checkpoint = Checkpoint.open(source)
+    documents = read_documents([EXAMPLE / "text" / "calibration.jsonl"])
+    token_ids = sample_windows(
+        load_tokenizer(source), documents, num_samples=CALIBRATION_WINDOWS, sequence_length=CALIBRATION_TOKENS
+    )
+    request = RUNS[name]
+    needs_text = request.scheme in ("fp8", "nvfp4")
+    if not request.verifies and needs_text:
+        # Calibration is measured by the run that is compared: here its result is put in place, as after a kill.
+        _leave_calibration(checkpoint, request, token_ids, target)
+    start = time.perf_counter()
+    export_checkpoint(checkpoint, target, request, calibration_token_ids=token_ids if needs_text else None)
+    os.sync()
+    return time.perf_counter() - start
+
+
+def _leave_calibration(checkpoint: Checkpoint, request: ExportRequest, token_ids: torch.Tensor, target: Path) -> None:
+    from minipuzzle.export.run import CALIBRATION_FILE
+    from minipuzzle.outputs import PROVENANCE_FILE, output_record
+
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir()
+    write_json(partial / PROVENANCE_FILE, output_record(request.provenance(checkpoint, token_ids)))
+    layout = request.layout(checkpoint)
+    write_json(partial / CALIBRATION_FILE, {"inputs": dict.fromkeys(layout.quantized, 10.0), "outputs": {}})
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident; ru_maxrss would count its parent's as well."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+
+
+def measure(name: str, source: Path, target: Path) -> Measured:
+    """One run in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, str(source), str(target)]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    shutil.rmtree(target)
+    found = json.loads(result.stdout.splitlines()[-1])
+    return Measured(name=name, seconds=found["seconds"], peak_bytes=found["peak_bytes"])
+
+
+def run(folder: Path) -> tuple[int, list[Measured]]:
+    """Bytes of the checkpoint, and the results of each kind of run."""
+    source = write_random_checkpoint(folder / "source")
+    names = ["copy", *RUNS]
+    return Checkpoint.open(source).weight_bytes, [measure(name, source, folder / "out") for name in names]
+
+
+def render(source_bytes: int, results: list[Measured]) -> str:
+    """The result page."""
+    copy = results[0]
+    lines = [
+        f"| {r.name} | {r.seconds:.1f} | {source_bytes / GIB / r.seconds:.2f} | {copy.seconds / r.seconds:.2f} | "
+        f"{r.peak_bytes / GIB:.2f} |"
+        for r in results
+    ]
+    calibration = f"{CALIBRATION_WINDOWS} windows of {CALIBRATION_TOKENS} tokens, {CalibrationMethod().algorithm}"
+    return (
+        f"""# Export of a random checkpoint of {source_bytes / GIB:.2f} GiB
+
+Written by `make bench-export` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__},
+transformers {transformers.__version__}. One process a run. *copy*: all files copied,
+then read and hashed (SHA-256). *speed*: relative to that. *peak*: largest resident memory of the process, imports
+included. The last run also calibrates ({calibration}) and runs the model three times, with
+{MEMORY_LIMIT_BYTES // MIB} MiB for one layer at a time; the others write only.
+
+| | seconds | GiB of source/s | speed | peak GiB |
+|---|---:|---:|---:|---:|
+"""
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def main() -> None:
+    """Measure everything, or one run (internal)."""
+    if sys.argv[1:2] == ["--one"]:
+        seconds = run_one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_rss_bytes()}))
+        return
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+        page = render(*run(Path(folder)))
+    Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
