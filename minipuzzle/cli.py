@@ -67,7 +67,3 @@ def main(debug: bool) -> None:
     """
     # On a CPU transformers would say of every Mamba kernel that it runs in plain torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-if __name__ == "__main__":
-    main()

@@ -259,7 +259,7 @@ def test_a_target_that_cannot_be_written_is_refused(model: Path, text_file: Path
 
 def test_json_errors_are_json(model: Path, text_file: Path, tmp_path: Path) -> None:
     change_config(model, model_type="gpt_unheard_of")
-    command = [sys.executable, "-m", "minipuzzle.cli", *map(str, prune_arguments(model, text_file, tmp_path / "out"))]
+    command = [sys.executable, "-m", "minipuzzle", *map(str, prune_arguments(model, text_file, tmp_path / "out"))]
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert json.loads(result.stdout)["exit_code"] == 1
@@ -278,7 +278,7 @@ def test_a_user_error_takes_its_partial_folder_along_and_a_crash_leaves_it(tmp_p
 def kill_half_way(arguments: list[str | Path], out: Path) -> None:
     """Start a command and kill it as soon as it has begun its partial folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minipuzzle.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "minipuzzle", *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = out.with_name(out.name + ".partial")
     deadline = time.monotonic() + 60

@@ -143,7 +143,7 @@ def test_a_terminated_command_leaves_a_partial_folder_that_the_same_command_fini
 ) -> None:
     out = tmp_path / "out"
     arguments = command(student, text_file, out, "--tokens", "64k")  # the later --tokens wins
-    process = subprocess.Popen([sys.executable, "-m", "minipuzzle.cli", *arguments], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "minipuzzle", *arguments], stderr=subprocess.PIPE)
     metrics = tmp_path / "out.partial" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.01)

@@ -169,7 +169,7 @@ def test_prune_races_finalists_and_a_killed_race_goes_on(tiny_folder: Path, text
 
 def kill_after_the_first_finalist(arguments: list[str], out: Path) -> None:
     """Start a command and kill it once one finalist is done and another under way."""
-    command = [sys.executable, "-m", "minipuzzle.cli", *arguments]
+    command = [sys.executable, "-m", "minipuzzle", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     record = out.with_name(out.name + ".partial") / "finalists" / "race" / RACE_FILE
     deadline = time.monotonic() + 300

@@ -124,7 +124,7 @@ def readme_commands() -> list[str]:
 def test_every_command_in_the_readme_parses(line: str) -> None:
     program, *arguments = shlex.split(line)
     if program == "torchrun":
-        assert arguments[1:3] == ["-m", "minipuzzle.cli"]
+        assert arguments[1:3] == ["-m", "minipuzzle"]
         program, arguments = "minipuzzle", arguments[3:]
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -132,7 +132,7 @@ def distill(
     """Recover a cut model: STUDENT learns the next-token distributions of its teacher.
 
     Interrupted with Ctrl-C or killed, the run leaves OUT.partial, and the same command continues from there. On many
-    GPUs: torchrun --nproc-per-node=8 -m minipuzzle.cli distill ...; any number of processes continues what any other
+    GPUs: torchrun --nproc-per-node=8 -m minipuzzle distill ...; any number of processes continues what any other
     number began.
     """
     from minipuzzle.checkpoint import Checkpoint
