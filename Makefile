@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow test-engines check docs bench bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export clean
+.PHONY: demo test test-slow test-engines check docs bench bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +81,12 @@ bench-gpu: $(READY)  ## distillation speed on the GPU of this machine
 
 bench-export: $(READY)  ## memory and speed of exports on a random 3 GiB checkpoint
 	$(BIN)/python examples/benchmarks/export_speed.py
+
+bench-loss: $(READY)  ## memory and time of the distillation loss; writes distill_loss.md
+	$(BIN)/python examples/benchmarks/distill_loss.py
+
+bench-recovery-curve: $(READY)  ## held-out KL and loss against tokens of distillation, three seeds; continues too
+	$(BIN)/python examples/benchmarks/recovery_curve.py --folder recovery_output/curve
 
 clean:
 	rm -rf $(VENV) demo_output recovery_output

@@ -32,6 +32,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.processes import Processes
 
 STATE_FOLDER = "state"
+LARGEST_KL = 1e30  # above any, and a number for JSON
 _UNFINISHED_SUFFIX = ".unfinished"
 _REMOVED_SUFFIX = ".removed"
 _PROGRESS_FILE = "progress.json"
@@ -44,6 +45,7 @@ _MODEL, _OPTIMIZER, _GENERATOR = "model/", "optimizer/", "generator/"
 class Progress:
     """Where a run stands after ``step`` steps. ``epoch`` and ``index`` name the next window of the data.
 
+    ``best_step``: the one after which the validation KL was lowest so far; 0 before any evaluation.
     ``recent_losses``: those of the last steps that were taken, by which a sudden rise is known.
     """
 
@@ -54,6 +56,10 @@ class Progress:
     train_seconds: float = 0.0
     validation_kl_before: float | None = None
     validation_kl_after: float | None = None
+    validation_loss_before: float | None = None
+    validation_loss_after: float | None = None
+    best_step: int = 0
+    best_validation_kl: float = LARGEST_KL
     recent_losses: tuple[float, ...] = ()
 
 

@@ -6,23 +6,24 @@ own sequences; the loss is divided by the number of valid tokens in the batches 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from distill.checkpointing import Progress, StateStore, TrainingState
-from distill.data import PackedWindows
+from distill.data import BlendedWindows, PackedWindows
 from distill.engine import SPIKE_WINDOW, EngineSettings
 from distill.interrupts import deferred_interrupts
+from distill.losses import LossSettings
 from distill.optimizers import make_optimizer
-from distill.pair import DistillPair
+from distill.pair import Distance, DistillPair
 from distill.parallel import make_pair, rows_of_process, whole
+from distill.records import append_metrics, forget_metrics_after
 from distill.settings import DistillSettings, OnStep, StepRecord, ignore_step
 from minipuzzle.corpus import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
@@ -31,7 +32,8 @@ from minipuzzle.processes import Processes
 
 SAVE_SECONDS = 300.0
 EVALUATED_MICRO_BATCHES = 8  # at once, because an evaluation keeps no activations of earlier layers
-METRICS_FILE = "metrics.jsonl"
+
+Windows = PackedWindows | BlendedWindows
 
 
 def distill(
@@ -39,7 +41,7 @@ def distill(
     teacher_model: nn.Module,
     student_model: nn.Module,
     family: Family,
-    data: PackedWindows,
+    data: Windows,
     settings: DistillSettings,
     folder: Path,
     validation: EvaluationWindows | None = None,
@@ -72,7 +74,7 @@ def distill(
 def distill_pair(
     *,
     pair: DistillPair,
-    data: PackedWindows,
+    data: Windows,
     settings: DistillSettings,
     folder: Path,
     validation: EvaluationWindows | None = None,
@@ -113,7 +115,7 @@ class _Run:
     pair: DistillPair
     state: TrainingState
     store: StateStore
-    data: PackedWindows
+    data: Windows
     settings: DistillSettings
     engine: EngineSettings
     processes: Processes
@@ -126,9 +128,14 @@ class _Run:
         progress = self.store.load_last()
         if progress is None:
             torch.manual_seed(self.settings.seed)
-            progress = Progress(validation_kl_before=self._validation_kl())
+            before = self._validation_distance()
+            progress = (
+                Progress()
+                if before is None
+                else Progress(validation_kl_before=before.kl, validation_loss_before=before.loss)
+            )
         if self.processes.is_first:
-            _forget_metrics_after(self.folder / METRICS_FILE, progress.step)
+            forget_metrics_after(self.folder, progress.step)
         with deferred_interrupts() as is_interrupted:
             try:
                 while progress.step < self.settings.total_steps:
@@ -137,16 +144,26 @@ class _Run:
                         raise KeyboardInterrupt
             finally:
                 self.store.finish()  # a step that fails takes no state with it
-        return progress
+        return self._back_to_best(progress)
+
+    def _back_to_best(self, progress: Progress) -> Progress:
+        """The run's end, with the weights of the best evaluation."""
+        if progress.best_step in (0, progress.step):
+            return progress
+        best = self.store.load(progress.best_step)
+        return replace(
+            progress, validation_kl_after=best.validation_kl_after, validation_loss_after=best.validation_loss_after
+        )
 
     def _step_and_save(self, progress: Progress, is_interrupted: Callable[[], bool]) -> tuple[Progress, bool]:
         """One step and what follows it; also says whether to stop."""
         record = self._step_and_evaluate(progress)
         progress = self._advance(progress, record)
-        must_stop, is_save_due = self._agreed(is_interrupted(), self._is_time_to_save(progress.step))
+        is_best = bool(self.settings.eval_every) and progress.best_step == progress.step
+        must_stop, is_save_due = self._agreed(is_interrupted(), is_best or self._is_time_to_save(progress.step))
         self.store.poll()
         if must_stop or is_save_due:
-            self.store.save(progress)
+            self.store.save(progress, protected_steps=(progress.best_step,))
         if self.processes.is_first:
             self.on_step(record)
         return progress, must_stop
@@ -165,16 +182,22 @@ class _Run:
                 "lower --learning-rate, use --dtype float32, or raise --spike-factor if the text changed that much",
             )
         if self.processes.is_first:
-            _append_metrics(self.folder / METRICS_FILE, record)
+            append_metrics(self.folder, record)
         recent_losses = progress.recent_losses if record.skipped else (*progress.recent_losses, record.loss)
+        best = progress.best_step, progress.best_validation_kl
+        if record.validation_kl is not None and record.validation_kl < progress.best_validation_kl:
+            best = record.step, record.validation_kl
         return replace(
             progress,
             step=record.step,
+            best_step=best[0],
+            best_validation_kl=best[1],
             epoch=next_window.epoch,
             index=next_window.index,
             skipped_steps=skipped_steps,
             train_seconds=progress.train_seconds + self.settings.tokens_per_step / record.tokens_per_second,
             validation_kl_after=record.validation_kl,
+            validation_loss_after=record.validation_loss,
             recent_losses=recent_losses[-SPIKE_WINDOW:],
         )
 
@@ -189,7 +212,9 @@ class _Run:
         record = self._train_step(progress)
         is_last = record.step == self.settings.total_steps
         if is_last or (self.settings.eval_every and record.step % self.settings.eval_every == 0):
-            return replace(record, validation_kl=self._validation_kl())
+            distance = self._validation_distance()
+            if distance is not None:
+                return replace(record, validation_kl=distance.kl, validation_loss=distance.loss)
         return record
 
     def _train_step(self, progress: Progress) -> StepRecord:
@@ -225,46 +250,38 @@ class _Run:
         token_ids_BT, labels_BT = self.data.batch(first_window, num_rows)
         num_valid = (labels_BT != IGNORE).sum().to(self.pair.device, torch.float64)
         denominator = max(1.0, float(self.processes.sum_(num_valid)))
-        sums = torch.zeros(2, device=self.pair.device)
+        sums, loss_settings = torch.zeros(2, device=self.pair.device), _loss_settings(settings)
         for start in range(0, num_rows, settings.micro_batch_sequences):
             micro_batch = slice(start, start + settings.micro_batch_sequences)
             terms = self.pair.loss(
                 token_ids_BT[micro_batch],
                 labels_BT[micro_batch],
                 denominator=denominator,
-                temperature=settings.temperature,
-                ce_weight=settings.ce_weight,
+                settings=loss_settings,
             )
             terms.loss.backward()
             sums += torch.stack([terms.loss.detach(), terms.kl])
         loss, kl = self.processes.sum_(sums).tolist()
         return loss, kl
 
-    def _validation_kl(self) -> float | None:
+    def _validation_distance(self) -> Distance | None:
         if self.validation is None:
             return None
         model = self.state.model
         was_training = model.training
         model.eval()
         batch_sequences = EVALUATED_MICRO_BATCHES * self.settings.micro_batch_sequences
-        validation_kl = self.pair.mean_kl(self.validation, batch_sequences=batch_sequences, processes=self.processes)
+        distance = self.pair.distance(self.validation, batch_sequences=batch_sequences, processes=self.processes)
         model.train(was_training)
-        return validation_kl
+        return distance
 
 
-def _append_metrics(path: Path, record: StepRecord) -> None:
-    values = {name: value for name, value in asdict(record).items() if value is not None}
-    # JSON has no NaN: the loss of a skipped step is null.
-    finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite, allow_nan=False) + "\n")
-
-
-def _forget_metrics_after(path: Path, step: int) -> None:
-    """Remove the lines of steps that will be run again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A killed run may leave half a line at the end.
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+def _loss_settings(settings: DistillSettings) -> LossSettings:
+    return LossSettings(
+        form=settings.form,
+        mixture_share=settings.mixture_share,
+        temperature=settings.temperature,
+        ce_weight=settings.ce_weight,
+        hidden_weight=settings.hidden_weight,
+        top_k=settings.top_k or None,
+    )

@@ -24,6 +24,7 @@ from minipuzzle.units import MIB
 
 # Small chunks stay in a CPU's caches; a GPU needs enough rows to keep its matrix units busy.
 CPU_CHUNK_BYTES = 16 * MIB
+CPU_CHUNK_ROWS = 64  # at least, because each chunk reads and writes the whole gradient of the head
 ACCELERATOR_CHUNK_BYTES = 1024 * MIB
 
 
@@ -56,9 +57,12 @@ class LossSettings:
 
     def chunk_rows(self, vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
         """Rows whose logits are held at once."""
-        by_device = CPU_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
         bytes_per_row = (FORMS[self.form].num_buffers + (self.ce_weight > 0)) * vocabulary * dtype.itemsize
-        return max(1, (self.chunk_bytes or by_device) // bytes_per_row)
+        if self.chunk_bytes is not None:
+            return max(1, self.chunk_bytes // bytes_per_row)
+        if device.type == "cpu":
+            return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // bytes_per_row)
+        return max(1, ACCELERATOR_CHUNK_BYTES // bytes_per_row)
 
 
 class LossTerms(NamedTuple):

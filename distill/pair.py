@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from distill.losses import LossSettings, LossTerms, chunked_kl
+from distill.losses import (
+    LossSettings,
+    LossTerms,
+    TopKTargets,
+    chunked_kl,
+    chunked_topk_kl,
+    hidden_cosine_distance,
+    topk_targets,
+)
+from distill.teacher_cache import TeacherCache
 from minipuzzle.corpus import EvaluationWindows
 from minipuzzle.families import Family
 from minipuzzle.models import ModelParts, parts_of
@@ -57,13 +67,27 @@ class HiddenStates(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distance:
+    """A student on held-out text, in nats per token: forward KL from its teacher, and its loss on the text itself."""
+
+    kl: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillPair:
-    """Two models with one vocabulary. Only hidden states of the teacher are ever kept, never its logits."""
+    """Two models with one vocabulary. Only hidden states of the teacher are ever kept, never its logits.
+
+    ``teacher_cache``: where its targets for training are looked up before it is run; evaluation always runs it.
+    ``kept_channels``: those of the teacher's hidden channels that the student has; None: all.
+    """
 
     teacher: HiddenStates
     student: HiddenStates
     device: torch.device
     compute_dtype: torch.dtype = torch.float32
+    teacher_cache: TeacherCache | None = None
+    kept_channels: tuple[int, ...] | None = None
 
     def loss(
         self,
@@ -71,50 +95,99 @@ class DistillPair:
         labels_BT: Tensor,
         *,
         denominator: float,
-        temperature: float = 1.0,
-        ce_weight: float = 0.0,
+        settings: LossSettings,
     ) -> LossTerms:
         """Summed loss of a batch over ``denominator``; rows whose label is IGNORE do not count."""
-        token_ids_BT = token_ids_BT.to(self.device)
-        with self._autocast():
-            with torch.no_grad():
-                teacher_BTG = self.teacher(token_ids_BT)
-            student_BTH = self.student(token_ids_BT)
-        settings = LossSettings(
-            temperature=temperature,
-            ce_weight=ce_weight,
-            matmul_dtype=None if self.compute_dtype == torch.float32 else self.compute_dtype,
-        )
+        token_ids_BT, labels_N = token_ids_BT.to(self.device), labels_BT.flatten().to(self.device)
+        if self.compute_dtype != torch.float32:
+            settings = replace(settings, matmul_dtype=self.compute_dtype)
+        if self.teacher_cache is not None and torch.is_grad_enabled():
+            targets = self._cached_targets(token_ids_BT, settings)
+            student_NH = self._hidden(self.student, token_ids_BT)
+            return chunked_topk_kl(
+                student_NH,
+                self.student.head_weight,
+                targets,
+                denominator=denominator,
+                labels_N=labels_N,
+                settings=settings,
+            )
+        with torch.no_grad():
+            teacher_NG = self._hidden(self.teacher, token_ids_BT)
+        student_NH = self._hidden(self.student, token_ids_BT)
         terms = chunked_kl(
-            student_BTH.flatten(0, 1),
+            student_NH,
             self.student.head_weight,
-            teacher_BTG.flatten(0, 1),
+            teacher_NG,
             self.teacher.head_weight,
             denominator=denominator,
-            labels_N=labels_BT.flatten().to(self.device),
+            labels_N=labels_N,
             settings=settings,
         )
         self.teacher.release()
-        return terms
+        if settings.hidden_weight == 0:
+            return terms
+        kept = None if self.kept_channels is None else torch.tensor(self.kept_channels, device=self.device)
+        distance = hidden_cosine_distance(
+            student_NH, teacher_NG, denominator=denominator, labels_N=labels_N, kept_channels_H=kept
+        )
+        return terms._replace(loss=terms.loss + settings.hidden_weight * distance)
+
+    def _hidden(self, model: HiddenStates, token_ids_BT: Tensor) -> Tensor:
+        with self._autocast():
+            hidden_BTH: Tensor = model(token_ids_BT)
+        return hidden_BTH.flatten(0, 1)
+
+    def _cached_targets(self, token_ids_BT: Tensor, settings: LossSettings) -> TopKTargets:
+        """The teacher's targets from disk; it runs where they are not there yet."""
+        assert self.teacher_cache is not None
+        must_compute = not self.teacher_cache.holds(token_ids_BT)
+        if self.teacher.is_split:  # it runs in all processes or in none
+            wishes = torch.tensor(float(must_compute), device=self.device)
+            dist.all_reduce(wishes)
+            must_compute = bool(wishes > 0)
+        return self.teacher_cache.targets(
+            token_ids_BT, (lambda: self._targets(token_ids_BT, settings)) if must_compute else None
+        )
 
     @torch.no_grad()
-    def mean_kl(self, windows: EvaluationWindows, *, batch_sequences: int, processes: Processes | None = None) -> float:
-        """Forward KL over all predictions of some windows. Units: nats per token, temperature 1.
+    def _targets(self, token_ids_BT: Tensor, settings: LossSettings) -> TopKTargets:
+        assert self.teacher_cache is not None
+        hidden_NG = self._hidden(self.teacher, token_ids_BT)
+        description = self.teacher_cache.description
+        targets = topk_targets(
+            hidden_NG,
+            self.teacher.head_weight[: description.vocabulary],
+            top_k=description.top_k,
+            temperature=settings.temperature,
+            matmul_dtype=settings.matmul_dtype,
+        )
+        self.teacher.release()
+        return targets
+
+    @torch.no_grad()
+    def distance(
+        self, windows: EvaluationWindows, *, batch_sequences: int, processes: Processes | None = None
+    ) -> Distance:
+        """Forward KL and the student's own loss over all predictions of some windows, at temperature 1.
 
         Each process takes every ``world_size``-th batch; one that has none left runs the first again, uncounted,
         because a split model answers all processes or none.
         """
         processes = processes or Processes()
-        kl = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         starts = range(0, len(windows.token_ids), batch_sequences)
+        settings = LossSettings(ce_weight=0.5)  # any share but none, so that both are computed
         for round_idx in range(math.ceil(len(starts) / processes.world_size)):
             batch_idx = round_idx * processes.world_size + processes.rank
             start = starts[batch_idx] if batch_idx < len(starts) else 0
             batch = slice(start, start + batch_sequences)
-            batch_kl = self.loss(windows.token_ids[batch], windows.labels[batch], denominator=1).kl
-            kl += batch_kl if batch_idx < len(starts) else 0
+            terms = self.loss(windows.token_ids[batch], windows.labels[batch], denominator=1, settings=settings)
+            if batch_idx < len(starts):
+                sums += torch.stack([terms.kl, terms.cross_entropy])
         self.student.release()
-        return float(processes.sum_(kl)) / windows.num_predictions
+        kl, loss = (processes.sum_(sums) / windows.num_predictions).tolist()
+        return Distance(kl=kl, loss=loss)
 
     def _autocast(self) -> AbstractContextManager[object]:
         # A split model casts its weights as it gathers them.

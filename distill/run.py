@@ -11,24 +11,24 @@ from typing import Any
 import torch
 
 from distill.checkpointing import STATE_FOLDER, Progress
-from distill.data import PackedWindows
+from distill.data import TrainingText, blend_of, read_training_text
 from distill.engine import EngineSettings
 from distill.estimate import RunEstimate, estimate_run
 from distill.hardware import PeakMemory, hardware_of
+from distill.inputs import GIVE_TEACHER, SharedVocabulary, kept_hidden_channels, shared_vocabulary
 from distill.loop import distill_pair
 from distill.low_precision import float8_obstacle
 from distill.pair import DistillPair
 from distill.parallel import Placement, joined_placement, open_pair, rows_of_process
+from distill.records import draw_learning_curve
 from distill.results import shared_output_folder, write_result
 from distill.settings import DistillSettings, OnStep, ignore_step
+from distill.teacher_cache import CacheDescription, TeacherCache
 from minipuzzle.checkpoint import Checkpoint, read_json
 from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.models import load_tokenizer
 from minipuzzle.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
 from minipuzzle.processes import processes_from_environment
-
-GIVE_TEACHER = "give the model it was cut from with --teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,24 @@ class DistillRequest:
     out: Path
     engine: EngineSettings = field(default_factory=EngineSettings)
     validation: tuple[Path, ...] = ()
+    teacher_cache: Path | None = None
     device: str = "cpu"
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.teacher_cache is not None and not self.settings.top_k:
+            raise MinipuzzleError("a teacher cache keeps the likeliest tokens only", "say how many with --top-k")
+
+    def cache_description(self, vocabulary_rows: int) -> CacheDescription:
+        """Whose targets a teacher cache holds for this run."""
+        return CacheDescription(
+            teacher_fingerprint=self.teacher.fingerprint,
+            vocabulary=vocabulary_rows,
+            top_k=min(self.settings.top_k, vocabulary_rows),
+            temperature=self.settings.temperature,
+            sequence_length=self.settings.sequence_length,
+            dtype=self.settings.dtype,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +70,37 @@ class PreparedRun:
     """
 
     request: DistillRequest
-    train_windows: PackedWindows
+    text: TrainingText
     validation_windows: EvaluationWindows | None
+    vocabulary: SharedVocabulary
+    kept_channels: tuple[int, ...] | None
     estimate: RunEstimate
     notes: tuple[str, ...] = ()
 
     @property
     def epochs(self) -> float:
-        """How often the training text is seen."""
-        settings = self.request.settings
-        return self.train_windows.epochs(settings.total_steps * settings.tokens_per_step)
+        """How often the training text is seen on average."""
+        windows = self.text.windows
+        return windows.total_windows / sum(source.windows_per_epoch for source in windows.sources.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """What a teacher cache will take on disk once all of the run's windows are in it; 0 without one."""
+        if self.request.teacher_cache is None:
+            return 0
+        windows = self.text.windows
+        num_met = sum(
+            min(source.windows_per_epoch, round(windows.epochs_of(name) * source.windows_per_epoch))
+            for name, source in windows.sources.items()
+        )
+        return num_met * self.request.cache_description(self.vocabulary.rows).window_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
-    """What a finished run did. Validation KL: nats per token at temperature 1; None without validation text.
+    """What a finished run did. Validation figures: nats per token at temperature 1; None without validation text.
 
+    ``best_step``: the step whose weights were written, the one with the lowest validation KL where some were evaluated.
     ``peak_memory_bytes``: of this process, beyond what it held before. ``estimate``: what was expected.
     """
 
@@ -81,6 +112,9 @@ class DistillResult:
     train_seconds: float
     validation_kl_before: float | None
     validation_kl_after: float | None
+    validation_loss_before: float | None
+    validation_loss_after: float | None
+    best_step: int
     peak_memory_bytes: int
     estimate: RunEstimate
 
@@ -127,18 +161,22 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
         checkpoint.require_plain_weights()
     if request.student.architecture.model_type != request.teacher.architecture.model_type:
         raise MinipuzzleError("student and teacher are of different families", GIVE_TEACHER)
-    tokenizer = _shared_tokenizer(request.student, request.teacher)
-    train_windows = PackedWindows.from_texts(
-        tokenizer, read_documents(request.data, tokenizer), sequence_length=settings.sequence_length, seed=settings.seed
-    )
+    vocabulary = shared_vocabulary(request.student, request.teacher)
+    kept_channels = kept_hidden_channels(request.student, request.teacher, settings)
+    blend = blend_of(request.data, settings.held_out)
+    text = read_training_text(vocabulary.tokenizer, blend, settings)
+    held_out = read_documents(request.validation, vocabulary.tokenizer) + text.held_out
     validation_windows = None
-    if request.validation:
-        texts = read_documents(request.validation, tokenizer)
-        validation_windows = evaluation_windows(tokenizer, texts, sequence_length=settings.sequence_length)
+    if held_out:
+        validation_windows = evaluation_windows(
+            vocabulary.tokenizer, held_out, sequence_length=settings.sequence_length
+        )
     return PreparedRun(
         request=request,
-        train_windows=train_windows,
+        text=text,
         validation_windows=validation_windows,
+        vocabulary=vocabulary,
+        kept_channels=kept_channels,
         estimate=estimate_run(
             request.student.architecture,
             request.teacher.architecture,
@@ -180,6 +218,7 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
             write_result(pair, request.student, folder, processes)
             # Last, because until now a run that is killed can still continue from it.
             if processes.is_first:
+                draw_learning_curve(folder, validation_kl_before=progress.validation_kl_before)
                 shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     return DistillResult(
         out=request.out,
@@ -192,6 +231,9 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
         validation_kl_after=progress.validation_kl_after,
         peak_memory_bytes=peak_memory_bytes,
         estimate=prepared.estimate,
+        validation_loss_before=progress.validation_loss_before,
+        validation_loss_after=progress.validation_loss_after,
+        best_step=progress.best_step or progress.step,
     )
 
 
@@ -203,6 +245,7 @@ def distill_checkpoint(
     settings: DistillSettings,
     out: Path,
     validation: Sequence[Path] = (),
+    teacher_cache: Path | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     engine: EngineSettings | None = None,
@@ -220,6 +263,7 @@ def distill_checkpoint(
         out=out,
         engine=engine or EngineSettings(),
         validation=tuple(validation),
+        teacher_cache=teacher_cache,
         device=device,
         overwrite=overwrite,
     )
@@ -234,11 +278,16 @@ def provenance_of(request: DistillRequest) -> dict[str, Any]:
         "student_fingerprint": request.student.fingerprint,
         "teacher": str(request.teacher.folder.resolve()),
         "teacher_fingerprint": request.teacher.fingerprint,
-        "data_fingerprint": fingerprint_files(list(request.data)),
+        "data_fingerprint": fingerprint_files(read_files(request.data)),
         "validation_fingerprint": fingerprint_files(list(request.validation)) if request.validation else None,
         "settings": request.settings.shaping(),
         **request.engine.shaping(),
     }
+
+
+def read_files(data: tuple[Path, ...]) -> list[Path]:
+    """Everything that training text comes from: the paths themselves, and those that a blend file names."""
+    return [*data, *(path for path in blend_of(data).paths if path not in data)]
 
 
 def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: OnStep) -> tuple[DistillPair, Progress]:
@@ -250,9 +299,17 @@ def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: O
         compute_dtype=getattr(torch, request.settings.dtype),
         engine=request.engine,
     )
+    cache = request.teacher_cache
+    pair = replace(
+        pair,
+        kept_channels=prepared.kept_channels,
+        teacher_cache=None
+        if cache is None
+        else TeacherCache(cache, request.cache_description(prepared.vocabulary.rows)),
+    )
     progress = distill_pair(
         pair=pair,
-        data=prepared.train_windows,
+        data=prepared.text.windows,
         settings=request.settings,
         folder=folder,
         validation=prepared.validation_windows,
@@ -261,16 +318,3 @@ def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: O
         on_step=on_step,
     )
     return pair, progress
-
-
-def _shared_tokenizer(student: Checkpoint, teacher: Checkpoint) -> Any:
-    """The one tokenizer of both models; logits of different vocabularies cannot be compared."""
-    sizes = student.architecture.vocabulary, teacher.architecture.vocabulary
-    if sizes[0] != sizes[1]:
-        raise MinipuzzleError(
-            f"the student's vocabulary has {sizes[0]:,} entries, the teacher's {sizes[1]:,}", GIVE_TEACHER
-        )
-    tokenizer, other = load_tokenizer(student.folder), load_tokenizer(teacher.folder)
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise MinipuzzleError("the tokenizers of student and teacher give tokens different numbers", GIVE_TEACHER)
-    return tokenizer

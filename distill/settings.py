@@ -10,6 +10,9 @@ from typing import Any
 from minipuzzle.errors import MinipuzzleError
 
 DTYPES = ("float32", "bfloat16")
+FORMS = ("forward", "reverse", "jsd", "skewed", "reverse-skewed")
+SCHEDULES = ("cosine", "linear", "wsd")
+LAYOUTS = ("packed", "separate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,12 @@ class DistillSettings:
     ``micro_batch_sequences`` at a time, which bounds activation memory and does not change the mean that is minimised.
     ``dtype``: precision of the computation; weights, gradients and optimiser states are float32 always.
     ``save_every`` and ``eval_every`` are in steps; 0 saves every 5 minutes and evaluates only before and after.
+    ``form``: how the distributions are compared, ``mixture_share`` as in LossSettings; ``top_k``: of the teacher, this
+    many likeliest tokens and one outcome for all others (0: all tokens); ``hidden_weight``: weight of the cosine
+    distance between what the two LM heads see.
+    ``schedule``: the learning rate after the warm-up falls along half a cosine, along a line, or stays and falls along
+    a line in the last ``decay_fraction`` of the run (``wsd``, warm-up, stable, decay).
+    ``documents``: how they are laid out in windows (see distill.data); ``held_out``: their share for validation.
 
     Raises: MinipuzzleError for a value out of range.
     Source of the defaults: NVIDIA's recipe for pruned Nemotron models (forward KL at temperature 1, rate 1e-4 falling
@@ -38,6 +47,14 @@ class DistillSettings:
     clip_norm: float = 1.0
     temperature: float = 1.0
     ce_weight: float = 0.0
+    form: str = "forward"
+    mixture_share: float | None = None
+    top_k: int = 0
+    hidden_weight: float = 0.0
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2
+    documents: str = "packed"
+    held_out: float = 0.0
     seed: int = 0
     dtype: str = "float32"
     eval_every: int = 0
@@ -47,11 +64,15 @@ class DistillSettings:
         positive = ("tokens", "sequence_length", "batch_sequences", "micro_batch_sequences", "learning_rate")
         for name in (*positive, "clip_norm", "temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        for name in ("ce_weight", "warmup_fraction", "min_learning_rate_fraction"):
+        for name in ("ce_weight", "warmup_fraction", "min_learning_rate_fraction", "decay_fraction", "held_out"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
-        for name in ("weight_decay", "eval_every", "save_every"):
+        for name in ("weight_decay", "eval_every", "save_every", "top_k", "hidden_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
+        share = self.mixture_share
+        _require(share is None or 0 < share < 1, "mixture_share", share, "a number between 0 and 1")
+        choices = {"dtype": DTYPES, "form": FORMS, "schedule": SCHEDULES, "documents": LAYOUTS}
+        for name, known in choices.items():
+            _require(getattr(self, name) in known, name, getattr(self, name), " or ".join(known))
 
     @property
     def tokens_per_step(self) -> int:
@@ -64,18 +85,21 @@ class DistillSettings:
         return math.ceil(self.tokens / self.tokens_per_step)
 
     def learning_rate_at(self, step_idx: int) -> float:
-        """Learning rate of a step from 0: linear warm-up, then half a cosine down to the minimum in the last step.
+        """Learning rate of a step from 0: linear warm-up, then down to the minimum in the last step by the schedule.
 
         A pure function of the step, so that a resumed run needs no scheduler state.
-        Source: Loshchilov and Hutter (arXiv 1608.03983).
+        Source: Loshchilov and Hutter (arXiv 1608.03983) for the cosine, MiniCPM (arXiv 2404.06395) for wsd.
         """
         warmup_steps = math.ceil(self.warmup_fraction * self.total_steps)
         if step_idx < warmup_steps:
             return self.learning_rate * (step_idx + 1) / (warmup_steps + 1)
-        progress = (step_idx - warmup_steps) / max(1, self.total_steps - 1 - warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        first_falling = warmup_steps
+        if self.schedule == "wsd":
+            first_falling = max(warmup_steps, self.total_steps - 1 - math.ceil(self.decay_fraction * self.total_steps))
+        progress = max(0, step_idx - first_falling) / max(1, self.total_steps - 1 - first_falling)
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
         floor = self.min_learning_rate_fraction
-        return self.learning_rate * (floor + (1 - floor) * cosine)
+        return self.learning_rate * (floor + (1 - floor) * left)
 
     def shaping(self) -> dict[str, Any]:
         """The settings that an interrupted run must share with its continuation."""
@@ -91,7 +115,8 @@ def _require(is_valid: bool, name: str, value: object, wanted: str) -> None:
 class StepRecord:
     """One line of metrics.jsonl.
 
-    Units: ``kl`` nats per token at the training temperature, ``validation_kl`` nats per token at temperature 1 (there
+    Units: ``kl`` (the divergence of the run's form) nats per token at the training temperature, ``validation_kl``
+    (forward) nats per token at temperature 1 and ``validation_loss`` nats per token of the text itself (both there
     only after a step that was followed by an evaluation); ``tokens`` counts from the start of the run.
     """
 
@@ -104,6 +129,7 @@ class StepRecord:
     tokens_per_second: float
     skipped: bool = False
     validation_kl: float | None = None
+    validation_loss: float | None = None
 
 
 OnStep = Callable[[StepRecord], None]

@@ -238,10 +238,12 @@ def test_a_teacher_that_cannot_be_found_is_asked_for(
 
 
 def test_another_vocabulary_is_refused_before_weights_are_read(student: Path, text_file: Path, tmp_path: Path) -> None:
-    larger = write_tiny_checkpoint(tmp_path / "larger", vocab_size=300)
-    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(larger))
+    short = write_tiny_checkpoint(tmp_path / "short", vocab_size=200)
+    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(short))
     assert result.exit_code == 1
-    assert "272" in result.stderr and "300" in result.stderr
+    assert "the teacher's vocabulary has 200 rows, and its tokenizer knows 259 tokens" in " ".join(
+        result.stderr.split()
+    )
     renumbered = write_tiny_checkpoint(tmp_path / "renumbered")
     tokenizer = json.loads((renumbered / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -251,6 +253,71 @@ def test_another_vocabulary_is_refused_before_weights_are_read(student: Path, te
     assert result.exit_code == 1
     assert "different numbers" in result.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_heads_padded_to_other_sizes_are_aligned_and_said_aloud(student: Path, text_file: Path, tmp_path: Path) -> None:
+    larger = write_tiny_checkpoint(tmp_path / "larger", vocab_size=300)
+    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(larger))
+    assert result.exit_code == 0, result.output
+    assert "272 rows in the student and 300 in the teacher: the first 272 are compared" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_a_blend_is_planned_aloud_and_its_sources_belong_to_the_run(
+    student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    shutil.copyfile(text_file, text)
+    blend = tmp_path / "blend.toml"
+    blend.write_text(
+        'held_out = 0.3\n[sources.web]\npath = "text.jsonl"\n[[phases]]\nname = "broad"\nweights = {web = 1}\n'
+    )
+    facts = json.loads(invoke(student, blend, tmp_path / "out", "--dry-run", "--json").stdout)
+    assert [(share["phase"], share["source"], share["num_tokens"]) for share in facts["plan"]] == [
+        ("broad", "web", 384)
+    ]
+    assert any("packed" in note and "Mamba state" in note for note in facts["notes"])
+    assert facts["validation_tokens"] > 0
+    result = invoke(student, blend, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "broad" in result.stderr and "epochs in all" in result.stderr
+    fingerprint = read_json(tmp_path / "out" / PROVENANCE_FILE)["data_fingerprint"]
+    text.write_text(text.read_text() + '{"text": "one more line"}\n')
+    assert invoke(student, blend, tmp_path / "again").exit_code == 0
+    assert read_json(tmp_path / "again" / PROVENANCE_FILE)["data_fingerprint"] != fingerprint
+    over = invoke(student, blend, tmp_path / "over", "--tokens", "64k")  # the later --tokens wins
+    assert over.exit_code == 1 and "above its max_epochs of 4" in " ".join(over.stderr.split())
+    assert not list(tmp_path.glob("over*"))
+
+
+def test_a_second_student_learns_from_the_cache_of_the_first_as_if_it_had_made_it(
+    student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = ("--teacher-cache", str(tmp_path / "cache"), "--top-k", "16")
+    assert invoke(student, text_file, tmp_path / "first", *options).exit_code == 0
+    written = sorted((tmp_path / "cache").iterdir())
+    assert [path.suffix for path in written] == [".json", ".keys", ".targets"]
+    assert written[1].stat().st_size == 12 * 16  # six steps of two windows
+    assert invoke(student, text_file, tmp_path / "second", *options).exit_code == 0
+    assert sorted((tmp_path / "cache").iterdir()) == written
+    first, second = (load_file(tmp_path / side / "model.safetensors") for side in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = invoke(student, text_file, tmp_path / "third", *options, "--temperature", "2")
+    assert other.exit_code == 1 and "temperature" in other.stderr
+
+
+def test_the_best_of_several_evaluations_is_written(
+    student: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--validation", str(held_out), "--eval-every", "1", "--learning-rate", "0.05", "--warmup-fraction", "0")
+    figures = json.loads(invoke(student, text_file, out, *options, "--json").stdout)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    by_kl = {line["validation_kl"]: line["step"] for line in lines}
+    assert figures["best_step"] == by_kl[min(by_kl)]
+    assert figures["validation_kl_after"] == min(by_kl)
+    assert (out / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(student: Path, text_file: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from distill.checkpointing import STATE_FOLDER, saved_steps, step_folder
-from distill.loop import METRICS_FILE
+from distill.records import METRICS_FILE
 from tests.test_distill_loop import SETTINGS, assert_same_tensors, metrics, run, saved_tensors
 from tests.test_distill_loop import models as models
 

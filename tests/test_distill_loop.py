@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -26,12 +27,14 @@ from distill.checkpointing import STATE_FOLDER, Progress
 from distill.data import PackedWindows
 from distill.engine import EngineSettings
 from distill.estimate import estimate_memory
-from distill.loop import METRICS_FILE, distill
+from distill.loop import distill
 from distill.optimizers import make_optimizer
+from distill.records import METRICS_FILE
 from distill.settings import DistillSettings, StepRecord
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.corpus import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.evaluate import evaluate
 from minipuzzle.families import FAMILIES
 from minipuzzle.models import load_model, parts_of
 from tests.tiny_models import write_tiny_checkpoint
@@ -221,6 +224,23 @@ def test_distillation_lowers_the_distance_to_the_teacher_on_held_out_text(models
     assert evaluated[60] == progress.validation_kl_after
 
 
+def test_the_weights_of_the_best_evaluation_are_kept(models: Path, tmp_path: Path) -> None:
+    # So high a rate that the last steps are not the best.
+    settings = replace(SETTINGS, tokens=12 * SETTINGS.tokens_per_step, eval_every=2, save_every=100)
+    settings = replace(settings, learning_rate=1.0, min_learning_rate_fraction=1.0)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(models, tmp_path / "run", settings, stop_after=11)
+    student_model, progress = run(models, tmp_path / "run", settings)
+    evaluated = {r["step"]: r["validation_kl"] for r in metrics(tmp_path / "run") if "validation_kl" in r}
+    assert list(evaluated) == [2, 4, 6, 8, 10, 12]
+    assert progress.best_step == min(evaluated, key=evaluated.__getitem__) < 12
+    teacher_model = load_model(Checkpoint.open(models / "teacher"))
+    found = evaluate(student_model.eval(), FAMILY, held_out(), against=teacher_model)
+    assert found.kl == pytest.approx(progress.validation_kl_after, rel=1e-4)
+    assert found.kl == pytest.approx(min(evaluated.values()), rel=1e-4)
+    assert found.loss == pytest.approx(progress.validation_loss_after, rel=1e-4)
+
+
 def test_a_student_equal_to_its_teacher_is_at_distance_zero(models: Path, tmp_path: Path) -> None:
     progress = distill(
         teacher_model=load_model(Checkpoint.open(models / "teacher")),
@@ -299,6 +319,26 @@ def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
     assert rates[10] == max(rates) == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_other_schedules_end_at_the_same_minimum(schedule: str) -> None:
+    settings = DistillSettings(
+        tokens=100,
+        sequence_length=1,
+        batch_sequences=1,
+        warmup_fraction=0.1,
+        learning_rate=2.0,
+        schedule=schedule,
+        decay_fraction=0.25,
+    )
+    rates = [settings.learning_rate_at(step_idx) for step_idx in range(100)]
+    falls = [before - after for before, after in pairwise(rates[10:])]
+    falling = [fall for fall in falls if fall > 0]
+    assert max(rates) == rates[10] == 2.0 and rates[-1] == pytest.approx(0.2)
+    assert max(falling) == pytest.approx(min(falling))  # along a line
+    assert len(falling) == (89 if schedule == "linear" else 25)
+    assert schedule == "linear" or max(falls[:64]) == 0  # first not at all
 
 
 def test_vectors_and_embeddings_do_not_decay(models: Path) -> None:

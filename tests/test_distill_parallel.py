@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from distill.checkpointing import STATE_FOLDER
 from distill.engine import EngineSettings
-from distill.loop import METRICS_FILE
 from distill.parallel import joined_placement, rows_of_process
+from distill.records import METRICS_FILE
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.processes import Processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from minipuzzle.options import (
 )
 
 if TYPE_CHECKING:
+    from distill.settings import DistillSettings
     from minipuzzle.checkpoint import Checkpoint
     from minipuzzle.demo_report import Stage
 
@@ -108,7 +109,7 @@ def run_demo(teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, sam
     texts = DemoTexts()
     if not (folder / "pruned").is_dir():
         _say("measuring, searching and cutting", quiet)
-        _prune(teacher, folder / "pruned", texts, memory, samples, quiet)
+        prune_demo(teacher, folder / "pruned", texts, memory, samples, quiet)
     pruned = Checkpoint.open(folder / "pruned")
     if not (folder / "distilled").is_dir():
         _say("distilling", quiet)
@@ -128,7 +129,8 @@ def _say(step: str, quiet: bool) -> None:
         click.echo(click.style(f"» {step}", bold=True), err=True)
 
 
-def _prune(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, quiet: bool) -> None:
+def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, quiet: bool) -> None:
+    """Measure, search and cut as the demo does."""
     from minipuzzle.commands.prune import measurer
     from minipuzzle.pruning import PruneRequest, prune
     from minipuzzle.report import print_plan
@@ -149,9 +151,8 @@ def _prune(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sample
         print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), DEPLOYMENT)
 
 
-def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTexts, tokens: int, quiet: bool) -> None:
-    from distill.display import distill_progress
-    from distill.run import distill_checkpoint
+def demo_distillation(tokens: int, *, seed: int = 0, evaluations: int = 0) -> DistillSettings:
+    """The demo's distillation, evaluated so many times on the way."""
     from distill.settings import DistillSettings
 
     # Small steps and softened targets recover most per token in runs this short.
@@ -162,7 +163,16 @@ def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTex
         micro_batch_sequences=4,
         learning_rate=1e-3,
         temperature=2.0,
+        seed=seed,
     )
+    return replace(settings, eval_every=max(1, settings.total_steps // evaluations)) if evaluations else settings
+
+
+def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTexts, tokens: int, quiet: bool) -> None:
+    from distill.display import distill_progress
+    from distill.run import distill_checkpoint
+
+    settings = demo_distillation(tokens)
     with distill_progress(settings.total_steps, quiet=quiet) as on_step:
         distill_checkpoint(
             student=student,

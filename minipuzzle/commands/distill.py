@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill.engine import EngineSettings
-from distill.settings import DTYPES, DistillSettings
+from distill.settings import DTYPES, FORMS, LAYOUTS, SCHEDULES, DistillSettings
 from minipuzzle.commands.distill_engine import (
     engine_options,
     estimate_options,
@@ -35,9 +35,11 @@ from minipuzzle.units import format_count, format_gib
 
 if TYPE_CHECKING:
     from distill.run import DistillResult, PreparedRun
+    from distill.settings import StepRecord
     from minipuzzle.checkpoint import Checkpoint
 
 DEFAULTS = DistillSettings(tokens=1)
+DEFAULT_TOP_K = 64  # of a teacher cache
 
 
 @click.command()
@@ -87,8 +89,79 @@ DEFAULTS = DistillSettings(tokens=1)
     show_default=True,
     help="Share of the loss that comes from the text's own next tokens instead of the teacher.",
 )
+@click.option(
+    "--form",
+    type=click.Choice(FORMS),
+    default=DEFAULTS.form,
+    show_default=True,
+    help="How the distributions are compared: KL from teacher to student, the reverse, or with a mixture of both.",
+)
+@click.option(
+    "--mixture-share",
+    type=float,
+    default=None,
+    help="Share of the first distribution in that mixture; default: 0.5 for jsd, 0.1 for skewed forms.",
+)
+@click.option(
+    "--top-k",
+    type=COUNT,
+    default=DEFAULTS.top_k,
+    help="Of the teacher, this many likeliest tokens and one outcome for all others; default: all, 64 with a cache.",
+)
+@click.option(
+    "--teacher-cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Keep the teacher's top-k targets in this folder, for further epochs and students; several runs may share it.",
+)
+@click.option(
+    "--hidden-weight",
+    type=float,
+    default=DEFAULTS.hidden_weight,
+    show_default=True,
+    help="Weight of the cosine distance between what the two LM heads see.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    default=DEFAULTS.schedule,
+    show_default=True,
+    help="How the learning rate falls after the warm-up; wsd stays high and falls at the end.",
+)
+@click.option(
+    "--warmup-fraction", type=float, default=DEFAULTS.warmup_fraction, show_default=True, help="Part of the run."
+)
+@click.option(
+    "--decay-fraction",
+    type=float,
+    default=DEFAULTS.decay_fraction,
+    show_default=True,
+    help="Part of the run in which wsd lets the rate fall.",
+)
+@click.option(
+    "--documents",
+    type=click.Choice(LAYOUTS),
+    default=DEFAULTS.documents,
+    show_default=True,
+    help="packed: without gaps or resets, as in pre-training; separate: a sequence holds one document, padded.",
+)
+@click.option(
+    "--held-out",
+    type=float,
+    default=DEFAULTS.held_out,
+    show_default=True,
+    help="Share of the documents in --data to keep for validation; a blend file says so itself.",
+)
+@click.option(
+    "--tensorboard",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    help="Write the figures of each step for TensorBoard into this folder.",
+)
 @click.option("--save-every", type=COUNT, default=0, help="Save the state every N steps; default: every 5 minutes.")
-@click.option("--eval-every", type=COUNT, default=0, help="Evaluate every N steps; default: before and after the run.")
+@click.option(
+    "--eval-every", type=COUNT, default=0, help="Evaluate every N steps and write the best; default: before and after."
+)
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -116,6 +189,8 @@ def distill(
     data: tuple[Path, ...],
     tokens: int | None,
     validation: tuple[Path, ...],
+    teacher_cache: Path | None,
+    tensorboard: Path | None,
     out: Path | None,
     device: str | None,
     dtype: str | None,
@@ -143,6 +218,8 @@ def distill(
         _convert(Checkpoint.open(student), out, to_hf, overwrite=overwrite, as_json=as_json)
         return
     require_options(tokens=tokens)
+    if teacher_cache is not None:
+        options["top_k"] = options["top_k"] or DEFAULT_TOP_K
     device = "cuda" if estimate and gpus else default_device(device)
     settings = _settings({"tokens": tokens, **options}, dtype or ("float32" if device == "cpu" else "bfloat16"))
     if estimate:
@@ -159,6 +236,8 @@ def distill(
         out,
         data=data,
         validation=validation,
+        teacher_cache=teacher_cache,
+        tensorboard=tensorboard,
         settings=settings,
         engine=engine,
         device=device,
@@ -169,9 +248,17 @@ def distill(
 
 
 def _distill(
-    student: Path, teacher: Path | None, out: Path, *, dry_run: bool, as_json: bool, **request_fields: Any
+    student: Path,
+    teacher: Path | None,
+    out: Path,
+    *,
+    tensorboard: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    **request_fields: Any,
 ) -> None:
-    from distill.display import distill_progress
+    from distill.display import distill_progress, measure_work
+    from distill.records import tensorboard_log
     from distill.run import DistillRequest, find_teacher, prepare_run, run_prepared
     from minipuzzle.checkpoint import Checkpoint
 
@@ -182,16 +269,36 @@ def _distill(
         **request_fields,
     )
     prepared = prepare_run(request)
-    is_first = processes_from_environment().is_first
-    for note in prepared.notes if is_first else ():
+    processes = processes_from_environment()
+    for note in prepared.notes if processes.is_first else ():
         click.echo(note, err=True)
     if dry_run:
-        if is_first:
+        if processes.is_first:
             _show_plan(prepared, as_json=as_json)
         return
-    with distill_progress(request.settings.total_steps, quiet=as_json or not is_first) as on_step:
+    quiet = as_json or not processes.is_first
+    if quiet:
+        work = None
+    else:
+        _show_text(prepared)
+        work = measure_work(
+            request.student.architecture,
+            request.teacher.architecture,
+            device=request.device,
+            dtype=request.settings.dtype,
+            num_processes=processes.world_size,
+        )
+    with (
+        tensorboard_log(tensorboard if processes.is_first else None) as log,
+        distill_progress(request.settings.total_steps, quiet=quiet, work=work) as draw,
+    ):
+
+        def on_step(record: StepRecord) -> None:
+            log(record)
+            draw(record)
+
         result = run_prepared(prepared, on_step=on_step)
-    if is_first:
+    if processes.is_first:
         _show_result(result, as_json=as_json)
 
 
@@ -205,14 +312,28 @@ def _convert(student: Checkpoint, out: Path, step: int, *, overwrite: bool, as_j
         click.echo(f"written to {target}")
 
 
+def _show_text(prepared: PreparedRun) -> None:
+    """What the run will read, before it starts."""
+    from rich.console import Console
+
+    from distill.display import text_notes, text_plan
+
+    console = Console(stderr=True)
+    console.print(text_plan(prepared))
+    for note in text_notes(prepared):
+        console.print(note, highlight=False)
+
+
 def _settings(options: dict[str, Any], dtype: str) -> DistillSettings:
     names = {"batch": "batch_sequences", "micro_batch": "micro_batch_sequences"}
     return replace(DEFAULTS, dtype=dtype, **{names.get(name, name): value for name, value in options.items()})
 
 
 def _show_plan(prepared: PreparedRun, *, as_json: bool) -> None:
+    from distill.display import text_notes
+
     settings = prepared.request.settings
-    windows, validation = prepared.train_windows, prepared.validation_windows
+    windows, validation = prepared.text.windows, prepared.validation_windows
     facts = {
         "steps": settings.total_steps,
         "tokens": settings.total_steps * settings.tokens_per_step,
@@ -220,17 +341,22 @@ def _show_plan(prepared: PreparedRun, *, as_json: bool) -> None:
         "data_tokens": windows.num_tokens,
         "epochs": prepared.epochs,
         "validation_tokens": 0 if validation is None else validation.num_predictions,
+        "predicted_fraction": windows.predicted_fraction,
+        "teacher_cache_bytes": prepared.cache_bytes,
         **asdict(prepared.estimate.memory),
         "memory_bytes": prepared.estimate.memory.total_bytes,
         "tokens_per_second": round(prepared.estimate.tokens_per_second),
         "hours": prepared.estimate.hours,
     }
     if as_json:
-        echo_json({"teacher": str(prepared.request.teacher.folder), **facts, "settings": asdict(settings)})
+        plan, notes = [asdict(share) for share in windows.plan], text_notes(prepared)
+        teacher = str(prepared.request.teacher.folder)
+        echo_json({"teacher": teacher, **facts, "plan": plan, "notes": notes, "settings": asdict(settings)})
         return
+    _show_text(prepared)
     click.echo(f"{'teacher':<26} {prepared.request.teacher.folder}")
     for name, value in facts.items():
-        is_fraction = name in ("epochs", "hours")
+        is_fraction = isinstance(value, float)
         shown = format_gib(int(value)) if "bytes" in name else f"{value:,.2f}" if is_fraction else f"{value:,}"
         estimated = " (estimate)" if name in ("activation_bytes", "tokens_per_second", "hours") else ""
         click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}{estimated}")
@@ -250,6 +376,8 @@ def _show_result(result: DistillResult, *, as_json: bool) -> None:
         left = f"{result.remaining_kl_fraction:.1%}"
         row = (f"{result.validation_kl_before:.4f}", f"{result.validation_kl_after:.4f}", left)
         table.add_row("KL to the teacher, nats/token", *row)
+        row = (f"{result.validation_loss_before:.4f}", f"{result.validation_loss_after:.4f}", "")
+        table.add_row("loss on the text, nats/token", *row)
         for column in table.columns[1:]:
             column.justify = "right"
         Console().print(table)
@@ -267,4 +395,6 @@ def _show_result(result: DistillResult, *, as_json: bool) -> None:
         click.echo(
             f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite or rose suddenly"
         )
+    if result.best_step != result.steps:
+        click.echo(f"written are the weights after step {result.best_step:,}, the best by the KL on held-out text")
     click.echo(f"written to {result.out}\nnext: minipuzzle export {result.out} --fp8 -o ...")

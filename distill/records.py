@@ -1,0 +1,99 @@
+"""What a run leaves for people: a line a step in metrics.jsonl, a picture of the curves, and optionally TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill.settings import OnStep, StepRecord, ignore_step
+from minipuzzle.errors import MinipuzzleError
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "learning_curve.png"
+_SMOOTHED_STEPS = 25
+
+
+def append_metrics(folder: Path, record: StepRecord) -> None:
+    """Add a step's line to ``metrics.jsonl``."""
+    values = {name: value for name, value in asdict(record).items() if value is not None}
+    # JSON has no NaN: the loss of a skipped step is null.
+    finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def forget_metrics_after(folder: Path, step: int) -> None:
+    """Remove the lines of steps that will be run again."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A killed run may leave half a line at the end.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; none if there is no such file."""
+    path = folder / METRICS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def draw_learning_curve(folder: Path, *, validation_kl_before: float | None) -> None:
+    """Draw divergence in training, on held-out text, and the learning rate against tokens, into ``folder``."""
+    from matplotlib.figure import Figure
+
+    records = [record for record in read_metrics(folder) if record["kl"] is not None]
+    if not records:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens, kl = [record["tokens"] for record in records], [record["kl"] for record in records]
+    axes.plot(tokens, kl, color="0.8", linewidth=0.8)
+    axes.plot(tokens, _smoothed(kl), color="tab:blue", label="training")
+    evaluated = [(record["tokens"], record["validation_kl"]) for record in records if "validation_kl" in record]
+    if evaluated:
+        points = [(0, validation_kl_before), *evaluated]
+        axes.plot(
+            *zip(*points, strict=True), color="tab:red", marker="o", markersize=3, label="held-out, temperature 1"
+        )
+    axes.set(xlabel="tokens", ylabel="divergence from the teacher, nats/token", yscale="log")
+    axes.legend(frameon=False)
+    rate_axes = axes.twinx()
+    rate_axes.plot(tokens, [record["learning_rate"] for record in records], color="0.6", linestyle=":")
+    rate_axes.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    figure.savefig(folder / CURVE_FILE, dpi=120)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Mean of the last steps up to each one."""
+    windows = (values[max(0, end - _SMOOTHED_STEPS) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
+@contextmanager
+def tensorboard_log(folder: Path | None) -> Iterator[OnStep]:
+    """Yield an OnStep that writes a step's figures for TensorBoard; it does nothing where there is no folder.
+
+    Raises: MinipuzzleError if TensorBoard is not installed.
+    """
+    if folder is None:
+        yield ignore_step
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MinipuzzleError("TensorBoard is not installed", "pip install tensorboard") from None
+    with SummaryWriter(str(folder)) as writer:
+
+        def on_step(record: StepRecord) -> None:
+            for name, value in asdict(record).items():
+                if name not in ("step", "tokens") and value is not None:
+                    writer.add_scalar(name, float(value), record.step)
+
+        yield on_step
