@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow test-engines check docs bench bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: demo test test-slow test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -50,8 +50,10 @@ docs: $(READY)  ## write docs/commands.md from the commands' own help, and the t
 	$(BIN)/python docs/write_commands.py
 	$(BIN)/python docs/write_families.py
 
-bench: $(READY)  ## measure speed and memory; results are written beside the scripts
-	$(BIN)/python examples/benchmarks/run_all.py
+bench: bench-score bench-search bench-ranking bench-loss bench-distill bench-export  ## speed and memory; pages are written beside the scripts
+
+bench-search: $(READY)  ## grids and the per-layer programme for 118 layers
+	$(BIN)/python examples/benchmarks/search_grid.py
 
 RECOVERY := recovery_output
 $(RECOVERY)/scores.safetensors: $(READY)
