@@ -24,7 +24,7 @@ from minipuzzle.export.schemes import INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
 from minipuzzle.progress import Advance, no_progress
 
-_PIECE_ELEMENTS = 2**20  # float32 copies of this many elements stay in a processor's cache
+_PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache
 _ONE = torch.tensor(1.0)
 
 
