@@ -81,7 +81,7 @@ def test_weight_terms_are_the_data_of_the_safetensors_files(
     assert bytes_of(breakdown, WEIGHT_TERMS) == file.stat().st_size - header_bytes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("cut", ["whole", "fewer layers", "narrower"])
 def test_cache_terms_are_the_bytes_of_the_filled_cache(embedded: Checkpoint, cut: str, precision: str) -> None:
     from minipuzzle.models import build_model
