@@ -169,12 +169,6 @@ class StateStore:
         values = read_json(source / _PROGRESS_FILE)
         return Progress(**{**values, "recent_losses": tuple(values["recent_losses"])})
 
-    def remove_all(self) -> None:
-        """Remove all saved states, once the run's result is written."""
-        self.finish()
-        if self._processes.is_first:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     @property
     def _generator_prefix(self) -> str:
         return f"{_GENERATOR}{self._processes.rank}/"

@@ -11,7 +11,7 @@ Shape suffixes: S streams of altered models, B batch, T tokens, C a chunk of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.narrowed_layers import NarrowedLayers
 from minipuzzle.plan import Plan, keep_everything
-from minipuzzle.prefix_tree import PrefixTree, TreeLevel, build_tree
+from minipuzzle.prefix_tree import PrefixTree, TreeLevel, build_tree, run_level
 from minipuzzle.processes import Processes
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.streaming import LayerStack, largest_activation_bytes
@@ -198,32 +198,10 @@ class _Run:
                 cache.store(
                     first_sample, level.layer_idx, streams, streams_before(self.tree, level.layer_idx), all_plans
                 )
-            streams = self._through(level, streams)
+            streams = run_level(self.narrowed, level, streams)
             self._require_finite(level, streams, first_sample)
             self.hooks.advance(level.num_applications * len(token_ids_BT))
         return streams
-
-    def _through(self, level: TreeLevel, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        real_cuts = [cut for cut in level.cuts if cut.kept_units or cut.norm_scales]
-        if not real_cuts:
-            return self._apply(level, streams, [None] * len(level.cuts))
-        with self.narrowed.modules(real_cuts) as modules:
-            module_of = dict(zip(real_cuts, modules, strict=True))
-            return self._apply(level, streams, [module_of.get(cut) for cut in level.cuts])
-
-    def _apply(
-        self, level: TreeLevel, streams: Sequence[torch.Tensor], modules: Sequence[torch.nn.Module | None]
-    ) -> list[torch.Tensor]:
-        following = []
-        for position, (parent, cut_idx) in enumerate(level.branches):
-            hidden_BTH = streams[parent]
-            if cut_idx is not None:
-                # The last child of a stream takes its place.
-                is_last = position + 1 == len(level.branches) or level.branches[position + 1][0] != parent
-                out = hidden_BTH if is_last else None
-                hidden_BTH = self.stack.apply(level.layer_idx, hidden_BTH, out=out, module=modules[cut_idx])
-            following.append(hidden_BTH)
-        return following
 
     def _require_finite(self, level: TreeLevel, streams: Sequence[torch.Tensor], first_sample: int) -> None:
         """A sum is finite only if all its terms are; one look at the sums of all streams costs next to nothing."""
@@ -269,12 +247,3 @@ def not_finite(layer: int | str, sample: int, model: str = "the full model") -> 
         f"{where} computes NaN or infinite values for sample {sample} in {model}",
         "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
     )
-
-
-def spread(values: Metrics, layers: Sequence[int], num_layers: int) -> Mapping[str, NDArray[np.float64]]:
-    """Scores of some layers at their places among all, NaN for the others."""
-    found = {}
-    for metric, scores in values.items():
-        found[metric] = np.full(num_layers, np.nan)
-        found[metric][list(layers)] = scores
-    return found

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from minipuzzle.architecture import Architecture
-from minipuzzle.narrowed_layers import LayerCut, layer_cut
+from minipuzzle.narrowed_layers import LayerCut, NarrowedLayers, layer_cut
 from minipuzzle.plan import Plan
 
 Branches = tuple[tuple[int, int | None], ...]
@@ -76,3 +79,28 @@ def build_tree(source: Architecture, plans: Sequence[Plan]) -> PrefixTree:
         streams = [numbers[step] for step in steps]
         levels.append(TreeLevel(layer_idx=layer_idx, cuts=tuple(cuts), branches=tuple(branches)))
     return PrefixTree(roots=tuple(roots), levels=tuple(levels), stream_of_plan=tuple(streams))
+
+
+def run_level(narrowed: NarrowedLayers, level: TreeLevel, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """All streams after one layer, each ``[batch, tokens, hidden]`` of its own width; those given are overwritten."""
+    real_cuts = [cut for cut in level.cuts if cut.kept_units or cut.norm_scales]
+    if not real_cuts:
+        return _next_streams(narrowed, level, [None] * len(level.cuts), streams)
+    with narrowed.modules(real_cuts) as modules:
+        module_of = dict(zip(real_cuts, modules, strict=True))
+        return _next_streams(narrowed, level, [module_of.get(cut) for cut in level.cuts], streams)
+
+
+def _next_streams(
+    narrowed: NarrowedLayers, level: TreeLevel, modules: Sequence[nn.Module | None], streams: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    following = []
+    for position, (parent, cut_idx) in enumerate(level.branches):
+        hidden_BTH = streams[parent]
+        if cut_idx is not None:
+            # The last child of a stream takes its place: there are never more streams than candidates.
+            is_last = position + 1 == len(level.branches) or level.branches[position + 1][0] != parent
+            out = hidden_BTH if is_last else None
+            hidden_BTH = narrowed.stack.apply(level.layer_idx, hidden_BTH, out=out, module=modules[cut_idx])
+        following.append(hidden_BTH)
+    return following

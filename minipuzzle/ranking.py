@@ -9,13 +9,11 @@ Shape suffixes: B windows of a slice, T tokens, N tokens that count, C tokens of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from minipuzzle.checkpoint import Checkpoint
@@ -24,7 +22,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.evaluate import ReferenceLogits, TokenSums, head_chunks
 from minipuzzle.narrowed_layers import NarrowedLayers
 from minipuzzle.plan import Plan, keep_everything
-from minipuzzle.prefix_tree import PrefixTree, TreeLevel, build_tree
+from minipuzzle.prefix_tree import PrefixTree, build_tree, run_level
 from minipuzzle.processes import Processes
 from minipuzzle.progress import Advance, no_progress, progress_bar
 from minipuzzle.streaming import LayerStack, default_memory_bytes, largest_activation_bytes
@@ -209,37 +207,9 @@ def _run_streams(
     embedded_BTH = narrowed.stack.embed(token_ids_BT)
     streams = [embedded_BTH.clone() if units is None else embedded_BTH[..., list(units)] for units in tree.roots]
     for level in tree.levels:
-        with _modules_of(narrowed, level) as modules:
-            streams = _next_streams(narrowed.stack, level, modules, streams)
+        streams = run_level(narrowed, level, streams)
         advance(level.num_applications * len(token_ids_BT))
     return streams
-
-
-@contextmanager
-def _modules_of(narrowed: NarrowedLayers, level: TreeLevel) -> Iterator[list[nn.Module | None]]:
-    """A module for each cut of a level; None where the whole layer runs."""
-    real_cuts = [cut for cut in level.cuts if cut.kept_units or cut.norm_scales]
-    if not real_cuts:
-        yield [None] * len(level.cuts)
-        return
-    with narrowed.modules(real_cuts) as modules:
-        module_of: Mapping[object, nn.Module] = dict(zip(real_cuts, modules, strict=True))
-        yield [module_of.get(cut) for cut in level.cuts]
-
-
-def _next_streams(
-    stack: LayerStack, level: TreeLevel, modules: Sequence[nn.Module | None], streams: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    following = []
-    for position, (parent, cut_idx) in enumerate(level.branches):
-        hidden_BTH = streams[parent]
-        if cut_idx is not None:
-            # The last child of a stream takes its place: there are never more streams than candidates.
-            is_last = position + 1 == len(level.branches) or level.branches[position + 1][0] != parent
-            out = hidden_BTH if is_last else None
-            hidden_BTH = stack.apply(level.layer_idx, hidden_BTH, out=out, module=modules[cut_idx])
-        following.append(hidden_BTH)
-    return following
 
 
 @torch.no_grad()
