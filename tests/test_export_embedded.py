@@ -6,6 +6,7 @@ compressed-tensors for the second.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,43 @@ def kl_between(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> fl
     return divergence_sums(teacher, student)[0] / len(teacher)
 
 
-def test_each_fp8_layer_computes_what_modelopts_fake_quantised_layer_does_and_the_export_costs_little(
-    source: Checkpoint, tmp_path: Path
-) -> None:
-    """Layer by layer on equal inputs: through 26 layers, single roundings that fall to the other side add up."""
+@pytest.fixture(scope="module")
+def fp8_folder(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "fp8"
+    calibration = text_tokens(source, "calibration.jsonl", 4)
+    export_checkpoint(source, folder, ExportRequest(scheme="fp8", verifies=False), calibration_token_ids=calibration)
+    return folder
+
+
+@pytest.fixture
+def modelopts_model(source: Checkpoint) -> nn.Module:
+    """ModelOpt's fake-quantised model, calibrated by ModelOpt on the text that the export was calibrated on.
+
+    It calibrates q, k and v one by one; engines need one weight scale for the three, so they get the largest.
+    """
     import modelopt.torch.quantization as mtq
 
-    calibration, heldout = text_tokens(source, "calibration.jsonl", 4), text_tokens(source, "heldout_code.jsonl", 4)
-    request = ExportRequest(scheme="fp8", verifies=False)
-    export_checkpoint(source, tmp_path / "fp8", request, calibration_token_ids=calibration)
-    ours: Any = minipuzzle.load(tmp_path / "fp8")
-    assert loss_of(logits_of(ours, heldout), heldout) - loss_of(logits_of(load_model(source), heldout), heldout) <= 0.01
-    reference: Any = load_model(source)
-    mtq.quantize(reference, mtq.FP8_DEFAULT_CFG, lambda model: model(calibration, use_cache=False))
+    model, calibration = load_model(source), text_tokens(source, "calibration.jsonl", 4)
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(calibration, use_cache=False))
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            quantizers: list[Any] = [getattr(module, name).weight_quantizer for name in ("q_proj", "k_proj", "v_proj")]
+            largest = max(quantizer.amax for quantizer in quantizers)
+            for quantizer in quantizers:
+                quantizer.amax = largest
+    return model
+
+
+def test_fp8_costs_at_most_a_hundredth_of_a_nat(source: Checkpoint, fp8_folder: Path) -> None:
+    heldout = text_tokens(source, "heldout_code.jsonl", 4)
+    before, after = (logits_of(model, heldout) for model in (load_model(source), minipuzzle.load(fp8_folder)))
+    assert loss_of(after, heldout) - loss_of(before, heldout) <= 0.01
+
+
+def test_each_fp8_layer_computes_what_modelopts_fake_quantised_layer_does_on_equal_inputs(
+    source: Checkpoint, fp8_folder: Path, modelopts_model: nn.Module
+) -> None:
+    ours, heldout = minipuzzle.load(fp8_folder), text_tokens(source, "heldout_code.jsonl", 1)
     errors: dict[str, float] = {}
 
     def compare(linear: nn.Module, name: str, inputs: torch.Tensor, expected: torch.Tensor) -> None:
@@ -71,15 +96,48 @@ def test_each_fp8_layer_computes_what_modelopts_fake_quantised_layer_does_and_th
     for module in export_layout(source.architecture, scheme="fp8").quantized:
         name = source.family.modules.module_name(module)
         linear = ours.get_submodule(name)
-        reference.get_submodule(name).register_forward_hook(
+        modelopts_model.get_submodule(name).register_forward_hook(
             lambda _m, args, out, linear=linear, name=name: compare(linear, name, args[0], out)
         )
-    logits_of(reference, heldout[:1])
+    logits_of(modelopts_model, heldout)
     assert len(errors) == 60
-    # ModelOpt calibrates q, k and v one by one; engines need one scale for the three, and so does the export.
-    alone = {name: error for name, error in errors.items() if not name.endswith(("q_proj", "k_proj", "v_proj"))}
-    assert max(alone.values()) < 1e-3, max(alone.items(), key=lambda item: item[1])
-    assert max(errors.values()) < 0.06
+    # ModelOpt's kernel multiplies by 448 / amax, so values at a midpoint of two codes may fall to the other side.
+    assert sum(error < 1e-6 for error in errors.values()) >= 50
+    assert max(errors.values()) < 0.02, max(errors.items(), key=lambda item: item[1])
+
+
+def test_the_whole_model_computes_what_modelopts_calibrated_model_does(
+    source: Checkpoint, fp8_folder: Path, modelopts_model: nn.Module
+) -> None:
+    """KL below 1e-4 with ModelOpt's calibration, scales and model, and codes from one division as the export has them.
+
+    ModelOpt's own kernel multiplies by 448 / amax instead, which rounds twice: 1 code of 10,000 differs, all at
+    midpoints. No bound as tight can hold there, because 26 layers amplify any change: ModelOpt's model in float64 is as
+    far from itself in float32 (7e-4 nats/token), with the same codes and scales.
+    """
+    from modelopt.torch.quantization.nn import TensorQuantizer
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import register_quant_backend, unregister_quant_backend
+
+    heldout = text_tokens(source, "heldout_code.jsonl", 4)
+    ours = logits_of(minipuzzle.load(fp8_folder), heldout)
+    modelopts = logits_of(modelopts_model, heldout)
+    in_float64 = logits_of(copy.deepcopy(modelopts_model).double(), heldout)
+    assert kl_between(modelopts, ours) < 2 * kl_between(in_float64, modelopts) < 4e-3
+
+    def one_division(values: torch.Tensor, quantizer: Any) -> torch.Tensor:
+        scale = quantizer.amax.float() / 448
+        codes = (values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return (codes.float() * scale).to(values.dtype)
+
+    register_quant_backend("one_division", one_division)
+    for module in modelopts_model.modules():
+        if isinstance(module, TensorQuantizer):
+            module.backend = "one_division"
+    calibrated = logits_of(modelopts_model, heldout)
+    unregister_quant_backend("one_division")
+    assert kl_between(calibrated, ours) < 1e-4
+    without = logits_of(minipuzzle.load(fp8_folder, rounds_activations=False), heldout)
+    assert kl_between(calibrated, without) > 1e-3, "activations must matter here"
 
 
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8"])
