@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from minipuzzle.architecture import Architecture
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.families import Family, family_of
+from minipuzzle.families.nemotron_h_puzzle import without_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MinipuzzleError(f"{path} holds a JSON {type(value).__name__}, not an object", "check the path")
     return value
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """config.json of a folder, or a file of that kind; ``block_configs`` as our per-layer layout.
+
+    Raises: MinipuzzleError if it is missing or damaged.
+    """
+    return without_blocks(read_json(path / "config.json" if path.is_dir() else path))
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
@@ -126,7 +135,7 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise MinipuzzleError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
-        config = read_json(folder / "config.json")
+        config = dict(read_config(folder))
         return cls(folder, MappingProxyType(config), MappingProxyType(_read_entries(folder)))
 
     @property

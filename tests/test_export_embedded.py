@@ -127,7 +127,8 @@ def test_the_whole_model_computes_what_modelopts_calibrated_model_does(
     def one_division(values: torch.Tensor, quantizer: Any) -> torch.Tensor:
         scale = quantizer.amax.float() / 448
         codes = (values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return (codes.float() * scale).to(values.dtype)
+        rounded: torch.Tensor = codes.float() * scale
+        return rounded.to(values.dtype)
 
     register_quant_backend("one_division", one_division)
     for module in modelopts_model.modules():

@@ -197,10 +197,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _read(path: Path) -> Architecture:
-    from minipuzzle.checkpoint import read_json
+    from minipuzzle.checkpoint import read_config
     from minipuzzle.families import read_architecture
 
-    return read_architecture(read_json(path / "config.json" if path.is_dir() else path))
+    return read_architecture(read_config(path))
 
 
 def _read_student(path: Path, teacher: Architecture) -> Architecture:

@@ -122,6 +122,12 @@ def _quantization_options(function: Function) -> Function:
 @_format_options
 @out_option()
 @_quantization_options
+@click.option(
+    "--puzzle",
+    is_flag=True,
+    help="For nemotron_h models whose layers differ in width (Mamba layers may not): config.json as vLLM's "
+    "NemotronHPuzzleForCausalLM reads it, and its class beside it, which vLLM runs with --trust-remote-code only.",
+)
 @data_option(required=False)
 @click.option("--samples", type=COUNT, default=64, show_default=True, help="Calibration windows.")
 @click.option("--sequence-length", type=COUNT, default=512, show_default=True, help="Tokens of a calibration window.")
@@ -201,6 +207,7 @@ def _request(format_name: str, params: dict[str, Any]) -> ExportRequest:
             (pattern, scheme if wanted == format_name else wanted) for pattern, wanted in params["overrides"]
         ),
         fp8_kv_cache=params["kv_cache"] == "fp8",
+        is_puzzle=params["puzzle"],
         method=method,
         verifies=not params["no_verify"],
         device=default_device(params["device"]),

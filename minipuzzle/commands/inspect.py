@@ -20,14 +20,13 @@ def inspect(model: Path, named_deployment: NamedDeployment, as_json: bool) -> No
 
     MODEL is a checkpoint folder or a config.json; weights are not read.
     """
-    from minipuzzle.checkpoint import read_json
+    from minipuzzle.checkpoint import read_config
     from minipuzzle.families import read_architecture
     from minipuzzle.memory import memory_breakdown
     from minipuzzle.report import architecture_summary, print_architecture
     from minipuzzle.units import format_gib, parse_bytes
 
-    config = read_json(model / "config.json" if model.is_dir() else model)
-    architecture, deployment = read_architecture(config), named_deployment.deployment
+    architecture, deployment = read_architecture(read_config(model)), named_deployment.deployment
     needed_bytes = memory_breakdown(architecture, deployment).total_bytes
     budget_bytes = parse_bytes(named_deployment.memory) if named_deployment.memory else None
     if as_json:

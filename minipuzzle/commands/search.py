@@ -55,7 +55,7 @@ def search(
     """
     from rich.console import Console
 
-    from minipuzzle.checkpoint import read_json
+    from minipuzzle.checkpoint import read_config
     from minipuzzle.errors import NothingToPruneError
     from minipuzzle.families import read_architecture
     from minipuzzle.report import architecture_summary
@@ -66,7 +66,7 @@ def search(
         raise MinipuzzleError("a sweep has no one plan to write", "drop --out, then search at the budget you chose")
     if sweep is None and (csv_path is not None or plot_path is not None):
         raise MinipuzzleError("--csv and --plot belong to a sweep", "add --sweep LOW:HIGH:STEP")
-    source = read_architecture(read_json(model / "config.json" if model.is_dir() else model))
+    source = read_architecture(read_config(model))
     scores = read_scores(scores_path)
     if not scores.is_measured_here:
         Console(stderr=True).print("[yellow]note:[/] these scores carry no fingerprint; their origin is unverified")

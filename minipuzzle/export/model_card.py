@@ -12,6 +12,8 @@ from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.export.layout import ExportLayout
 from minipuzzle.export.verify import Verification
+from minipuzzle.families.nemotron_h_puzzle import ARCHITECTURE, CONFIG_MODULE
+from minipuzzle.families.per_layer import PER_LAYER_MODEL_TYPE
 from minipuzzle.layer_kinds import PRUNABLE_AXES
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.plan import Plan, read_plan
@@ -46,10 +48,11 @@ class CardFacts:
 
     ``relation``: a hub's word for how this model came from its base, ``finetune`` or ``quantized``; said only if the
     base is known. ``quality``: data name -> metric -> value. ``verified_on``: what text. ``command``: the exact command
-    line.
+    line. ``is_puzzle``: config.json has ``block_configs``.
     """
 
     relation: str
+    is_puzzle: bool = False
     base_model: str | None = None
     precision: PrecisionFacts | None = None
     verification: Verification | None = None
@@ -85,7 +88,7 @@ def render_model_card(source: Checkpoint, facts: CardFacts) -> tuple[str, list[s
     if facts.quality:
         sections.append("## Measured quality\n\n" + _quality(facts.quality))
     sections.append("## Memory when served\n\n" + _memory(source, facts))
-    sections.append("## Use\n\n" + _use(facts))
+    sections.append("## Use\n\n" + (_use(facts) if loads_everywhere(source) else _use_of_unequal_layers(facts)))
     sections.append(f"## How it was made\n\nWith minipuzzle {__version__}" + _command(facts.command))
     return "\n\n".join(sections) + "\n", warnings
 
@@ -144,6 +147,8 @@ def _front_matter(source: Checkpoint, facts: CardFacts) -> tuple[str, list[str]]
         fields |= {"base_model": base_model, "base_model_relation": facts.relation}
     else:
         warnings.append("the base model's name is not known: give it with --base-model")
+    if not loads_everywhere(source) and not facts.is_puzzle:
+        warnings.append("its layers differ in width: only minipuzzle reads this folder (for nemotron_h see --puzzle)")
     layout = facts.precision.layout if facts.precision else None
     tags = [source.architecture.model_type, "minipuzzle"]
     if layout is not None and layout.scheme is not None and layout.flavour is not None:
@@ -247,6 +252,24 @@ def _use(facts: CardFacts) -> str:
             "error."
         )
     return text
+
+
+def loads_everywhere(source: Checkpoint) -> bool:
+    """Whether engines read the model by their own classes, which know one width an axis."""
+    return bool(source.config["model_type"] != PER_LAYER_MODEL_TYPE)
+
+
+def _use_of_unequal_layers(facts: CardFacts) -> str:
+    ours = "`minipuzzle.load(PATH)` gives a transformers model; `minipuzzle verify` checks the folder."
+    if not facts.is_puzzle:
+        return f"Its layers differ in width, which no engine's config.json can say. {ours}"
+    return (
+        f"Its layers differ in width: config.json says so in `block_configs`, for `{ARCHITECTURE}`. vLLM (0.32 was "
+        f"run; 0.17 and later by its source) reads it by the class in `{CONFIG_MODULE}.py`, which it must be told to "
+        "trust:\n\n"
+        "```\nvllm serve PATH_OF_THIS_FOLDER --trust-remote-code\n```\n\n"
+        f"No other engine was tried; plain transformers has no such model. {ours}"
+    )
 
 
 def _command(command: str | None) -> str:

@@ -20,7 +20,7 @@ from minipuzzle.export.calibration import ActivationAmax, CalibrationMethod, mea
 from minipuzzle.export.layout import PLAIN, RECIPES, ExportLayout, export_layout
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
 from minipuzzle.export.verify import Verification, verification_slice, verify_export, verify_plain
-from minipuzzle.export.write import ExportTensors, deployed_architecture, write_export
+from minipuzzle.export.write import ExportTensors, deployed_architecture, portable_config, write_export
 from minipuzzle.outputs import check_target_folder, output_folder
 from minipuzzle.progress import Advance, no_progress
 
@@ -33,6 +33,7 @@ class ExportRequest:
     """What to write and how.
 
     ``scheme``: ``bf16`` or a name in SCHEMES; ``overrides``: (pattern of module names, the scheme or ``bf16``).
+    ``is_puzzle``: config.json with ``block_configs``, for a model whose layers differ in width.
     ``device_memory_bytes`` limits weights and working memory of calibration and verification (default: most of what is
     free). ``base_model``, ``quality`` (data name -> metric -> value) and ``command`` go into the model card.
     """
@@ -42,6 +43,7 @@ class ExportRequest:
     recipe: str = "default"
     overrides: tuple[tuple[str, str], ...] = ()
     fp8_kv_cache: bool = False
+    is_puzzle: bool = False
     method: CalibrationMethod = field(default_factory=CalibrationMethod)
     verifies: bool = True
     device: str = "cpu"
@@ -54,8 +56,10 @@ class ExportRequest:
     def layout(self, checkpoint: Checkpoint) -> ExportLayout:
         """What of a checkpoint is stored how.
 
-        Raises: MinipuzzleError for an unknown recipe, overrides that fit nothing, or widths the format cannot hold.
+        Raises: MinipuzzleError for an unknown recipe, overrides that fit nothing, widths the format cannot hold, or a
+        model that ``block_configs`` cannot describe.
         """
+        portable_config(checkpoint, is_puzzle=self.is_puzzle)
         return export_layout(
             deployed_architecture(checkpoint.architecture),
             scheme=self.scheme,
@@ -75,6 +79,7 @@ class ExportRequest:
             "recipe": self.recipe,
             "overrides": [list(override) for override in self.overrides],
             "fp8_kv_cache": self.fp8_kv_cache,
+            "is_puzzle": self.is_puzzle,
             "method": asdict(self.method),
             "max_shard_bytes": self.max_shard_bytes,
             "calibration": None if token_ids is None else tokens_fingerprint(token_ids),
@@ -163,7 +168,13 @@ def export_checkpoint(
     with output_folder(out, request.provenance(checkpoint, calibration_token_ids), overwrite=overwrite) as partial:
         amax = _calibrate(checkpoint, layout, request, calibration_token_ids, partial, advance)
         tensors = ExportTensors(checkpoint, layout, amax)
-        write_export(tensors, partial, max_shard_bytes=request.max_shard_bytes, advance=advance)
+        write_export(
+            tensors,
+            partial,
+            is_puzzle=request.is_puzzle,
+            max_shard_bytes=request.max_shard_bytes,
+            advance=advance,
+        )
         verification = _verify(tensors, request, calibration_token_ids, partial) if request.verifies else None
         facts = _card_facts(layout, request, calibration_token_ids, verification)
         warnings = write_model_card(partial, checkpoint, facts)
@@ -243,6 +254,7 @@ def _card_facts(
         precision = PrecisionFacts(layout=layout, recipe=recipe, calibration=calibration)
     return CardFacts(
         relation="finetune" if precision is None else "quantized",
+        is_puzzle=request.is_puzzle,
         base_model=request.base_model,
         precision=precision,
         verification=verification,

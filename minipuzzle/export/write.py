@@ -6,6 +6,7 @@ largest value is found in a first reading.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from minipuzzle.export.flavours import StoredTensor
 from minipuzzle.export.layout import CACHE_SCALES, WEIGHT, ExportLayout, cache_scale_name, last_name, module_of
 from minipuzzle.export.schemes import INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
+from minipuzzle.families.nemotron_h_puzzle import CONFIG_MODULE, write_puzzle_config
 from minipuzzle.progress import Advance, no_progress
 
 _PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache
@@ -33,9 +35,15 @@ def deployed_architecture(architecture: Architecture) -> Architecture:
     return replace(architecture, tied_embeddings=architecture.tied_embeddings and architecture.names.ties_head)
 
 
-def portable_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """The config.json that all engines read alike, for BF16 weights."""
-    config = checkpoint.family.write(checkpoint.config, deployed_architecture(checkpoint.architecture))
+def portable_config(checkpoint: Checkpoint, *, is_puzzle: bool = False) -> dict[str, object]:
+    """The config.json that all engines read alike, for BF16 weights; ``is_puzzle``: with ``block_configs``.
+
+    Raises: MinipuzzleError if that form cannot say what the model is.
+    """
+    architecture = deployed_architecture(checkpoint.architecture)
+    config = checkpoint.family.write(checkpoint.config, architecture)
+    if is_puzzle:
+        config = write_puzzle_config(config, architecture)
     return {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 
@@ -192,11 +200,18 @@ def export_headers(architecture: Architecture, layout: ExportLayout) -> dict[str
 
 
 def write_export(
-    tensors: ExportTensors, folder: Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, advance: Advance = no_progress
+    tensors: ExportTensors,
+    folder: Path,
+    *,
+    is_puzzle: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    advance: Advance = no_progress,
 ) -> None:
     """Write weights, scales, config files and the files that go along. ``advance`` is called with tensors done."""
     checkpoint, layout = tensors.checkpoint, tensors.layout
-    config = portable_config(checkpoint)
+    config = portable_config(checkpoint, is_puzzle=is_puzzle)
+    if is_puzzle:
+        shutil.copyfile(Path(__file__).with_name(f"{CONFIG_MODULE}.py"), folder / f"{CONFIG_MODULE}.py")
     if layout.flavour is not None:
         config["quantization_config"] = layout.flavour.config(layout)
         for name, content in layout.flavour.side_files(layout).items():
