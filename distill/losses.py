@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.divergences import FORMS, coarsen, refine_gradient
+from distill.divergences import FORMS, ChunkBuffers, Distribution, coarsen, refine_gradient, softmax_
 from minipuzzle.corpus import IGNORE
 from minipuzzle.units import MIB
 
 # Small chunks stay in a CPU's caches; a GPU needs enough rows to keep its matrix units busy.
 CPU_CHUNK_BYTES = 16 * MIB
-CPU_CHUNK_ROWS = 64  # at least, because each chunk reads and writes the whole gradient of the head
+CPU_CHUNK_ROWS = 128  # at least, because each chunk reads both heads and writes the gradient of one
 ACCELERATOR_CHUNK_BYTES = 1024 * MIB
 
 
@@ -188,7 +188,8 @@ def topk_targets(
     dtype = _wide_dtype(teacher_hidden_NG)
     teacher = _TeacherHead(teacher_hidden_NG, teacher_head_VG, settings, dtype)
     chunk_rows = settings.chunk_rows(len(teacher_head_VG), teacher_hidden_NG.device, dtype)
-    parts = [teacher.coarse(rows) for rows in _chunks(len(teacher_hidden_NG), chunk_rows)]
+    buffers = ChunkBuffers(min(chunk_rows, len(teacher_hidden_NG)), len(teacher_head_VG), teacher_hidden_NG, dtype)
+    parts = [teacher.coarse(rows, buffers) for rows in _chunks(len(teacher_hidden_NG), chunk_rows)]
     return TopKTargets(
         token_ids=torch.cat([token_ids_CK for token_ids_CK, _ in parts]),
         log_p=torch.cat([log_p_CR for _, log_p_CR in parts]),
@@ -206,20 +207,26 @@ class _TeacherHead:
         self._temperature, self._dtype = settings.temperature, dtype
         self._top_k = None if settings.top_k is None else min(settings.top_k, self.vocabulary)
 
-    def log_p(self, rows: slice) -> Tensor:
-        """``[C, V]``."""
-        return _product(self.hidden_NG[rows], self.head_VG.T, self._dtype).div_(self._temperature).log_softmax(-1)
+    def all_tokens(self, rows: slice, buffers: ChunkBuffers) -> Distribution:
+        """Over the whole vocabulary."""
+        hidden_CG = self.hidden_NG[rows]
+        logits_CV, p_CV = (buffers.get(name, len(hidden_CG)) for name in ("teacher logits", "teacher"))
+        logits_CV = _product(hidden_CG, self.head_VG.T, self._dtype, out=logits_CV)
+        return softmax_(logits_CV.div_(self._temperature), p_CV)
 
-    def coarse(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def coarse(self, rows: slice, buffers: ChunkBuffers) -> tuple[Tensor, Tensor]:
         """Token ids ``[C, K]`` and ``[C, K + 1]`` log-probabilities."""
         assert self._top_k is not None
-        log_p_CV = self.log_p(rows)
-        token_ids_CK = log_p_CV.topk(self._top_k, dim=-1).indices
-        return token_ids_CK, coarsen(log_p_CV, token_ids_CK).log_q
+        p = self.all_tokens(rows, buffers)
+        token_ids_CK = p.log.topk(self._top_k, dim=-1).indices
+        return token_ids_CK, coarsen(p, token_ids_CK).log_q
 
-    def targets(self, rows: slice) -> tuple[Tensor | None, Tensor]:
-        """Token ids (None: all), and log-probabilities of the outcomes."""
-        return (None, self.log_p(rows)) if self._top_k is None else self.coarse(rows)
+    def targets(self, rows: slice, buffers: ChunkBuffers) -> tuple[Tensor | None, Distribution]:
+        """Token ids (None: all), and the distribution over the outcomes."""
+        if self._top_k is None:
+            return None, self.all_tokens(rows, buffers)
+        token_ids_CK, log_p_CR = self.coarse(rows, buffers)
+        return token_ids_CK, Distribution(log_p_CR, log_p_CR.exp())
 
 
 class _TeacherTargets:
@@ -229,9 +236,10 @@ class _TeacherTargets:
         self.vocabulary = targets.vocabulary
         self._targets, self._dtype = targets, dtype
 
-    def targets(self, rows: slice) -> tuple[Tensor | None, Tensor]:
-        """Token ids, and a copy of log-probabilities that may be overwritten."""
-        return self._targets.token_ids[rows], self._targets.log_p[rows].to(self._dtype, copy=True)
+    def targets(self, rows: slice, _buffers: ChunkBuffers) -> tuple[Tensor | None, Distribution]:
+        """Token ids, and a copy of the distribution that may be overwritten."""
+        log_p_CR = self._targets.log_p[rows].to(self._dtype, copy=True)
+        return self._targets.token_ids[rows], Distribution(log_p_CR, log_p_CR.exp())
 
 
 _Teacher = _TeacherHead | _TeacherTargets
@@ -287,20 +295,18 @@ class _ChunkedKL(torch.autograd.Function):
         head_gradient_VH = torch.zeros_like(student_head_VH, dtype=dtype) if want_head else None
         kl = ce = torch.zeros((), dtype=dtype, device=hidden_NH.device)
         chunk_rows = settings.chunk_rows(len(head_VH), hidden_NH.device, dtype)
+        buffers = ChunkBuffers(min(chunk_rows, len(hidden_NH)), len(head_VH), hidden_NH, dtype)
         for rows in _chunks(len(hidden_NH), chunk_rows):
-            chunk_kl, chunk_ce, gradient_CV = _chunk_terms(
-                _product(hidden_NH[rows], head_VH.T, dtype),
-                teacher,
-                rows,
-                None if labels_N is None else labels_N[rows],
-                settings,
-            )
+            hidden_CH = hidden_NH[rows]
+            logits_CV = _product(hidden_CH, head_VH.T, dtype, out=buffers.get("student logits", len(hidden_CH)))
+            labels_C = None if labels_N is None else labels_N[rows]
+            chunk_kl, chunk_ce, gradient_CV = _chunk_terms(logits_CV, teacher, rows, labels_C, settings, buffers)
             kl, ce = kl + chunk_kl, ce + chunk_ce
             gradient_CV = gradient_CV.to(hidden_NH.dtype)
             if hidden_gradient_NH is not None:
                 hidden_gradient_NH[rows] = _product(gradient_CV, head_VH, dtype)
             if head_gradient_VH is not None:
-                _add_product(head_gradient_VH[: len(head_VH)], gradient_CV.T, hidden_NH[rows])
+                _add_product(head_gradient_VH[: len(head_VH)], gradient_CV.T, hidden_CH)
         for gradient in (hidden_gradient_NH, head_gradient_VH):
             if gradient is not None:
                 gradient.div_(denominator)
@@ -339,9 +345,10 @@ def _matmul_operands(
     return (hidden_NH, head_VH) if hidden_NH.is_cuda else (hidden_NH.to(dtype), head_VH.to(dtype))
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """The product in ``dtype``; ``out``: memory that it may take."""
     # Only CUDA has low-precision operands with a float32 result; elsewhere the operands were widened.
-    return left @ right if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right, out=out) if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -352,26 +359,31 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunk_terms(
-    logits_CV: Tensor, teacher: _Teacher, rows: slice, labels_C: Tensor | None, settings: LossSettings
+    logits_CV: Tensor,
+    teacher: _Teacher,
+    rows: slice,
+    labels_C: Tensor | None,
+    settings: LossSettings,
+    buffers: ChunkBuffers,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of divergence and cross-entropy over one chunk, and the gradient of the mixed loss by the logits."""
     ce_weight, form = settings.ce_weight, FORMS[settings.form]
     ce, ce_gradient_CV = logits_CV.new_zeros(()), None
+    q_CV = buffers.get("student", len(logits_CV))
     if ce_weight and labels_C is not None:
-        log_q_CV = logits_CV.log_softmax(-1)
+        plain = softmax_(q_CV.copy_(logits_CV), buffers.get("labels", len(logits_CV)))
         label_C1 = labels_C[:, None]
-        ce = -log_q_CV.gather(1, label_C1).sum()
-        ce_gradient_CV = log_q_CV.exp_().scatter_add_(1, label_C1, -torch.ones_like(label_C1, dtype=log_q_CV.dtype))
-    log_q_CV = logits_CV.div_(settings.temperature).log_softmax(-1)
-    del logits_CV
-    token_ids_CK, log_p_CR = teacher.targets(rows)
+        ce = -plain.log.gather(1, label_C1).sum()
+        ce_gradient_CV = plain.probability.scatter_add_(1, label_C1, -torch.ones_like(label_C1, dtype=q_CV.dtype))
+    q = softmax_(logits_CV.div_(settings.temperature), q_CV)
+    token_ids_CK, p = teacher.targets(rows, buffers)
     share = form.default_share if settings.mixture_share is None else settings.mixture_share
     if token_ids_CK is None:
-        nats, gradient_CV = form.measure(log_p_CR, log_q_CV, share)
+        nats, gradient_CV = form.measure(p, q, share)
     else:
-        coarse = coarsen(log_q_CV, token_ids_CK)
+        coarse = coarsen(q, token_ids_CK)
         log_rest_C1 = coarse.log_q[:, -1:].clone()
-        nats, gradient_CR = form.measure(log_p_CR, coarse.log_q, share)
+        nats, gradient_CR = form.measure(p, Distribution(coarse.log_q, coarse.log_q.exp()), share)
         gradient_CV = refine_gradient(gradient_CR, log_rest_C1, coarse.log_others, token_ids_CK)
     scale = (1 - ce_weight) * settings.temperature  # temperature**2 from the loss, 1 / temperature from the softmax
     if scale != 1:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.divergences import FORMS
@@ -306,3 +310,42 @@ def test_without_gradients_nothing_is_prepared_for_them() -> None:
     assert largest.num_elements == VOCABULARY * TEACHER_HIDDEN  # a transposed view of the teacher's head
     wanted = reference_loss(given, 1)
     assert abs((terms.kl - wanted).item()) < 1e-10
+
+
+def peak_bytes(compute: Callable[[], object], folder: Path) -> int:
+    """The most bytes that PyTorch's CPU allocator held at once beyond those before, by its own record."""
+    trace = folder / "trace.json"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        compute()
+    recorded.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    totals = [event["args"]["Total Allocated"] for event in events]
+    return int(max(totals) - (totals[0] - events[0]["args"]["Bytes"]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("ce_weight", "top_k"), [(0.0, None), (0.5, None), (0.0, 8)])
+def test_memory_is_the_stated_chunk_and_the_two_gradients_for_any_vocabulary(
+    form: str, ce_weight: float, top_k: int | None, tmp_path: Path
+) -> None:
+    tokens, hidden, chunk_bytes = 512, 16, 2_000_000
+    settings = LossSettings(form=form, ce_weight=ce_weight, top_k=top_k, chunk_bytes=chunk_bytes)
+    labels = torch.zeros(tokens, dtype=torch.long)
+
+    def chunked(hidden_NH: Tensor, head_VH: Tensor) -> None:
+        student = hidden_NH.requires_grad_(), head_VH.requires_grad_()
+        loss = chunked_kl(*student, *student, denominator=1, labels_N=labels, settings=settings).loss
+        torch.autograd.grad(loss, student)
+
+    def plain(hidden_NH: Tensor, head_VH: Tensor) -> None:
+        student = hidden_NH.requires_grad_(), head_VH.requires_grad_()
+        log_q, log_p = ((h @ head.T).log_softmax(-1) for h, head in (student, (hidden_NH.detach(), head_VH.detach())))
+        torch.autograd.grad(kl(log_p, log_q), student)
+
+    for vocabulary in (2000, 4000):
+        inputs = torch.randn(tokens, hidden), torch.randn(vocabulary, hidden)
+        chunked(*inputs)  # what is allocated once and for all
+        without_gradients = peak_bytes(partial(chunked, *inputs), tmp_path) - 4 * hidden * (tokens + vocabulary)
+        assert 0.6 * chunk_bytes < without_gradients < 1.05 * chunk_bytes
+        assert peak_bytes(partial(plain, *inputs), tmp_path) >= 5 * 4 * tokens * vocabulary  # the probe does see them

@@ -1,8 +1,9 @@
 """Whole distillation steps: speed and memory of ``distill_pair`` against a loop like that of modelopt's KDTrainer.
 
 Both train the same student from the same teacher on the same batches with the same optimiser. The other loop runs
-both models to their logits and hands them to modelopt's LogitsDistillationLoss, as KDTrainer does. Each way runs in
-processes of its own, because the peak of a process never falls; ways alternate, and the best step of all counts.
+both models to their logits and hands them to modelopt's LogitsDistillationLoss, as KDTrainer does. For speed the two
+take turns, step by step in one process, so that whatever else the machine does hits both; for memory each has a
+process of its own, because the peak of a process never falls.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -25,24 +28,34 @@ from distill.hardware import PeakMemory
 from distill.loop import distill_pair
 from distill.optimizers import make_optimizer
 from distill.parallel import make_pair
-from distill.settings import DistillSettings, StepRecord
+from distill.settings import DistillSettings, OnStep, StepRecord
 from minipuzzle.families import FAMILIES, read_architecture
 from minipuzzle.models import build_on_meta
 
 MIB = 2**20
 VOCABULARY, HIDDEN = 49152, 256
 PATTERNS = {"teacher": "M-M*M-M*", "student": "M-M*M-"}
-STEPS, ROUNDS = 3, 2
+SPEED_STEPS, MEMORY_STEPS = 10, 3  # not timed: the first, which warms up, and the last, which is followed by a save
 SETTINGS = DistillSettings(
-    tokens=STEPS * 2 * 512, sequence_length=512, batch_sequences=2, micro_batch_sequences=2, save_every=10**6
+    tokens=SPEED_STEPS * 2 * 512, sequence_length=512, batch_sequences=2, micro_batch_sequences=2, save_every=10**6
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class WayResult:
-    """Best tokens/s of a step, extra peak memory of training in bytes, and the losses of the steps."""
+class Speed:
+    """CPU seconds of all threads, and seconds on the clock, of each timed step, with this many threads."""
 
-    tokens_per_second: float
+    num_threads: int
+    ours_cpu: tuple[float, ...]
+    other_cpu: tuple[float, ...]
+    ours_clock: tuple[float, ...]
+    other_clock: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Extra peak memory of training in bytes, the same with a save at the end, and the losses of the steps."""
+
     peak_bytes: int
     peak_with_save_bytes: int
     losses: tuple[float, ...]
@@ -85,31 +98,18 @@ def windows() -> PackedWindows:
     return PackedWindows([tokens.tolist()], sequence_length=SETTINGS.sequence_length)
 
 
-def run_ours(teacher: nn.Module, student: nn.Module) -> WayResult:
+def run_ours(teacher: nn.Module, student: nn.Module, num_steps: int, on_step: OnStep) -> None:
     """Our loop, whole. Its last step is followed by a save, which copies weights and optimiser."""
-    device, records, peaks = torch.device("cpu"), list[StepRecord](), list[int]()
-    pair = make_pair(teacher, student, FAMILIES["nemotron_h"], device=device)
-    memory = PeakMemory(device)
-
-    def note(record: StepRecord) -> None:
-        records.append(record)
-        peaks.append(memory.extra_bytes())
-
+    pair = make_pair(teacher, student, FAMILIES["nemotron_h"], device=torch.device("cpu"))
+    settings = replace(SETTINGS, tokens=num_steps * SETTINGS.tokens_per_step)
     with tempfile.TemporaryDirectory() as folder:
-        distill_pair(pair=pair, data=windows(), settings=SETTINGS, folder=Path(folder), on_step=note)
-        peaks.append(memory.extra_bytes())
-    return WayResult(
-        tokens_per_second=max(record.tokens_per_second for record in records),
-        peak_bytes=peaks[-3],
-        peak_with_save_bytes=peaks[-1],
-        losses=tuple(record.loss for record in records),
-    )
+        distill_pair(pair=pair, data=windows(), settings=settings, folder=Path(folder), on_step=on_step)
 
 
-def run_kd_trainer_style(teacher: nn.Module, student: nn.Module) -> WayResult:
-    """Both models to their logits, modelopt's loss without reduction, a mean over tokens, backward, clip, step.
+def kd_trainer_step(teacher: nn.Module, student: nn.Module) -> Callable[[int], float]:
+    """A step as a function of its number: both models to their logits, modelopt's loss, backward, clip, update.
 
-    modelopt's own mean would divide by the vocabulary too.
+    The loss is taken without reduction and averaged over tokens; modelopt's own mean divides by the vocabulary too.
     """
     from modelopt.torch.distill.losses import LogitsDistillationLoss
 
@@ -117,10 +117,9 @@ def run_kd_trainer_style(teacher: nn.Module, student: nn.Module) -> WayResult:
     teacher.requires_grad_(False).eval()
     student.train()
     optimizer = make_optimizer(student, SETTINGS)
-    data, memory = windows(), PeakMemory(torch.device("cpu"))
-    speeds, losses = [], []
-    for step_idx in range(STEPS):
-        start = time.monotonic()
+    data = windows()
+
+    def step(step_idx: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS.learning_rate_at(step_idx)
         token_ids_BT, _ = data.batch(step_idx * SETTINGS.batch_sequences, SETTINGS.batch_sequences)
@@ -132,81 +131,125 @@ def run_kd_trainer_style(teacher: nn.Module, student: nn.Module) -> WayResult:
         nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        del student_logits_BTV, teacher_logits_BTV, loss
-        speeds.append(SETTINGS.tokens_per_step / (time.monotonic() - start))
-    return WayResult(
-        tokens_per_second=max(speeds),
-        peak_bytes=memory.extra_bytes(),
-        peak_with_save_bytes=memory.extra_bytes(),
-        losses=tuple(losses),
+        return float(loss.detach())
+
+    return step
+
+
+def measure_speed(num_threads: int) -> Speed:
+    """Steps of both in turn: the other loop takes one whenever ours has reported one."""
+    torch.set_num_threads(num_threads)
+    (teacher, student, _), (other_teacher, other_student, _) = models(), models()
+    other_step = kd_trainer_step(other_teacher, other_student)
+    seconds: dict[str, list[float]] = {"ours_cpu": [], "other_cpu": [], "ours_clock": [], "other_clock": []}
+    started = [time.process_time(), time.perf_counter()]
+
+    def note(way: str) -> None:
+        now = [time.process_time(), time.perf_counter()]
+        for kind, end, start in zip(("cpu", "clock"), now, started, strict=True):
+            seconds[f"{way}_{kind}"].append(end - start)
+        started[:] = [time.process_time(), time.perf_counter()]
+
+    def take_turns(record: StepRecord) -> None:
+        note("ours")
+        other_step(record.step - 1)
+        note("other")
+
+    run_ours(teacher, student, SPEED_STEPS, take_turns)
+    return Speed(num_threads=num_threads, **{name: tuple(times[1:-1]) for name, times in seconds.items()})
+
+
+def measure_memory(way: str) -> Memory:
+    """Some steps of one way."""
+    teacher, student, _ = models()
+    memory, peaks, losses = PeakMemory(torch.device("cpu")), list[int](), list[float]()
+
+    def note(record: StepRecord) -> None:
+        losses.append(record.loss)
+        peaks.append(memory.extra_bytes())
+
+    if way == "ours":
+        run_ours(teacher, student, MEMORY_STEPS, note)
+        training_peak = peaks[-2]  # a save was begun before the last report
+    else:
+        step = kd_trainer_step(teacher, student)
+        losses = [step(step_idx) for step_idx in range(MEMORY_STEPS)]
+        training_peak = memory.extra_bytes()
+    return Memory(peak_bytes=training_peak, peak_with_save_bytes=memory.extra_bytes(), losses=tuple(losses))
+
+
+def in_own_process(*arguments: str) -> dict[str, object]:
+    """What this file prints when it is called with these arguments."""
+    command = [sys.executable, __file__, *arguments]
+    found: dict[str, object] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-WAYS = {"ours": run_ours, "kd_trainer_style": run_kd_trainer_style}
-
-
-def measure(way: str) -> WayResult:
-    """One way in a process of its own."""
-    command = [sys.executable, __file__, way]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = json.loads(output.splitlines()[-1])
-    return WayResult(**{**fields, "losses": tuple(fields["losses"])})
-
-
-def render(results: dict[str, list[WayResult]], num_parameters: int) -> str:
+def render(speeds: list[Speed], memory: dict[str, Memory], num_parameters: int) -> str:
     """The result page."""
-    speed = {way: max(result.tokens_per_second for result in found) for way, found in results.items()}
-    peak = {way: max(result.peak_bytes for result in found) for way, found in results.items()}
-    with_save = max(result.peak_with_save_bytes for result in results["ours"])
-    pairs = zip(results["ours"][0].losses, results["kd_trainer_style"][0].losses, strict=True)
-    difference = max(abs(ours - theirs) for ours, theirs in pairs)
+    tokens = SETTINGS.tokens_per_step
+    rows = []
+    for speed in speeds:
+        threads = f"{speed.num_threads} thread" + "s" * (speed.num_threads > 1)
+        kinds = {"CPU seconds": (speed.ours_cpu, speed.other_cpu), "the clock": (speed.ours_clock, speed.other_clock)}
+        for kind, (ours, other) in kinds.items():
+            ratios = [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
+            rows.append(
+                f"| {threads}, by {kind} | {tokens / min(ours):,.0f} | {tokens / min(other):,.0f} "
+                f"| {min(other) / min(ours):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+            )
+    ours_memory, other_memory = memory["ours"], memory["other"]
+    peaks = ours_memory.peak_bytes, other_memory.peak_bytes
     weight_bytes = 4 * num_parameters
-    whole = {way: extra + weight_bytes for way, extra in peak.items()}
-    ratio, share = speed["ours"] / speed["kd_trainer_style"], peak["ours"] / peak["kd_trainer_style"]
-    rounds = "; ".join(
-        f"{ours.tokens_per_second:.0f} / {theirs.tokens_per_second:.0f}"
-        for ours, theirs in zip(results["ours"], results["kd_trainer_style"], strict=True)
-    )
+    whole = [peak + weight_bytes for peak in peaks]
+    losses = zip(ours_memory.losses, other_memory.losses, strict=True)
+    difference = max(abs(mine - theirs) for mine, theirs in losses)
+    table = "\n".join(rows)
     return f"""# Whole distillation steps against a KDTrainer-style loop
 
-Written by `make bench-distill` on {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads,
-torch {torch.__version__}.
+Written by `make bench-distill` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}.
 
 Teacher `{PATTERNS["teacher"]}` and student `{PATTERNS["student"]}` (Mamba-2, attention, MLP), hidden size {HIDDEN},
 vocabulary {VOCABULARY:,}, {num_parameters / 1e6:.0f} M parameters together, random weights, float32; AdamW; one
 micro-batch of {SETTINGS.micro_batch_sequences} x {SETTINGS.sequence_length} tokens a step. The other loop is what
-modelopt's `KDTrainer` does: both models to their logits, `LogitsDistillationLoss`, mean over tokens. Each way ran
-{ROUNDS} times in a process of its own, alternating, {STEPS} steps each; the best step counts.
+modelopt's `KDTrainer` does: both models to their logits, `LogitsDistillationLoss`, mean over tokens.
 
-| | ours | KDTrainer-style | ratio |
+The two took turns, step by step in one process; {SPEED_STEPS - 2} steps of each after one that was not timed. Ours is
+everything between two reports of the loop, data and metrics included.
+
+| tokens/s | ours, best step | KDTrainer-style, best step | ratio | step by step: median (range) |
+|---|---:|---:|---:|---:|
+{table}
+
+Memory, each in a process of its own, {MEMORY_STEPS} steps:
+
+| peak, MiB | ours | KDTrainer-style | ratio |
 |---|---:|---:|---:|
-| tokens/s | {speed["ours"]:,.0f} | {speed["kd_trainer_style"]:,.0f} | {ratio:.2f} |
-| extra peak memory of training, MiB | {peak["ours"] / MIB:,.0f} | {peak["kd_trainer_style"] / MIB:,.0f} | {share:.2f} |
-| the same with both models' weights, MiB | {whole["ours"] / MIB:,.0f} | {whole["kd_trainer_style"] / MIB:,.0f} | \
-{whole["ours"] / whole["kd_trainer_style"]:.2f} |
+| beyond both models' weights | {peaks[0] / MIB:,.0f} | {peaks[1] / MIB:,.0f} | {peaks[0] / peaks[1]:.2f} |
+| with them | {whole[0] / MIB:,.0f} | {whole[1] / MIB:,.0f} | {whole[0] / whole[1]:.2f} |
 
-Tokens/s of the best step, round by round, ours / other: {rounds}. Extra memory is what the process held beyond both
-models' weights, which it has loaded before. Our saves copy weights and optimiser so that training can go on: with one,
-the peak is {with_save / MIB:,.0f} MiB; the other loop saved nothing. Largest difference between the losses of the two
-in {STEPS} steps: {difference:.1e}.
+Our saves copy weights and optimiser so that training can go on: with one, our peak beyond the weights is
+{ours_memory.peak_with_save_bytes / MIB:,.0f} MiB; the other loop saved nothing. Largest difference between the losses
+of the two in {MEMORY_STEPS} steps: {difference:.1e}.
 """
 
 
-def main() -> None:
-    """Measure one way, or all of them and write the page."""
-    if len(sys.argv) > 1:
-        teacher, student, _ = models()
-        print(json.dumps(asdict(WAYS[sys.argv[1]](teacher, student))))
+def main(arguments: list[str]) -> None:
+    """Measure one thing, or all of them and write the page."""
+    if arguments:
+        kind, what = arguments
+        result = measure_speed(int(what)) if kind == "speed" else measure_memory(what)
+        print(json.dumps(asdict(result)))
         return
-    results: dict[str, list[WayResult]] = {way: [] for way in WAYS}
-    for _ in range(ROUNDS):
-        for way, found in results.items():
-            found.append(measure(way))
-    page = render(results, models()[2])
+    thread_counts = sorted({1, os.cpu_count() or 1})
+    speeds = [Speed(**in_own_process("speed", str(count))) for count in thread_counts]  # type: ignore[arg-type]
+    memory = {way: Memory(**in_own_process("memory", way)) for way in ("ours", "other")}  # type: ignore[arg-type]
+    page = render(speeds, memory, models()[2])
     Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
