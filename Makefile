@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: demo test test-slow test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: demo smollm2 test test-slow test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -29,6 +29,9 @@ $(ENGINES)/vllm/.ready:
 
 demo: $(READY)  ## the whole path on the embedded model
 	$(BIN)/minipuzzle demo --out demo_output --overwrite
+
+smollm2: $(READY)  ## SmolLM2-135M from the package index: prune, distil, export, evaluate; an hour of CPU, continues
+	PYTHONPATH=examples/tiny_hybrid $(BIN)/python examples/smollm2/run.py
 
 test: $(READY)  ## the default test suite
 	$(BIN)/python -m pytest -m 'not slow'
@@ -91,4 +94,4 @@ bench-recovery-curve: $(READY)  ## held-out KL and loss against tokens of distil
 	$(BIN)/python examples/benchmarks/recovery_curve.py --folder recovery_output/curve
 
 clean:
-	rm -rf $(VENV) demo_output recovery_output
+	rm -rf $(VENV) demo_output recovery_output smollm2_output .cache

@@ -124,12 +124,20 @@ def evaluate(
     student = _Scored(parts_of(model, family))
     teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
     sums = TokenSums()
-    for start in range(0, len(windows.token_ids), batch):
-        token_ids_BT = windows.token_ids[start : start + batch].to(device)
-        labels_BT = windows.labels[start : start + batch].to(device)
-        _add_batch(sums, student, teacher, token_ids_BT, labels_BT)
+    for token_ids_BT, labels_BT in _batches_without_padding(windows, batch):
+        _add_batch(sums, student, teacher, token_ids_BT.to(device), labels_BT.to(device))
         advance(len(token_ids_BT))
     return _finish(sums, windows.num_bytes, has_teacher=teacher is not None)
+
+
+def _batches_without_padding(windows: EvaluationWindows, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels ``[B, T]`` of windows of about equal lengths, up to the last position that counts: causal
+    layers do not see what follows it, and short documents would be padding for the most part."""
+    positions_T = torch.arange(1, windows.labels.shape[1] + 1)
+    lengths_B = (positions_T * (windows.labels != IGNORE)).amax(1)
+    for rows in lengths_B.argsort(stable=True).split(batch):
+        end = int(lengths_B[rows].max())
+        yield windows.token_ids[rows, :end], windows.labels[rows, :end]
 
 
 def combine(evaluations: Sequence[Evaluation]) -> Evaluation:

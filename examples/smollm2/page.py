@@ -1,0 +1,128 @@
+"""results.md: what each step kept of the model, and what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tasks import MEMBERS
+from texts import DOMAINS
+
+from minipuzzle.checkpoint import Checkpoint, read_json
+from minipuzzle.memory import Deployment, memory_breakdown
+from minipuzzle.plan import read_plan
+
+NAMES = ("original", "pruned", "distilled", "fp8")
+_HEADER = """# SmolLM2-135M: what pruning costs and distillation recovers
+
+Written by `run.py` (`make smollm2`). The original is SmolLM2-135M-Instruct as a package of the Python index holds it:
+4-bit weights, turned into plain numbers and stored as BF16, so its figures are not those of the published BF16 release.
+
+"""
+
+
+def write_page(work: Path, original: Path, page: Path, times: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the page from what the steps left."""
+    found = {name: read_json(work / f"evaluated_{name}.json") for name in NAMES}
+    folders = {name: original if name == "original" else work / name for name in NAMES}
+    rows = [_row(name, folders[name], found[name]) for name in NAMES]
+    labels = [*DOMAINS, "nats/token", "KL", *MEMBERS]
+    parts = [
+        _HEADER,
+        _table(["", "blocks", "FFN", "parameters", "memory, GiB", *labels], rows),
+        "\n" + _recovery(found),
+        "\n" + _legend(found["original"]),
+        "\n## What was cut\n\n" + _cut(Checkpoint.open(original), work / "pruned"),
+        "\n## What it took\n\n" + _times(times),
+    ]
+    page.write_text("".join(parts), encoding="utf-8")
+
+
+def _row(name: str, folder: Path, found: Mapping[str, Any]) -> list[str]:
+    checkpoint = Checkpoint.open(folder)
+    source = checkpoint.architecture
+    deployment = Deployment(weights="fp8") if checkpoint.is_quantized else Deployment()
+    text, asked = found["text"], found["tasks"]
+    kl = text["all"]["kl"]
+    return [
+        name,
+        str(len(source.blocks)),
+        f"{source.width('ffn'):,}",
+        f"{source.num_parameters / 1e6:.1f} M",
+        f"{memory_breakdown(source, deployment).total_bytes / 2**30:.4f}",
+        *(f"{text[domain]['perplexity']:.2f}" for domain in DOMAINS),
+        f"{text['all']['loss']:.4f}",
+        "" if kl is None else f"{kl:.4f}",
+        *(f"{asked[task]['accuracy']:.3f} ± {asked[task]['standard_error']:.3f}" for task in MEMBERS),
+    ]
+
+
+def _recovery(found: Mapping[str, Any]) -> str:
+    original, pruned, distilled, fp8 = (found[name]["text"]["all"]["loss"] for name in NAMES)
+    by_domain = []
+    for domain in DOMAINS:
+        before, lost, after = (found[name]["text"][domain]["loss"] for name in NAMES[:3])
+        by_domain.append(f"{domain} {(lost - after) / (lost - before):.0%}")
+    return (
+        f"Pruning loses {pruned - original:.4f} nats/token on held-out text; distillation wins back "
+        f"{pruned - distilled:.4f} of them, **{(pruned - distilled) / (pruned - original):.0%}** "
+        f"({', '.join(by_domain)}). FP8 costs {fp8 - distilled:+.4f}.\n"
+    )
+
+
+def _legend(found: Mapping[str, Any]) -> str:
+    num_tokens = {domain: found["text"][domain]["num_tokens"] for domain in DOMAINS}
+    counts = ", ".join(f"{count:,} of {domain}" for domain, count in num_tokens.items())
+    asked = ", ".join(
+        f"{task}: {values['num_questions']} questions, guessing gives {values['chance']:.3f}"
+        for task, values in found["tasks"].items()
+    )
+    return (
+        f"Speeches, wikipedia, code: perplexity on held-out documents ({counts} tokens, windows of 512). nats/token: "
+        f"loss on all of them; KL: from the original, on the same tokens. {asked}; ± is one standard error of the "
+        "sample, and differences below two of them say nothing. Memory: weights and KV cache at a context of 8,192, "
+        "weights in BF16, those of linear layers in FP8 for `fp8`, which is evaluated with weights and activations "
+        "rounded as engines do.\n"
+    )
+
+
+def _cut(source: Checkpoint, pruned: Path) -> str:
+    plan = read_plan(pruned / "plan.json")
+    architecture, table = source.architecture, pruned / "candidates.json"
+    kept = set(plan.kept_layers)
+    dropped = [str(number) for number, block in enumerate(architecture.blocks) if not kept & set(block)]
+    target = plan.apply(architecture)
+    text = f"Blocks {', '.join(dropped) or 'none'} of {len(architecture.blocks)} were left out"
+    text += "".join(
+        f", {axis} was cut from {architecture.width(axis):,} to {target.width(axis):,}"
+        for axis in ("ffn", "kv_group", "hidden")
+        if architecture.width(axis) != target.width(axis)
+    )
+    if not table.is_file():
+        return text + ".\n"
+    candidates = read_json(table)["candidates"]
+    return (
+        text
+        + f". {len(candidates)} candidates were measured; their KL before distillation:\n\n"
+        + _table(
+            ["blocks", "widths", "KL"],
+            [[str(item["counts"]), str(item["widths"]), f"{item['kl']:.4f}"] for item in candidates],
+        )
+    )
+
+
+def _times(times: Mapping[str, Mapping[str, float]]) -> str:
+    rows = [[name, f"{spent['cpu_seconds'] / 60:.1f}", f"{spent['seconds'] / 60:.1f}"] for name, spent in times.items()]
+    total = sum(spent["cpu_seconds"] for spent in times.values()) / 60
+    return (
+        _table(["step", "CPU minutes", "minutes"], [*rows, ["all", f"{total:.1f}", ""]])
+        + f"\nOne thread, float32, torch {torch.__version__}, on a machine that other work shared; so CPU time counts. "
+        "This CPU multiplies bfloat16 slower than float32; others are several times faster with `--dtype bfloat16`.\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

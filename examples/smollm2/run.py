@@ -1,0 +1,120 @@
+"""SmolLM2-135M cut to 80 % of its memory, distilled for 20 CPU minutes, exported and evaluated, by the real commands.
+
+Each step's output is a folder or file that appears whole; a step whose output is there is not done again, and the
+commands themselves continue where they were stopped. The table goes to results.md beside this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from material import ROOT, model_folder
+from page import write_page
+from texts import write_texts
+
+MEMORY = "80%"
+SAMPLING = "--samples 64 --sequence-length 128"
+SCORING = "--samples 8 --channel-samples 64 --sequence-length 128"
+CHOOSING = "--metric kl --widths kv_group=2,3 --candidates 5 --sequence-length 256"
+DISTILLING = (
+    "--tokens 51200 --sequence-length 256 --batch 2 --micro-batch 2 --learning-rate 3e-4 --temperature 1 "
+    "--save-every 20"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A command of ours and what it leaves."""
+
+    name: str
+    output: Path
+    command: tuple[str, ...]
+
+
+def steps(model: Path, texts: Path, work: Path) -> list[Step]:
+    """The whole path, in order."""
+    calibration, training, validation = (
+        str(texts / f"{name}.jsonl") for name in ("calibration", "training", "validation")
+    )
+    scores, pruned, distilled = work / "scores.safetensors", work / "pruned", work / "distilled"
+    commands = {
+        scores: ["score", str(model), "--data", calibration, *SCORING.split()],
+        pruned: [
+            "prune",
+            str(model),
+            "--memory",
+            MEMORY,
+            "--scores",
+            str(scores),
+            "--validation",
+            validation,
+            *CHOOSING.split(),
+        ],
+        distilled: ["distill", str(pruned), "--data", training, *DISTILLING.split()],
+        work / "bf16": ["export", str(distilled), "--bf16"],
+        work / "fp8": ["export", str(distilled), "--fp8", "--data", calibration, *SAMPLING.split()],
+    }
+    found = [Step(name=out.stem, output=out, command=(*words, "-o", str(out))) for out, words in commands.items()]
+    for name, folder in {"original": model, "pruned": pruned, "distilled": distilled, "fp8": work / "fp8"}.items():
+        out = work / f"evaluated_{name}.json"
+        script = (str(Path(__file__).with_name("measure_quality.py")), str(folder), str(model), str(texts), str(out))
+        found.append(Step(name=f"evaluate {name}", output=out, command=script))
+    return found
+
+
+def run_step(step: Step, times: Path) -> None:
+    """Run a step and add what it took to the file of times, also if it is interrupted."""
+    start_seconds, start_cpu_seconds = time.monotonic(), children_cpu_seconds()
+    is_script = step.command[0].endswith(".py")
+    command = [sys.executable, *(() if is_script else ("-m", "minipuzzle")), *step.command]
+    try:
+        subprocess.run(command, check=True)
+    finally:
+        known = read_times(times)
+        spent = known.get(step.name, {"seconds": 0.0, "cpu_seconds": 0.0})
+        spent["seconds"] += time.monotonic() - start_seconds
+        spent["cpu_seconds"] += children_cpu_seconds() - start_cpu_seconds
+        times.write_text(json.dumps({**known, step.name: spent}, indent=1), encoding="utf-8")
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of all finished child processes, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def read_times(path: Path) -> dict[str, dict[str, float]]:
+    """Seconds and CPU seconds by step."""
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def main() -> None:
+    """Do what is not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / "smollm2_output")
+    parser.add_argument("--until", help="stop after this step")
+    arguments = parser.parse_args()
+    work: Path = arguments.folder
+    work.mkdir(parents=True, exist_ok=True)
+    model, texts = model_folder(), write_texts(work / "text")
+    for step in steps(model, texts, work):
+        if not step.output.exists():
+            print(f"» {step.name}", file=sys.stderr, flush=True)
+            run_step(step, work / "times.json")
+        if step.name == arguments.until:
+            return
+    write_page(work, model, Path(__file__).with_name("results.md"), read_times(work / "times.json"))
+
+
+if __name__ == "__main__":
+    main()
