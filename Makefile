@@ -79,7 +79,7 @@ bench-distill: $(READY)  ## whole distillation steps against a KDTrainer-style l
 	$(BIN)/python examples/benchmarks/distill_step.py
 
 bench-qat: $(READY)  ## what FP8 exports lose without and with training through FP8 rounding
-	$(BIN)/python examples/benchmarks/qat.py
+	$(BIN)/python examples/benchmarks/qat.py --folder recovery_output/qat
 
 bench-gpu: $(READY)  ## distillation speed on the GPU of this machine
 	$(BIN)/python examples/gpu/distill_8b.py

@@ -11,6 +11,7 @@ assert VERSION is not None
 
 # Plain transformers reads our second layout with it; it imports psutil without asking for it.
 COMPRESSED_TENSORS = ["compressed-tensors>=0.17", "psutil"]
+TENSORBOARD = ["tensorboard>=2.16"]
 
 setup(
     name="minipuzzle",
@@ -38,7 +39,16 @@ setup(
     # torchao: FP8 matrix products on GPUs; `distill --fp8` says so where it is missing.
     extras_require={
         "fp8": ["torchao>=0.15"],
-        "dev": ["pytest>=8", "ruff>=0.15", "mypy>=2", "types-setuptools", "requests", *COMPRESSED_TENSORS],
+        "tensorboard": TENSORBOARD,
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.15",
+            "mypy>=2",
+            "types-setuptools",
+            "requests",
+            *TENSORBOARD,
+            *COMPRESSED_TENSORS,
+        ],
     },
     entry_points={"console_scripts": ["minipuzzle = minipuzzle.cli:main"]},
 )

@@ -88,7 +88,7 @@ def tensorboard_log(folder: Path | None) -> Iterator[OnStep]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise MinipuzzleError("TensorBoard is not installed", "pip install tensorboard") from None
+        raise MinipuzzleError("TensorBoard is not installed", "pip install 'minipuzzle[tensorboard]'") from None
     with SummaryWriter(str(folder)) as writer:
 
         def on_step(record: StepRecord) -> None:

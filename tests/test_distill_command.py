@@ -29,6 +29,7 @@ from minipuzzle.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.outputs import PROVENANCE_FILE
 from tests.test_distill_loop import saved_tensors
+from tests.test_distill_parallel import losses, torchrun
 from tests.tiny_models import write_tiny_checkpoint
 
 OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")
@@ -305,6 +306,40 @@ def test_a_second_student_learns_from_the_cache_of_the_first_as_if_it_had_made_i
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = invoke(student, text_file, tmp_path / "third", *options, "--temperature", "2")
     assert other.exit_code == 1 and "temperature" in other.stderr
+
+
+def test_tensorboard_gets_the_figures_of_every_step(
+    student: Path, text_file: Path, held_out: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    options = ("--tensorboard", str(tmp_path / "events"), "--validation", str(held_out), "--eval-every", "3")
+    assert invoke(student, text_file, tmp_path / "out", *options).exit_code == 0
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "kl", "learning_rate", "grad_norm", "tokens_per_second", "validation_kl", "validation_loss"):
+        wanted = {line["step"]: line[name] for line in lines if name in line}
+        assert len(wanted) == (2 if name.startswith("validation") else 6)
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_share_a_teacher_cache_and_run_the_teacher_once(
+    student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = ("--teacher-cache", str(tmp_path / "cache"), "--top-k", "16")
+    for out in ("first", "second"):
+        torchrun(2, "-m", "minipuzzle", *command(student, text_file, tmp_path / out, *options))
+        if out == "first":
+            written = {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()}
+    keys = [size for path, size in written.items() if path.suffix == ".keys"]
+    assert keys == [6 * 16, 6 * 16]  # each process one window of each of the six steps
+    assert {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()} == written
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert invoke(student, text_file, tmp_path / "alone", *options[2:]).exit_code == 0
+    alone = json.loads((tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses(tmp_path / "first")[0] == pytest.approx(alone, rel=1e-2)  # the cache rounds to 1/2048 nat
 
 
 def test_the_best_of_several_evaluations_is_written(

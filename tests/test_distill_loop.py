@@ -85,15 +85,19 @@ def run(
     settings: DistillSettings = SETTINGS,
     stop_after: int | None = None,
     engine: EngineSettings | None = None,
+    spoil_after: int | None = None,
 ) -> tuple[nn.Module, Progress]:
-    """Distil into ``folder``; fail as a crash would after ``stop_after`` steps."""
+    """Distil into ``folder``; fail as a crash would after ``stop_after`` steps, and harm the student after others."""
+    student_model = load_model(Checkpoint.open(models / "student"))
 
-    def crash(record: StepRecord) -> None:
+    def on_step(record: StepRecord) -> None:
         if record.step == stop_after:
             raise RuntimeError("crash")
+        if record.step == spoil_after:
+            with torch.no_grad():
+                parts_of(student_model, FAMILY).head.weight.mul_(-3)
 
     folder.mkdir(exist_ok=True)
-    student_model = load_model(Checkpoint.open(models / "student"))
     progress = distill(
         teacher_model=load_model(Checkpoint.open(models / "teacher")),
         student_model=student_model,
@@ -103,7 +107,7 @@ def run(
         folder=folder,
         validation=held_out(),
         engine=engine,
-        on_step=crash,
+        on_step=on_step,
     )
     return student_model, progress
 
@@ -225,15 +229,14 @@ def test_distillation_lowers_the_distance_to_the_teacher_on_held_out_text(models
 
 
 def test_the_weights_of_the_best_evaluation_are_kept(models: Path, tmp_path: Path) -> None:
-    # So high a rate that the last steps are not the best.
     settings = replace(SETTINGS, tokens=12 * SETTINGS.tokens_per_step, eval_every=2, save_every=100)
-    settings = replace(settings, learning_rate=1.0, min_learning_rate_fraction=1.0)
     with pytest.raises(RuntimeError, match="crash"):
-        run(models, tmp_path / "run", settings, stop_after=11)
-    student_model, progress = run(models, tmp_path / "run", settings)
+        run(models, tmp_path / "run", settings, stop_after=11, spoil_after=5)
+    student_model, progress = run(models, tmp_path / "run", settings, spoil_after=5)
     evaluated = {r["step"]: r["validation_kl"] for r in metrics(tmp_path / "run") if "validation_kl" in r}
     assert list(evaluated) == [2, 4, 6, 8, 10, 12]
-    assert progress.best_step == min(evaluated, key=evaluated.__getitem__)
+    assert progress.best_step == 4 == min(evaluated, key=evaluated.__getitem__)
+    assert min(kl for step, kl in evaluated.items() if step > 5) > 1.5 * evaluated[4]  # what must not be kept
     teacher_model = load_model(Checkpoint.open(models / "teacher"))
     found = evaluate(student_model.eval(), FAMILY, held_out(), against=teacher_model)
     assert found.kl == pytest.approx(progress.validation_kl_after, rel=1e-4)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +39,27 @@ OTHER_FAMILIES = {"llama": {"num_hidden_layers": 2}, "nemotron_h-moe": {}}
 Job = dict[str, Any]
 
 
+def launcher(num_processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(num_processes: int, *arguments: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, *arguments], check=True, timeout=280, env=environment)
+    subprocess.run([*launcher(num_processes), *arguments], check=True, timeout=900, env=environment())
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all that it started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(member for child in children for member in family_of(int(child)))]
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / METRICS_FILE).read_text().splitlines()]
+    lines = (folder / METRICS_FILE).read_text().splitlines(keepends=True)
+    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
 
 
 def run_alone(models: Path, folder: Path, num_steps: int = STEPS) -> Job:  # noqa: F811
@@ -166,6 +182,27 @@ def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:  
             run(models, tmp_path / name, placement, engine, "float32", num_steps=FEW_STEPS, count=False)
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_any_moment_continue_bit_for_bit(jobs: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder, dice = tmp_path / "killed", random.Random(0)
+    arguments = ("{}", str(models), str(folder), str(STEPS))
+    for num_lines in (4, 12, 17):  # before any state, and after the first
+        job = subprocess.Popen([*launcher(2), str(ROOT / "tests/distill_job.py"), *arguments], env=environment())
+        while job.poll() is None and (not (folder / METRICS_FILE).exists() or len(losses(folder)) < num_lines):
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.2))
+        assert job.poll() is None, "the job ended before it was killed"
+        for pid in family_of(job.pid):
+            os.kill(pid, signal.SIGKILL)
+        job.wait()
+        assert not (folder / "model.safetensors").exists()
+    torchrun(2, str(ROOT / "tests/distill_job.py"), *arguments)
+    assert losses(folder) == losses(jobs / "two")
+    killed, whole_run = (load_file(path / "model.safetensors") for path in (folder, jobs / "two"))
+    assert killed.keys() == whole_run.keys()
+    assert all(torch.equal(killed[name], whole_run[name]) for name in killed)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:

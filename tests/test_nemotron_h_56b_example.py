@@ -46,7 +46,7 @@ def run(command: str) -> Result:
 @pytest.fixture(scope="module")
 def published() -> dict[str, Any]:
     """What the command with the published counts prints."""
-    (command,) = (line for line in COMMANDS if "--json" in line)
+    (command,) = (line for line in COMMANDS if "search" in line and "--json" in line)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found: dict[str, Any] = json.loads(run(command).stdout)
@@ -71,6 +71,23 @@ def test_parameters_are_those_of_the_published_sizes(published: dict[str, Any]) 
     assert published["num_parameters"] == layers + 2 * VOCABULARY * HIDDEN + HIDDEN
     assert published["num_parameters"] == pytest.approx(47e9, rel=0.01)  # the name of the released model
     assert f"{published['num_parameters']:,} parameters" in PAGE
+
+
+def test_recovery_is_estimated_for_the_published_cut(published: dict[str, Any]) -> None:
+    pruned, source = (json.loads((FOLDER / name).read_text()) for name in ("pruned_config.json", "config.json"))
+    changed = {name: value for name, value in pruned.items() if value != source[name]}
+    assert changed == {
+        "hybrid_override_pattern": published["pattern"],
+        "num_hidden_layers": published["num_layers"],
+        "intermediate_size": published["widths"]["ffn"],
+    }
+    (command,) = (line for line in COMMANDS if "--estimate" in line)
+    found = json.loads(run(command).stdout)
+    by_gpus = {estimate["num_processes"]: estimate for estimate in found["runs"]}
+    assert list(by_gpus) == [8, 64, 512]
+    assert any("140.13 GiB" in problem for problem in by_gpus[8]["problems"]) and not by_gpus[64]["problems"]
+    figures = f"64 take {by_gpus[64]['memory_bytes'] / 2**30:.2f} GiB each and about {by_gpus[64]['hours']:.0f} hours"
+    assert f"{figures}, 512 about {by_gpus[512]['hours']:.0f}." in " ".join(PAGE.split())
 
 
 def test_memory_terms_are_those_of_the_published_sizes(published: dict[str, Any]) -> None:

@@ -43,9 +43,8 @@ SETTINGS = DistillSettings(
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """CPU seconds of all threads, and seconds on the clock, of each timed step, with this many threads."""
+    """CPU seconds of all threads, and seconds on the clock, of each timed step."""
 
-    num_threads: int
     ours_cpu: tuple[float, ...]
     other_cpu: tuple[float, ...]
     ours_clock: tuple[float, ...]
@@ -136,9 +135,8 @@ def kd_trainer_step(teacher: nn.Module, student: nn.Module) -> Callable[[int], f
     return step
 
 
-def measure_speed(num_threads: int) -> Speed:
+def measure_speed() -> Speed:
     """Steps of both in turn: the other loop takes one whenever ours has reported one."""
-    torch.set_num_threads(num_threads)
     (teacher, student, _), (other_teacher, other_student, _) = models(), models()
     other_step = kd_trainer_step(other_teacher, other_student)
     seconds: dict[str, list[float]] = {"ours_cpu": [], "other_cpu": [], "ours_clock": [], "other_clock": []}
@@ -156,7 +154,7 @@ def measure_speed(num_threads: int) -> Speed:
         note("other")
 
     run_ours(teacher, student, SPEED_STEPS, take_turns)
-    return Speed(num_threads=num_threads, **{name: tuple(times[1:-1]) for name, times in seconds.items()})
+    return Speed(**{name: tuple(times[1:-1]) for name, times in seconds.items()})
 
 
 def measure_memory(way: str) -> Memory:
@@ -178,28 +176,26 @@ def measure_memory(way: str) -> Memory:
     return Memory(peak_bytes=training_peak, peak_with_save_bytes=memory.extra_bytes(), losses=tuple(losses))
 
 
-def in_own_process(*arguments: str) -> dict[str, object]:
-    """What this file prints when it is called with these arguments."""
-    command = [sys.executable, __file__, *arguments]
+def in_own_process(part: str) -> dict[str, object]:
+    """What this file prints when it is called for this part."""
+    command = [sys.executable, __file__, part]
     found: dict[str, object] = json.loads(
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-def render(speeds: list[Speed], memory: dict[str, Memory], num_parameters: int) -> str:
+def render(speed: Speed, memory: dict[str, Memory], num_parameters: int) -> str:
     """The result page."""
     tokens = SETTINGS.tokens_per_step
     rows = []
-    for speed in speeds:
-        threads = f"{speed.num_threads} thread" + "s" * (speed.num_threads > 1)
-        kinds = {"CPU seconds": (speed.ours_cpu, speed.other_cpu), "the clock": (speed.ours_clock, speed.other_clock)}
-        for kind, (ours, other) in kinds.items():
-            ratios = [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
-            rows.append(
-                f"| {threads}, by {kind} | {tokens / min(ours):,.0f} | {tokens / min(other):,.0f} "
-                f"| {min(other) / min(ours):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-            )
+    kinds = {"CPU second": (speed.ours_cpu, speed.other_cpu), "second": (speed.ours_clock, speed.other_clock)}
+    for kind, (ours, other) in kinds.items():
+        ratios = [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
+        rows.append(
+            f"| tokens a {kind} | {tokens / min(ours):,.0f} | {tokens / min(other):,.0f} "
+            f"| {min(other) / min(ours):.2f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
     ours_memory, other_memory = memory["ours"], memory["other"]
     peaks = ours_memory.peak_bytes, other_memory.peak_bytes
     weight_bytes = 4 * num_parameters
@@ -209,7 +205,8 @@ def render(speeds: list[Speed], memory: dict[str, Memory], num_parameters: int) 
     table = "\n".join(rows)
     return f"""# Whole distillation steps against a KDTrainer-style loop
 
-Written by `make bench-distill` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}.
+Written by `make bench-distill` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}
+with {torch.get_num_threads()} thread(s).
 
 Teacher `{PATTERNS["teacher"]}` and student `{PATTERNS["student"]}` (Mamba-2, attention, MLP), hidden size {HIDDEN},
 vocabulary {VOCABULARY:,}, {num_parameters / 1e6:.0f} M parameters together, random weights, float32; AdamW; one
@@ -219,7 +216,7 @@ modelopt's `KDTrainer` does: both models to their logits, `LogitsDistillationLos
 The two took turns, step by step in one process; {SPEED_STEPS - 2} steps of each after one that was not timed. Ours is
 everything between two reports of the loop, data and metrics included.
 
-| tokens/s | ours, best step | KDTrainer-style, best step | ratio | step by step: median (range) |
+| | ours, best step | KDTrainer-style, best step | ratio | step by step: median (range) |
 |---|---:|---:|---:|---:|
 {table}
 
@@ -239,14 +236,12 @@ of the two in {MEMORY_STEPS} steps: {difference:.1e}.
 def main(arguments: list[str]) -> None:
     """Measure one thing, or all of them and write the page."""
     if arguments:
-        kind, what = arguments
-        result = measure_speed(int(what)) if kind == "speed" else measure_memory(what)
+        result = measure_speed() if arguments == ["speed"] else measure_memory(arguments[0])
         print(json.dumps(asdict(result)))
         return
-    thread_counts = sorted({1, os.cpu_count() or 1})
-    speeds = [Speed(**in_own_process("speed", str(count))) for count in thread_counts]  # type: ignore[arg-type]
-    memory = {way: Memory(**in_own_process("memory", way)) for way in ("ours", "other")}  # type: ignore[arg-type]
-    page = render(speeds, memory, models()[2])
+    speed = Speed(**in_own_process("speed"))  # type: ignore[arg-type]
+    memory = {way: Memory(**in_own_process(way)) for way in ("ours", "other")}  # type: ignore[arg-type]
+    page = render(speed, memory, models()[2])
     Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
 

@@ -1,12 +1,13 @@
-"""Training through FP8 rounding: what the FP8 export of the embedded hybrid loses without it and with it.
+"""Training through FP8 rounding: what an FP8 export loses when the student was distilled without it and with it.
 
-Student and teacher are the embedded model: whatever distance from the teacher an export has, its rounding made. Without
-``qat`` there is nothing to learn, so that column is the plain export.
+The embedded hybrid is pruned and distilled as in the demo, once plainly and once with ``qat``, on the same text in the
+same order; both students are exported to FP8 and compared with the teacher, as BF16 and as FP8. The run leaves its
+folder behind and continues there where it was stopped; qat.md lies beside this file.
 """
 
 from __future__ import annotations
 
-import tempfile
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,88 +15,108 @@ import torch
 
 from distill.engine import EngineSettings
 from distill.run import distill_checkpoint
-from distill.settings import DistillSettings
 from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.corpus import evaluation_windows, read_documents, sample_windows
-from minipuzzle.evaluate import documents_within, evaluate
+from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
+from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents, sample_windows
+from minipuzzle.evaluate import Evaluation, documents_within, evaluate
 from minipuzzle.export.reader import load_any_model
 from minipuzzle.export.run import ExportRequest, export_checkpoint
 from minipuzzle.models import load_tokenizer
 
-EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
-TRAINING_TOKENS = 64 * 1024
-EVALUATION_TOKENS = 32 * 1024
+MEMORY, SAMPLES = "75%", 64  # as the demo prunes
+TOKENS = 200_000
+WINDOW_TOKENS = 256
+EVALUATION_TOKENS = 16_000  # of each domain
+WAYS = {"plain": EngineSettings(), "qat": EngineSettings(qat="fp8")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class QatResult:
-    """KL to the BF16 teacher on held-out speeches, nats/token, and agreement on the next token, of FP8 exports."""
+class Loss:
+    """A model on held-out text, nats per token."""
 
-    plain_kl: float
-    qat_kl: float
-    plain_agreement: float
-    qat_agreement: float
-
-
-def run(folder: Path, training_tokens: int = TRAINING_TOKENS, evaluation_tokens: int = EVALUATION_TOKENS) -> QatResult:
-    """Train, export and evaluate in a folder."""
-    teacher = Checkpoint.open(EXAMPLE / "model")
-    settings = DistillSettings(
-        tokens=training_tokens,
-        sequence_length=256,
-        batch_sequences=4,
-        micro_batch_sequences=4,
-        learning_rate=3e-5,
-        weight_decay=0.0,
-    )
-    distill_checkpoint(
-        student=teacher,
-        teacher=teacher,
-        data=[EXAMPLE / "text" / "distillation.jsonl"],
-        settings=settings,
-        engine=EngineSettings(qat="fp8"),
-        out=folder / "trained",
-    )
-    found = {}
-    for name, source in (("plain", teacher), ("qat", Checkpoint.open(folder / "trained"))):
-        found[name] = _export_and_evaluate(source, teacher, folder / f"{name}-fp8", evaluation_tokens)
-    (plain_kl, plain_agreement), (qat_kl, qat_agreement) = found["plain"], found["qat"]
-    return QatResult(plain_kl=plain_kl, qat_kl=qat_kl, plain_agreement=plain_agreement, qat_agreement=qat_agreement)
+    kl: float
+    loss: float
+    agreement: float
 
 
-def _export_and_evaluate(source: Checkpoint, teacher: Checkpoint, out: Path, num_tokens: int) -> tuple[float, float]:
+def run(folder: Path) -> dict[tuple[str, str], Loss]:
+    """Prune once, distil in both ways, export both; losses by way and format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher, texts = Checkpoint.open(EXAMPLE / "model"), DemoTexts()
+    if not (folder / "pruned").is_dir():
+        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, quiet=False)
     tokenizer = load_tokenizer(teacher.folder)
-    calibration = read_documents([EXAMPLE / "text" / "calibration.jsonl"])
-    token_ids = sample_windows(tokenizer, calibration, num_samples=32, sequence_length=256)
-    export_checkpoint(source, out, ExportRequest(scheme="fp8", verifies=False), calibration_token_ids=token_ids)
-    held_out = documents_within(tokenizer, read_documents([EXAMPLE / "text" / "heldout_speeches.jsonl"]), num_tokens)
-    windows = evaluation_windows(tokenizer, held_out, sequence_length=256)
-    model, against = load_any_model(Checkpoint.open(out)), load_any_model(teacher)
-    result = evaluate(model, teacher.family, windows, against=against)
+    calibration = read_documents([texts.calibration])
+    calibration_ids = sample_windows(tokenizer, calibration, num_samples=SAMPLES, sequence_length=WINDOW_TOKENS)
+    held_out = [
+        document
+        for domain in texts.domains.values()
+        for document in documents_within(tokenizer, read_documents([domain]), EVALUATION_TOKENS)
+    ]
+    windows = evaluation_windows(tokenizer, held_out, sequence_length=WINDOW_TOKENS)
+    found = {}
+    for way, engine in WAYS.items():
+        trained, exported = folder / way, folder / f"{way}-fp8"
+        if not trained.is_dir():
+            distill_checkpoint(
+                student=Checkpoint.open(folder / "pruned"),
+                teacher=teacher,
+                data=[texts.distillation],
+                settings=demo_distillation(TOKENS),
+                engine=engine,
+                out=trained,
+            )
+        if not exported.is_dir():
+            request = ExportRequest(scheme="fp8", verifies=False)
+            export_checkpoint(Checkpoint.open(trained), exported, request, calibration_token_ids=calibration_ids)
+        for name, path in (("BF16", trained), ("FP8", exported)):
+            found[way, name] = _measured(path, teacher, windows)
+    return found
+
+
+def _measured(path: Path, teacher: Checkpoint, windows: EvaluationWindows) -> Loss:
+    result: Evaluation = evaluate(
+        load_any_model(Checkpoint.open(path)), teacher.family, windows, against=load_any_model(teacher)
+    )
     assert result.kl is not None and result.top1_agreement is not None
-    return result.kl, result.top1_agreement
+    return Loss(kl=result.kl, loss=result.loss, agreement=result.top1_agreement)
 
 
-def render(result: QatResult) -> str:
+def render(found: dict[tuple[str, str], Loss]) -> str:
     """The result page."""
-    return f"""# FP8 exports without and with training through FP8 rounding
+    titles = {"plain": "without", "qat": "with `--qat fp8`"}
+    table = "\n".join(
+        f"| {titles[way]} | {name} | {loss.kl:.5f} | {loss.loss:.5f} | {loss.agreement:.2%} |"
+        for (way, name), loss in found.items()
+    )
+    plain, exported, qat = found["plain", "BF16"], found["plain", "FP8"], found["qat", "FP8"]
+    settings = demo_distillation(TOKENS)
+    return f"""# FP8 exports of students distilled without and with FP8 rounding
 
-Written by `make bench-qat`, torch {torch.__version__}. The embedded hybrid, distilled from itself on
-{TRAINING_TOKENS:,} tokens with `--qat fp8`, then exported to FP8 like the model without that training; held-out
-speeches, {EVALUATION_TOKENS:,} tokens, against the BF16 model.
+Written by `make bench-qat`, torch {torch.__version__}. The embedded hybrid, pruned to {MEMORY} of its memory and
+distilled on {TOKENS:,} tokens as in the demo (temperature {settings.temperature:g}, rate {settings.learning_rate:g}),
+once plainly and once with `--qat fp8`, on the same text in the same order. Against the teacher in BF16, on
+{2 * EVALUATION_TOKENS:,} tokens of held-out speeches and code:
 
-| FP8 export | KL, nats/token | same best next token |
-|---|---:|---:|
-| without | {result.plain_kl:.5f} | {result.plain_agreement:.2%} |
-| with `--qat fp8` | {result.qat_kl:.5f} | {result.qat_agreement:.2%} |
+| distilled | as | KL, nats/token | loss, nats/token | same best next token |
+|---|---|---:|---:|---:|
+{table}
 
-{1 - result.qat_kl / result.plain_kl:.0%} of the distance is gone. The training takes its input scales from each batch,
-the export from its calibration text.
+Against the plain BF16 student, its own export stands at {exported.kl - plain.kl:+.5f} nats/token of KL and
+{exported.loss - plain.loss:+.5f} of loss; the export of the student distilled with `--qat fp8` stands at
+{qat.kl - plain.kl:+.5f} and {qat.loss - plain.loss:+.5f}. The training takes its input scales from each batch, the
+export from its calibration text.
 """
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as work:
-        page = render(run(Path(work)))
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="where models are kept")
+    page = render(run(parser.parse_args().folder))
     Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
+
+
+if __name__ == "__main__":
+    main()
