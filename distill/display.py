@@ -91,7 +91,8 @@ def text_notes(prepared: PreparedRun) -> list[str]:
         description = prepared.request.cache_description(prepared.vocabulary.rows)
         notes.append(
             f"the teacher cache takes {description.bytes_per_token} bytes a token, up to "
-            f"{format_gib(prepared.cache_bytes)}; top {description.top_k} of {description.vocabulary:,} tokens"
+            f"{format_gib(prepared.cache_bytes)}; top {description.top_k} of {description.vocabulary:,} tokens; "
+            "all others are one outcome, so the divergence is at most that over the whole vocabulary"
         )
     return notes
 

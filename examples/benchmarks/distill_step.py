@@ -8,6 +8,7 @@ process of its own, because the peak of a process never falls.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -176,12 +177,14 @@ def measure_memory(way: str) -> Memory:
     return Memory(peak_bytes=training_peak, peak_with_save_bytes=memory.extra_bytes(), losses=tuple(losses))
 
 
-def in_own_process(part: str) -> dict[str, object]:
-    """What this file prints when it is called for this part."""
-    command = [sys.executable, __file__, part]
-    found: dict[str, object] = json.loads(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-    )
+def in_own_process(part: str, folder: Path) -> dict[str, object]:
+    """What this file prints when it is called for this part; kept in ``folder`` until all parts are there."""
+    kept = folder / f"{part}.json"
+    if not kept.exists():
+        command = [sys.executable, __file__, part]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        kept.write_text(output.splitlines()[-1], encoding="utf-8")
+    found: dict[str, object] = json.loads(kept.read_text(encoding="utf-8"))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
@@ -233,18 +236,35 @@ of the two in {MEMORY_STEPS} steps: {difference:.1e}.
 """
 
 
-def main(arguments: list[str]) -> None:
-    """Measure one thing, or all of them and write the page."""
-    if arguments:
-        result = measure_speed() if arguments == ["speed"] else measure_memory(arguments[0])
+def main() -> None:
+    """Measure one part, or all of them and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "part", nargs="?", choices=("speed", "ours", "other"), help="measure this one alone and print it"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("recovery_output/distill_step"),
+        help="where parts are kept until all are there",
+    )
+    options = parser.parse_args()
+    if options.part:
+        result = measure_speed() if options.part == "speed" else measure_memory(options.part)
         print(json.dumps(asdict(result)))
         return
-    speed = Speed(**in_own_process("speed"))  # type: ignore[arg-type]
-    memory = {way: Memory(**in_own_process(way)) for way in ("ours", "other")}  # type: ignore[arg-type]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    speed = Speed(**in_own_process("speed", options.folder))  # type: ignore[arg-type]
+    memory = {
+        way: Memory(**in_own_process(way, options.folder))  # type: ignore[arg-type]
+        for way in ("ours", "other")
+    }
     page = render(speed, memory, models()[2])
     Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
+    for part in ("speed", "ours", "other"):
+        (options.folder / f"{part}.json").unlink()
     print(page)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -365,19 +365,17 @@ def _show_plan(prepared: PreparedRun, *, as_json: bool) -> None:
 
 def _show_result(result: DistillResult, *, as_json: bool) -> None:
     if as_json:
-        facts = {**asdict(result), "out": str(result.out), "remaining_kl_fraction": result.remaining_kl_fraction}
-        echo_json(facts)
+        echo_json({**asdict(result), "out": str(result.out), "remaining_kl_fraction": result.remaining_kl_fraction})
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "before", "after", "left")
     if result.validation_kl_before is not None and result.validation_kl_after is not None:
-        left = f"{result.remaining_kl_fraction:.1%}"
-        row = (f"{result.validation_kl_before:.4f}", f"{result.validation_kl_after:.4f}", left)
-        table.add_row("KL to the teacher, nats/token", *row)
-        row = (f"{result.validation_loss_before:.4f}", f"{result.validation_loss_after:.4f}", "")
-        table.add_row("loss on the text, nats/token", *row)
+        row = [f"{result.validation_kl_before:.4f}", f"{result.validation_kl_after:.4f}"]
+        table.add_row("KL to the teacher, nats/token", *row, f"{result.remaining_kl_fraction:.1%}")
+        row = [f"{result.validation_loss_before:.4f}", f"{result.validation_loss_after:.4f}"]
+        table.add_row("loss on the text, nats/token", *row, "")
         for column in table.columns[1:]:
             column.justify = "right"
         Console().print(table)
@@ -395,6 +393,8 @@ def _show_result(result: DistillResult, *, as_json: bool) -> None:
         click.echo(
             f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite or rose suddenly"
         )
+    if result.remaining_kl_fraction is not None and result.remaining_kl_fraction >= 1:
+        click.echo("the student did not come nearer to its teacher: give more --tokens, or another --learning-rate")
     if result.best_step != result.steps:
         click.echo(f"written are the weights after step {result.best_step:,}, the best by the KL on held-out text")
     click.echo(f"written to {result.out}\nnext: minipuzzle export {result.out} --fp8 -o ...")
