@@ -18,9 +18,9 @@ from minipuzzle.units import GIB, format_gib
 
 _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
-# Values that autograd keeps a token for each output of a layer's linears, counted in transformers' path without
-# kernels at hidden sizes 128 and 512, states and scan chunks from 32 to 128; and for each channel of a layer's input.
-_KEPT_PER_OUTPUT = {"mamba": 11, "attention": 1, "mlp": 2, "moe": 2}
+# Values that autograd keeps a token for each output of a layer's linears, counted without kernels; and for each channel
+# of a layer's input.
+_KEPT_PER_OUTPUT = {"mamba": 5, "attention": 1, "mlp": 2, "moe": 2}
 _KEPT_PER_CHANNEL = 3
 _UNITS_GATHERED = 2  # the layer that runs, and the next one
 _GPUS_PER_NODE = 8

@@ -1,18 +1,20 @@
 """How far apart two models are, from what their LM heads see: sums over tokens, gathered chunk by chunk.
 
 With z the logits of the full model, p its probabilities and d the change of the logits, everything about the next
-token follows from three numbers a token: L = log sum p exp(d), mu = sum p d, and d at the label. The KL is L - mu and
-the rise of the loss L - d(label). So the full model's logits are computed once for all altered models, and those of an
-altered model are never normalised: their change, head times change of the hidden state, exists in tiles that fit the
-CPU's caches and are passed over twice. Logits are float32 (or float64, if the hidden states are); sums over tokens are
-float64.
+token follows from three numbers a token: mu = sum p d, q = sum p (exp(d) - 1 - d), and d at the label. The KL is
+log1p(mu + q) - mu and the rise of the loss log1p(mu + q) - d(label). Every term of q is positive and mu hardly counts
+in the KL, so small divergences keep their digits; mu needs no logits, only the mean of the head's rows under p. The
+full model's logits are computed once for all altered models, and those of an altered model are never normalised: their
+change, head times change of the hidden state, exists in tiles that fit the CPU's caches. Logits are float32 (or
+float64, if the hidden states are); sums over tokens are float64.
 
 Shape suffixes: S streams (one an altered model), T tokens, C tokens of a chunk, H hidden, V vocabulary, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +32,6 @@ MIN_CHUNK_TOKENS = 16
 # Of a tile, in float32: the CPU's is what its second-level cache holds, a GPU wants enough work for each kernel.
 TILE_ELEMENTS_CPU, TILE_ELEMENTS = 2**18, 2**26
 TILE_VOCABULARY_CPU = 1024
-MAX_RISE = 40.0  # nats by which a logit may rise before exp() may leave the range of float32
 SUMS = ("squared_difference", "cosine_distance", "kl", "loss_rise")
 _COUNTS = ("num_tokens", "_num_labels", "_num_elements", "_full_energy")
 
@@ -47,7 +48,7 @@ def chunk_bytes(num_chunk_tokens: int, device: str, *, num_streams: int, hidden:
     token_bytes = _token_bytes(num_streams=num_streams, hidden=hidden, vocabulary=vocabulary)
     on_cpu = torch.device(device).type == "cpu"
     tile_tokens, tile_vocabulary = _tile_shape(num_streams, vocabulary, on_cpu=on_cpu)
-    tile = (1 if on_cpu else 2) * min(tile_tokens, num_chunk_tokens) * num_streams * tile_vocabulary
+    tile = 2 * min(tile_tokens, num_chunk_tokens) * num_streams * tile_vocabulary
     return num_chunk_tokens * token_bytes + 4 * (tile + tile_vocabulary * hidden)
 
 
@@ -105,8 +106,7 @@ class HeadInputMetrics:
         precision = torch.promote_types(full_CH.dtype, torch.float32)
         full_wide_CH, altered_wide_SCH = full_CH.to(precision), altered_SCH.to(precision)
         difference_CSH = (altered_wide_SCH - full_wide_CH).transpose(0, 1).contiguous()
-        changes = _LogitChanges(full_CH, altered_SCH, difference_CSH, head_VH)
-        log_rise_CS, mean_rise_CS = changes.summarised()
+        log_rise_CS, mean_rise_CS = _LogitChanges(full_CH, altered_SCH, difference_CSH, head_VH).summarised()
         has_label_C = labels_C != IGNORE
         label_rows_CH = head_VH[labels_C.clamp(min=0)].to(precision)
         label_rise_CS = (difference_CSH @ label_rows_CH[:, :, None])[..., 0]
@@ -151,39 +151,46 @@ class _LogitChanges:
     def summarised(self) -> tuple[torch.Tensor, torch.Tensor]:
         """log sum p exp(d) and sum p d, both ``[chunk, streams]`` float64.
 
-        The first is taken as log1p(sum p expm1(d)), which keeps the digits of small changes; where a logit rises so
-        much that exp(d) might overflow, it is the difference of two log-sum-exps.
+        Where a logit rises so much that exp(d) overflows, the first is the difference of two log-sum-exps.
         """
-        num_tokens, num_streams, _ = self.difference_CSH.shape
+        num_tokens, num_streams, hidden = self.difference_CSH.shape
         tile_tokens, tile_vocabulary = _tile_shape(num_streams, len(self.head_VH), on_cpu=not self.head_VH.is_cuda)
-        growth_CS = self.difference_CSH.new_zeros(num_tokens, num_streams, dtype=torch.float64)
-        mean_CS, peak_CS = growth_CS.clone(), growth_CS.to(self.difference_CSH.dtype)
+        zeros = partial(self.difference_CSH.new_zeros, dtype=torch.float64)
+        excess_CS, mean_row_CH = zeros((num_tokens, num_streams)), zeros((num_tokens, hidden))
+        total_C1 = zeros((num_tokens, 1))  # 1 but for rounding, which would be the larger part of that of the KL
         for first_row in range(0, len(self.head_VH), tile_vocabulary):
             columns = slice(first_row, first_row + tile_vocabulary)
+            head_rows_VH = self.head_VH[columns].to(self.difference_CSH.dtype)
+            probability_CV = (self.full_logits_CV[:, columns] - self.full_log_sum_C[:, None]).exp_()
+            total_C1 += probability_CV.sum(-1, keepdim=True, dtype=torch.float64)
+            for p_CV, rows_VH in _pieces(probability_CV, head_rows_VH):
+                mean_row_CH.addmm_(p_CV.double(), rows_VH.double())
             for first_token in range(0, num_tokens, tile_tokens):
                 tokens = slice(first_token, first_token + tile_tokens)
-                change_CSV = self._tile(tokens, columns)
-                log_probability_CV = self.full_logits_CV[tokens, columns] - self.full_log_sum_C[tokens, None]
-                probability_CV1 = log_probability_CV.exp_()[:, :, None]
-                mean_CS[tokens] += (change_CSV @ probability_CV1)[..., 0]
-                torch.maximum(peak_CS[tokens], change_CSV.amax(-1), out=peak_CS[tokens])
-                growth_CS[tokens] += (change_CSV.expm1_() @ probability_CV1)[..., 0]
-        log_rise_CS = growth_CS.log1p_()
-        for rows_R2 in torch.split((peak_CS >= MAX_RISE).nonzero(), num_tokens):
+                change_CSV = self._tile(tokens, columns, head_rows_VH)
+                excess_CSV = change_CSV.expm1().sub_(change_CSV).mul_(probability_CV[tokens, None])
+                excess_CS[tokens] += excess_CSV.sum(-1)
+        mean_CS = (self.difference_CSH.double() @ mean_row_CH[:, :, None])[..., 0] / total_C1
+        log_rise_CS = (mean_CS + excess_CS / total_C1).log1p_()
+        for rows_R2 in torch.split((~excess_CS.isfinite()).nonzero(), num_tokens):
             token_R, stream_R = rows_R2.unbind(-1)
             log_sum_R = _logits(self.altered_SCH[stream_R, token_R], self.head_VH).logsumexp(-1)
             log_rise_CS[token_R, stream_R] = (log_sum_R - self.full_log_sum_C[token_R]).double()
         return log_rise_CS, mean_CS
 
-    def _tile(self, tokens: slice, columns: slice) -> torch.Tensor:
-        difference_CSH = self.difference_CSH[tokens]
+    def _tile(self, tokens: slice, columns: slice, head_rows_VH: torch.Tensor) -> torch.Tensor:
         if self.altered_SCH.is_cuda and self.altered_SCH.dtype.itemsize < 4:
             # The difference of two hidden states would have to be rounded for a product in half precision.
             altered_CSH = self.altered_SCH[:, tokens].transpose(0, 1)
             logits_RV = _logits(altered_CSH.flatten(0, 1), self.head_VH[columns])
             return logits_RV.view(*altered_CSH.shape[:2], -1).sub_(self.full_logits_CV[tokens, None, columns])
-        head_rows_VH = self.head_VH[columns].to(difference_CSH.dtype)
+        difference_CSH = self.difference_CSH[tokens]
         return (difference_CSH.flatten(0, 1) @ head_rows_VH.T).view(*difference_CSH.shape[:2], -1)
+
+
+def _pieces(probability_CV: torch.Tensor, head_VH: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Columns of probabilities and the head's rows for them, few enough to be copied in another precision."""
+    return zip(probability_CV.split(TILE_VOCABULARY_CPU, dim=-1), head_VH.split(TILE_VOCABULARY_CPU), strict=True)
 
 
 def _tile_shape(num_streams: int, vocabulary: int, *, on_cpu: bool) -> tuple[int, int]:

@@ -1,16 +1,18 @@
 """Mamba-2 layers of transformers without its Triton kernels: the same sums, in fewer passes over memory.
 
-transformers' own PyTorch path repeats B and C for every head and writes tables of position x position x head in an
-order that matrix products have to copy. Here all products are batched ones over [batch, chunk, group, ...], D and dt
-are folded into the table of decays, and the convolution is a sum of shifted products. Used where nothing is trained:
-intermediate results are overwritten, which autograd could not follow.
+transformers' own PyTorch path repeats B and C for every head and writes a table of position x position for each. The
+weight of one position in a later one, exp(a - b), is a product exp(a - m) exp(m - b), with m the middle of a chunk: so
+inputs are scaled before, and outputs after, one table of C B' that all heads of a group share. Decays are summed in
+float64, and chunks are short enough for the factors to stay in range (else the products are float64 too). The
+convolution is a sum of shifted products. Trains as well; what autograd does not need is overwritten.
 
-Shape suffixes: B batch, T tokens, K chunks, L tokens of a chunk, G groups, R heads of a group, P channels of a head,
-N state, I inner channels.
+Shape suffixes: B batch, T tokens, K chunks, L tokens of a chunk, G groups, R heads of a group, H heads, P channels of a
+head, N state, I inner channels.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -20,12 +22,22 @@ from torch import nn
 from torch.nn import functional as F
 
 TRITON, TORCH = "triton kernels of mamba-ssm", "torch"
+MIN_CHUNK_TOKENS = 32  # in float32: where chunks would be shorter, products in float64 are cheaper than more states
+GOOD_CHUNK_TOKENS_CPU = 64  # whatever config.json says: its chunks suit a GPU, or are so short that states dominate
+# Between the first and the last token of a chunk; half of it on either side of the middle leaves room for the values.
+MAX_SPAN_NATS = {torch.float32: 100.0, torch.float64: 1200.0}
+NOTHING_LEFT_NATS = {torch.float32: 110.0, torch.float64: 750.0}  # a decay after which the precision sees nothing
 
 
-def scan_path(device: str) -> str:
+def scan_path(device: str | torch.device) -> str:
     """Which implementation of the scan Mamba-2 layers run on a device: TRITON or TORCH."""
-    is_there = all(find_spec(package) is not None for package in ("mamba_ssm", "causal_conv1d"))
-    return TRITON if is_there and torch.device(device).type == "cuda" else TORCH
+    return TRITON if torch.device(device).type == "cuda" and _has_kernels() else TORCH
+
+
+@cache
+def _has_kernels() -> bool:
+    """Asked once: looking for a package takes longer than a small layer."""
+    return all(find_spec(package) is not None for package in ("mamba_ssm", "causal_conv1d"))
 
 
 def run_without_kernels(mixer: nn.Module) -> None:
@@ -36,17 +48,19 @@ def run_without_kernels(mixer: nn.Module) -> None:
 
 def _forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     is_plain = not args and all(value is None for value in kwargs.values())  # no cache, no mask, no packed sequences
-    if not is_plain or torch.is_grad_enabled() or scan_path(str(hidden_states.device)) == TRITON:
+    is_traced = torch.compiler.is_compiling()  # how long chunks are depends on the data
+    if not is_plain or is_traced or scan_path(hidden_states.device) == TRITON:
         original: torch.Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
         return original
-    gate_BTI, mixed_BT, dt_BT = self.in_proj(hidden_states).split(
+    gate_BTI, mixed_BT, dt_BTH = self.in_proj(hidden_states).split(
         [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
     )
-    mixed_BT = self.act(causal_convolution(mixed_BT, self.conv1d.weight[:, 0], self.conv1d.bias))
+    mixed_BT = causal_convolution(mixed_BT, self.conv1d.weight[:, 0], self.conv1d.bias)
+    mixed_BT = F.silu(mixed_BT, inplace=not mixed_BT.requires_grad) if self.activation == "silu" else self.act(mixed_BT)
     states = self.n_groups * self.ssm_state_size
     x, b, c = mixed_BT.split([self.intermediate_size, states, states], dim=-1)
     precision = torch.promote_types(hidden_states.dtype, torch.float32)
-    dt = F.softplus(dt_BT.to(precision) + self.dt_bias.to(precision)).clamp_(*self.time_step_limit)
+    dt = F.softplus(dt_BTH.to(precision) + self.dt_bias.to(precision)).clamp(*self.time_step_limit)
     scanned = chunked_scan(
         x.unflatten(-1, (self.num_heads, self.head_dim)).to(precision),
         dt,
@@ -54,7 +68,7 @@ def _forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) 
         b.unflatten(-1, (self.n_groups, self.ssm_state_size)).to(precision),
         c.unflatten(-1, (self.n_groups, self.ssm_state_size)).to(precision),
         self.D.to(precision),
-        chunk_size=self.chunk_size,
+        longest_chunk=GOOD_CHUNK_TOKENS_CPU if x.is_cpu else self.chunk_size,
     )
     result: torch.Tensor = self.out_proj(self.norm(scanned.flatten(-2), gate_BTI).to(hidden_states.dtype))
     return result
@@ -65,10 +79,10 @@ def causal_convolution(x_BT: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 
     Shapes: ``x_BT`` ``[batch, tokens, channels]``, ``weight`` ``[channels, kernel]``, ``bias`` ``[channels]``.
     """
-    newest = weight.shape[-1] - 1
-    out_BT = x_BT * weight[:, newest] if bias is None else torch.addcmul(bias, x_BT, weight[:, newest])
-    for delay in range(1, min(newest + 1, x_BT.shape[1])):
-        out_BT[:, delay:].addcmul_(x_BT[:, :-delay], weight[:, newest - delay])
+    *earlier, newest = weight.T.contiguous()  # rows side by side: products with a strided one are several times slower
+    out_BT = x_BT * newest if bias is None else torch.addcmul(bias, x_BT, newest)
+    for delay, row in enumerate(reversed(earlier[-x_BT.shape[1] + 1 :] if x_BT.shape[1] > 1 else []), start=1):
+        out_BT[:, delay:].addcmul_(x_BT[:, :-delay], row)
     return out_BT
 
 
@@ -80,52 +94,93 @@ def chunked_scan(
     c: torch.Tensor,
     d: torch.Tensor,
     *,
-    chunk_size: int,
+    longest_chunk: int,
 ) -> torch.Tensor:
     """h[t] = exp(dt[t] a) h[t-1] + dt[t] b[t] x[t] and y[t] = c[t] h[t] + d x[t], from a zero state.
 
     Shapes: ``x`` and the result ``[batch, tokens, heads, channels]``, ``dt`` ``[batch, tokens, heads]``, ``a``
-    (negative) and ``d`` ``[heads]``, ``b`` and ``c`` ``[batch, tokens, groups, state]``.
+    (negative) and ``d`` ``[heads]``, ``b`` and ``c`` ``[batch, tokens, groups, state]``. ``longest_chunk``: in tokens.
     Source: arXiv 2405.21060, section 6 (the block decomposition).
     """
-    num_tokens, (heads, channels), groups = x.shape[1], x.shape[2:], b.shape[2]
-    length = min(chunk_size, num_tokens)
+    (batch, num_tokens, heads, channels), groups, state = x.shape, b.shape[2], b.shape[3]
+    decay_BTH = (dt.double() * -a.double()).clamp(max=NOTHING_LEFT_NATS[x.dtype])
+    length, precision = _chunks(decay_BTH.detach(), min(longest_chunk, num_tokens), x.dtype)
+    whole_x, result_dtype = x, x.dtype
     padding = -num_tokens % length
     if padding:  # with dt = 0 these tokens leave the state as it is, and their own outputs are dropped
-        x, dt, b, c = (F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, padding)) for tensor in (x, dt, b, c))
-    per_head = (groups, heads // groups)
-    chunks = (-1, length)
-    b_BKGLN, c_BKGLN = (tensor.unflatten(1, chunks).transpose(2, 3) for tensor in (b, c))
-    x_BKGRLP = x.unflatten(2, per_head).unflatten(1, chunks).permute(0, 1, 3, 4, 2, 5).contiguous()
-    # The log of the decay since the chunk began. Differences of such sums would lose digits in float32.
-    dt_BKGRL = dt.double().unflatten(2, per_head).unflatten(1, chunks).permute(0, 1, 3, 4, 2).contiguous()
-    age_BKGRL = (dt_BKGRL * a.view(*per_head, 1)).cumsum(-1)
+        x, dt, b, c, decay_BTH = (
+            F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, padding)) for tensor in (x, dt, b, c, decay_BTH)
+        )
+    num_chunks, per_head = x.shape[1] // length, (groups, heads // groups)
 
-    # Inside a chunk: a causal table of weights for each head. dt enters as its logarithm, d on the diagonal.
-    later = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu_(1)
-    table = (age_BKGRL[..., :, None] - (age_BKGRL - dt_BKGRL.log())[..., None, :]).to(x.dtype)
-    table.add_(later).exp_().mul_((c_BKGLN @ b_BKGLN.transpose(-1, -2)).unsqueeze(3))
-    table.diagonal(dim1=-2, dim2=-1).add_(d.view(*per_head, 1))
-    y_BKGRLP = table @ x_BKGRLP
+    def by_chunk(tensor: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, groups, ...]`` as ``[batch, chunks, groups, tokens of a chunk, ...]``."""
+        return tensor.reshape(batch, num_chunks, length, *tensor.shape[2:]).transpose(2, 3)
 
-    # Across chunks: what each adds to the state by its end, and what the state before it adds to its outputs.
-    if y_BKGRLP.shape[1] > 1:
-        weight_BKGRL = (age_BKGRL[..., -1:] - age_BKGRL).exp_().mul_(dt_BKGRL).to(x.dtype)
-        ending = (x_BKGRLP * weight_BKGRL[..., None]).transpose(-1, -2).flatten(3, 4)
-        decay_BKGR = age_BKGRL[..., -1].exp().to(x.dtype)
-        states = _states_before((ending @ b_BKGLN).unflatten(3, (-1, channels)), decay_BKGR)
-        carried = (c_BKGLN @ states.flatten(3, 4).transpose(-1, -2)).unflatten(-1, (-1, channels)).transpose(3, 4)
-        y_BKGRLP.addcmul_(carried, age_BKGRL.exp_().to(x.dtype)[..., None])
-    y: torch.Tensor = y_BKGRLP.permute(0, 1, 4, 2, 3, 5).reshape(x.shape)
-    return y[:, :num_tokens]
+    # How much has decayed since a chunk began, and half-way between its first token and its last.
+    age_BKLH = decay_BTH.unflatten(1, (num_chunks, length)).cumsum(2)
+    middle_BK1H = (age_BKLH[:, :, :1] + age_BKLH[:, :, -1:]) / 2
+    before_BTH = ((age_BKLH - middle_BK1H).exp().flatten(1, 2) * dt).to(precision)
+    after_BTH = (middle_BK1H - age_BKLH).exp().flatten(1, 2).to(precision)
+    x_BKGLRP = _product(by_chunk(x.unflatten(2, per_head)), by_chunk(before_BTH.unflatten(-1, per_head)).unsqueeze(-1))
+    x_ELI = x_BKGLRP.view(-1, length, x_BKGLRP.shape[4] * channels)
+    b_ELN, c_ELN = (by_chunk(tensor).to(precision).reshape(-1, length, state) for tensor in (b, c))
+    y_ELI: torch.Tensor = (c_ELN @ b_ELN.transpose(1, 2)).tril_() @ x_ELI
+    if num_chunks > 1:
+        added = (b_ELN.transpose(1, 2) @ x_ELI).view(batch, num_chunks, groups, state, -1, channels)
+        entering, leaving = (
+            factor.to(precision).view(batch, num_chunks, groups, 1, -1, 1)
+            for factor in ((-middle_BK1H).exp(), (middle_BK1H - age_BKLH[:, :, -1:]).exp())
+        )
+        y_ELI.baddbmm_(c_ELN, _states_at_middles(added, entering, leaving).view(-1, state, x_ELI.shape[-1]))
+    y_BKGLRP = y_ELI.view(x_BKGLRP.shape)
+    y = _product(y_BKGLRP.transpose(2, 3), by_chunk(after_BTH.unflatten(-1, per_head)).transpose(2, 3).unsqueeze(-1))
+    y = y.view(batch, -1, heads, channels)[:, :num_tokens].to(result_dtype)
+    return torch.addcmul(y, whole_x, d[:, None]) if y.requires_grad else y.addcmul_(whole_x, d[:, None])
 
 
-def _states_before(added_BKGRPN: torch.Tensor, decay_BKGR: torch.Tensor) -> torch.Tensor:
-    """The state before each chunk, from what each chunk adds (overwritten) and by how much it lets the state decay."""
-    state = torch.zeros_like(added_BKGRPN[:, 0])
-    for chunk_idx in range(added_BKGRPN.shape[1]):
-        added = added_BKGRPN[:, chunk_idx]
-        after = torch.addcmul(added, state, decay_BKGR[:, chunk_idx, ..., None, None])
-        added.copy_(state)
-        state = after
-    return added_BKGRPN
+def _chunks(decay_BTH: torch.Tensor, longest: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """Tokens a chunk, and the precision of its products: what lets no factor leave the range of the precision."""
+
+    def fits(length: int, precision: torch.dtype) -> bool:
+        """Whether what decays from the first to the last token of any chunk is within the range of a precision."""
+        padded_BTH = F.pad(decay_BTH, (0, 0, 0, -decay_BTH.shape[1] % length))
+        span_BKH = padded_BTH.unflatten(1, (-1, length))[:, :, 1:].sum(2)
+        return not bool((span_BKH > MAX_SPAN_NATS[precision]).any())  # NaN passes, to be found in the result
+
+    length = longest
+    while length >= min(MIN_CHUNK_TOKENS, longest):
+        if fits(length, torch.float32):
+            return length, dtype
+        length //= 2
+    length = longest
+    while not fits(length, torch.float64):
+        length //= 2
+    return length, torch.float64
+
+
+def _product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A product that is laid out in the order of its dimensions."""
+    if first.requires_grad or second.requires_grad:
+        return (first * second).contiguous()
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return torch.mul(first, second, out=torch.empty(shape, dtype=dtype, device=first.device))
+
+
+def _states_at_middles(
+    added_BKGNRP: torch.Tensor, entering_BKG1R1: torch.Tensor, leaving_BKG1R1: torch.Tensor
+) -> torch.Tensor:
+    """What is left of the state before each chunk by the middle of the chunk.
+
+    ``added_BKGNRP``: what each chunk adds, as of its middle. The factors: decays from a chunk's beginning to its
+    middle, and from there to its end.
+    """
+    state = torch.zeros_like(added_BKGNRP[:, 0])
+    states = []
+    for added, entering, leaving in zip(
+        *(tensor.unbind(1) for tensor in (added_BKGNRP, entering_BKG1R1, leaving_BKG1R1)), strict=True
+    ):
+        states.append(state * entering)
+        state = (states[-1] + added) * leaving
+    return torch.stack(states, dim=1)

@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, H hidden, V vocabulary; a leading S counts st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,7 @@ class LayerStack:
         self._model = model.eval()
         self._modules = parts_of(model, checkpoint.family)
         self._loaded: set[PartName] = set()
+        self._activation_bytes: dict[tuple[int, int], int] = {}
         all_weights = resident_weight_bytes(self.architecture, dtype)
         self.is_resident = all_weights + reserved_bytes <= self.memory_bytes
         one_part, next_part = (
@@ -168,6 +169,29 @@ class LayerStack:
         self.counters.layer_applications += hidden.shape[0] if hidden.ndim == 4 else 1
         return out
 
+    def apply_to_streams(
+        self,
+        layer_idx: int,
+        streams: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor | None],
+        *,
+        module: nn.Module | None = None,
+    ) -> list[torch.Tensor]:
+        """``apply`` for several streams, each ``[batch, tokens, hidden]``; small ones share a call of the layer."""
+        num_sequences, num_tokens, _hidden = streams[0].shape
+        at_once = max(1, self.sequences_at_once(layer_idx, num_tokens) // num_sequences)
+        results = []
+        for start in range(0, len(streams), at_once):
+            some, some_outs = streams[start : start + at_once], outs[start : start + at_once]
+            if len(some) == 1:
+                results.append(self.apply(layer_idx, some[0], out=some_outs[0], module=module))
+                continue
+            joined_SBTH = torch.stack(list(some))
+            self.apply(layer_idx, joined_SBTH, out=joined_SBTH, module=module)
+            for result_BTH, out in zip(joined_SBTH, some_outs, strict=True):
+                results.append(result_BTH.clone() if out is None else out.copy_(result_BTH))
+        return results
+
     @torch.no_grad()
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the LM head sees, in the shape given."""
@@ -182,17 +206,24 @@ class LayerStack:
 
     def sequences_at_once(self, layer_idx: int, num_tokens: int) -> int:
         """Sequences of a length that one call of a layer takes: one at least, else within a quarter of the memory."""
-        needed_bytes = activation_bytes(self.checkpoint, self.architecture.layers[layer_idx], num_tokens, self.dtype)
+        needed_bytes = self._activation_bytes_of(layer_idx, num_tokens)
         max_tokens = MAX_BATCH_TOKENS_CPU if torch.device(self.device).type == "cpu" else MAX_BATCH_TOKENS
         return max(1, min(self.free_bytes // 4 // needed_bytes, max_tokens // num_tokens))
 
     def activation_bytes(self, num_tokens: int) -> int:
         """An estimate of what the layers need while they run, at sequences of a length."""
-        layers = self.architecture.layers
         return max(
-            self.sequences_at_once(idx, num_tokens) * activation_bytes(self.checkpoint, layer, num_tokens, self.dtype)
-            for idx, layer in enumerate(layers)
+            self.sequences_at_once(idx, num_tokens) * self._activation_bytes_of(idx, num_tokens)
+            for idx in range(self.num_layers)
         )
+
+    def _activation_bytes_of(self, layer_idx: int, num_tokens: int) -> int:
+        """For one sequence; kept, because it is asked for before every call of a layer."""
+        key = layer_idx, num_tokens
+        if key not in self._activation_bytes:
+            layer = self.architecture.layers[layer_idx]
+            self._activation_bytes[key] = activation_bytes(self.checkpoint, layer, num_tokens, self.dtype)
+        return self._activation_bytes[key]
 
     def stored_bytes(self, part: PartName) -> int:
         """Bytes on disk of the weights of one part."""

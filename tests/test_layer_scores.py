@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from importance.layers import reserved_bytes, score_layers
 from importance.metrics import HeadInputMetrics, next_token_labels
 from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.corpus import read_documents, sample_windows
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.models import load_model, parts_of
+from minipuzzle.models import load_model, load_tokenizer, parts_of
 from minipuzzle.scores import LAYER_METRICS
 from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, LayerStack, resident_weight_bytes
 from tests.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
@@ -28,15 +29,20 @@ from tests.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
 Scores = dict[str, NDArray[np.float64]]
 Tensors = dict[str, torch.Tensor]
 SAMPLES, TOKENS = 3, 37
+EMBEDDED = Path(__file__).parents[1] / "examples" / "tiny_hybrid"
 
 
 def random_tokens(samples: int = SAMPLES, tokens: int = TOKENS) -> torch.Tensor:
     return torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(7))
 
 
-def scores_by_naive_removal(checkpoint: Checkpoint, token_ids: torch.Tensor) -> Scores:
-    """Run the whole model once for every removed layer and compare, in float64 and without any sharing."""
-    model = load_model(checkpoint)
+def scores_by_naive_removal(
+    checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> Scores:
+    """Run transformers' own model once for every removed layer and compare, in float64 and without any sharing."""
+    model = load_model(checkpoint, dtype=dtype)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # our own scan of Mamba-2
     parts = parts_of(model, checkpoint.family)
 
     def head_input(skipped: int | None) -> torch.Tensor:
@@ -75,6 +81,28 @@ def assert_same_scores(found: Scores, wanted: Scores, relative: float) -> None:
         # A rise of the loss may be near zero while the losses are not; its error is relative to the typical rise.
         absolute = relative * np.abs(values).mean() if metric == "delta_loss" else 0
         np.testing.assert_allclose(found[metric], values, rtol=relative, atol=absolute, err_msg=metric)
+
+
+@pytest.fixture(scope="module")
+def real_tokens() -> torch.Tensor:
+    documents = read_documents([EMBEDDED / "text" / "calibration.jsonl"])
+    return sample_windows(load_tokenizer(EMBEDDED / "model"), documents, num_samples=1, sequence_length=96)
+
+
+def test_every_score_of_the_embedded_model_is_that_of_naive_removal(real_tokens: torch.Tensor) -> None:
+    checkpoint = Checkpoint.open(EMBEDDED / "model")
+    exact = scores_by_naive_removal(checkpoint, real_tokens, dtype=torch.float64)
+    in_float64 = score_layers(LayerStack(checkpoint, dtype=torch.float64), real_tokens)
+    assert_same_scores(in_float64, exact, relative=1e-5)  # transformers computes scans and norms in float32
+    # Rounding to float32 moves the hidden states themselves, in either way of scoring.
+    in_float32, naive = (
+        score_layers(LayerStack(checkpoint), real_tokens),
+        scores_by_naive_removal(checkpoint, real_tokens),
+    )
+    for metric, values in exact.items():
+        ours, theirs = (np.abs(scores[metric] - values).max() / np.abs(values).max() for scores in (in_float32, naive))
+        assert ours <= 1e-5, metric
+        assert theirs <= 1e-5, metric
 
 
 @pytest.mark.parametrize("pattern", ["M-M*-M-", "M---MM---M*-", "*", "-M"])

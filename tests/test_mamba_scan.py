@@ -1,7 +1,7 @@
 """Guarantee: Mamba-2 layers without Triton kernels compute the recurrence, as transformers' own layers do.
 
 The scan equals the recurrence step by step in float64; a whole mixer equals transformers' unchanged mixer, in float32
-and bfloat16, at lengths around a chunk; training and cached generation are left to transformers.
+and bfloat16, at lengths around a chunk, and so do its gradients; masks and cached generation are left to transformers.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def recurrence(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def test_the_scan_is_the_recurrence(tokens: int, dtype: torch.dtype, relative: float) -> None:
     inputs = random_inputs(tokens, dtype)
     wanted = recurrence(inputs)
-    found = chunked_scan(*inputs, chunk_size=8)
+    found = chunked_scan(*inputs, longest_chunk=8)
     assert found.dtype == dtype
     assert (found.double() - wanted).abs().max() <= relative * wanted.abs().max()
 
 
 def test_a_step_of_no_length_passes_and_a_long_one_forgets() -> None:
     x, dt, a, b, c, d = random_inputs(24, torch.float32)
-    dt[:, 3], dt[:, 11] = 0, 1e4  # the logarithm of 0, and a decay that underflows
-    found = chunked_scan(x, dt, a, b, c, d, chunk_size=8)
+    dt[:, 3], dt[:, 11] = 0, 1e4  # the second is a decay that underflows
+    found = chunked_scan(x, dt, a, b, c, d, longest_chunk=8)
     wanted = recurrence((x, dt, a, b, c, d))
     assert torch.isfinite(found).all()
     assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
@@ -101,16 +101,42 @@ def test_a_mixer_computes_what_transformers_does(
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-def test_training_and_masks_are_left_to_transformers(tiny_checkpoint: Checkpoint) -> None:
+def test_gradients_are_those_of_transformers(tiny_checkpoint: Checkpoint) -> None:
+    mixers_ = mixers(tiny_checkpoint, torch.float32)
+    hidden = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1))
+    inputs = [hidden.clone().requires_grad_() for _ in mixers_]
+    for mixer, x in zip(mixers_, inputs, strict=True):
+        (mixer(x) * hidden).sum().backward()
+    found, wanted = (dict(mixer.named_parameters()) for mixer in mixers_)
+    pairs = [(inputs[0].grad, inputs[1].grad), *((found[name].grad, wanted[name].grad) for name in wanted)]
+    for ours, theirs in pairs:
+        assert ours is not None and theirs is not None
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_masks_are_left_to_transformers(tiny_checkpoint: Checkpoint) -> None:
     mixer, original = mixers(tiny_checkpoint, torch.float32)
-    hidden = torch.randn(1, 20, 32)
-    mask = torch.ones(1, 20)
+    hidden, mask = torch.randn(1, 20, 32), torch.ones(1, 20)
     mask[:, :4] = 0
     with torch.no_grad():
-        torch.testing.assert_close(mixer(hidden, attention_mask=mask), original(hidden, attention_mask=mask))
-    for module in (mixer, original):
-        module(hidden).square().sum().backward()
-    torch.testing.assert_close(*(m.get_parameter("in_proj.weight").grad for m in (mixer, original)), rtol=0, atol=0)
+        torch.testing.assert_close(
+            mixer(hidden, attention_mask=mask), original(hidden, attention_mask=mask), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize(("steepness", "chunk_tokens", "dtype"), [
+    (0.5, 128, torch.float32),  # nats a token
+    (2.5, 32, torch.float32),
+    (5.0, 128, torch.float64),
+    (40.0, 16, torch.float64),
+    (1e4, 8, torch.float64),
+])  # fmt: skip
+def test_chunks_are_as_long_as_the_decays_allow(steepness: float, chunk_tokens: int, dtype: torch.dtype) -> None:
+    x, dt, _a, b, c, d = random_inputs(256, torch.float32)
+    dt, a = torch.ones_like(dt), torch.full_like(d, -steepness)
+    assert mamba_scan._chunks((dt.double() * steepness).clamp(max=110), 128, torch.float32) == (chunk_tokens, dtype)
+    found, wanted = chunked_scan(x, dt, a, b, c, d, longest_chunk=128), recurrence((x, dt, a, b, c, d))
+    assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 def test_a_cpu_never_runs_triton_kernels() -> None:
