@@ -94,17 +94,13 @@ def run_level(narrowed: NarrowedLayers, level: TreeLevel, streams: Sequence[torc
 def _next_streams(
     narrowed: NarrowedLayers, level: TreeLevel, modules: Sequence[nn.Module | None], streams: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    following = [streams[parent] for parent, _cut_idx in level.branches]
-    # The last child of a stream takes its place: there are never more streams than candidates.
-    last_child = {parent: position for position, (parent, _cut_idx) in enumerate(level.branches)}
-    for cut_idx, module in enumerate(modules):  # a stream's children come in this order
-        positions = [position for position, (_parent, cut) in enumerate(level.branches) if cut == cut_idx]
-        inputs = [following[position] for position in positions]
-        outs = [
-            hidden_BTH if last_child[level.branches[position][0]] == position else None
-            for position, hidden_BTH in zip(positions, inputs, strict=True)
-        ]
-        results = narrowed.stack.apply_to_streams(level.layer_idx, inputs, outs, module=module)
-        for position, hidden_BTH in zip(positions, results, strict=True):
-            following[position] = hidden_BTH
+    following = []
+    for position, (parent, cut_idx) in enumerate(level.branches):
+        hidden_BTH = streams[parent]
+        if cut_idx is not None:
+            # The last child of a stream takes its place: there are never more streams than candidates.
+            is_last = position + 1 == len(level.branches) or level.branches[position + 1][0] != parent
+            out = hidden_BTH if is_last else None
+            hidden_BTH = narrowed.stack.apply(level.layer_idx, hidden_BTH, out=out, module=modules[cut_idx])
+        following.append(hidden_BTH)
     return following

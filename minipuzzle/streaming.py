@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, H hidden, V vocabulary; a leading S counts st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.models import build_on_meta, parts_of
 from minipuzzle.units import GIB, format_gib
 
-# Larger batches make a layer no faster, only larger; on a CPU they fall out of its caches (Mamba-2 loses a third).
-MAX_BATCH_TOKENS_CPU = 2048
+# Larger batches make a layer no faster, only larger. On a CPU they fall out of its caches, and the allocator hands
+# their results back to the system: layers of a small model take up to twice as long at 2,048 tokens as at 512.
+MAX_BATCH_TOKENS_CPU = 512
 MAX_BATCH_TOKENS = 16384
 MEMORY_SHARE = 0.8  # of the free memory, where no limit was given: working sets are estimates
 DEFAULT_CHUNK_TOKENS = 128  # of Mamba-2's scan, where config.json does not say
@@ -168,29 +169,6 @@ class LayerStack:
             results_BTH[start : start + batch] = layer(sequences_BTH[start : start + batch])
         self.counters.layer_applications += hidden.shape[0] if hidden.ndim == 4 else 1
         return out
-
-    def apply_to_streams(
-        self,
-        layer_idx: int,
-        streams: Sequence[torch.Tensor],
-        outs: Sequence[torch.Tensor | None],
-        *,
-        module: nn.Module | None = None,
-    ) -> list[torch.Tensor]:
-        """``apply`` for several streams, each ``[batch, tokens, hidden]``; small ones share a call of the layer."""
-        num_sequences, num_tokens, _hidden = streams[0].shape
-        at_once = max(1, self.sequences_at_once(layer_idx, num_tokens) // num_sequences)
-        results = []
-        for start in range(0, len(streams), at_once):
-            some, some_outs = streams[start : start + at_once], outs[start : start + at_once]
-            if len(some) == 1:
-                results.append(self.apply(layer_idx, some[0], out=some_outs[0], module=module))
-                continue
-            joined_SBTH = torch.stack(list(some))
-            self.apply(layer_idx, joined_SBTH, out=joined_SBTH, module=module)
-            for result_BTH, out in zip(joined_SBTH, some_outs, strict=True):
-                results.append(result_BTH.clone() if out is None else out.copy_(result_BTH))
-        return results
 
     @torch.no_grad()
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from minipuzzle.models import load_tokenizer
 from minipuzzle.streaming import LayerStack
 
 EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
-SETTINGS = ((8, 64), (8, 128), (8, 512))  # samples, tokens a sample
+SETTINGS = ((4, 64, 5), (8, 64, 5), (8, 128, 4), (8, 512, 2))  # samples, tokens a sample, repeats
 Seconds = dict[str, float]
 
 
@@ -210,11 +210,11 @@ def render(results: list[ScoringResult]) -> str:
     )
     first = results[0]
     reached = [f"{r.num_tokens:,}" for r in results if r.ratio >= 5]
-    verdict = f"at {', '.join(reached)} tokens" if reached else "at none of these settings"
+    verdict = f"at {' and '.join(reached)} tokens" if reached else "at none of these settings"
     return f"""# Layer scores: shared prefixes against replace-one-block
 
-The embedded hybrid, {first.num_layers} layers, all five metrics; CPU seconds of one thread, with other work on the
-machine; torch {torch.__version__}.
+The embedded hybrid, {first.num_layers} layers, all five metrics; CPU seconds of one thread, best of several alternating
+runs; torch {torch.__version__}.
 
 | tokens | shared prefixes | replace-one-block | ratio | largest relative difference |
 |---:|---:|---:|---:|---:|
@@ -223,8 +223,8 @@ machine; torch {torch.__version__}.
 Five times as fast is reached {verdict}. The work that is saved exactly: {first.shared_applications:,} layer
 applications against {first.replace_one_block_applications:,}, and {first.shared_bytes_read:,} bytes of weights read
 against {first.replace_one_block_bytes_read:,}. The more tokens, the less loading counts and the nearer the ratio comes
-to that of arithmetic: half the applications, and Mamba-2 layers and metrics in fewer passes over memory. What remains
-on both sides is mostly matrix products in float32. Where arithmetic is fast beside reading, loading weighs more.
+to that of arithmetic: half the applications, each in fewer passes over memory. What remains on both sides is mostly
+matrix products in float32. Where arithmetic is fast beside reading, as on a GPU, loading weighs more.
 
 Where the time goes:
 
@@ -238,6 +238,6 @@ def _in_words(parts: Seconds) -> str:
 
 if __name__ == "__main__":
     chosen = SETTINGS[: int(sys.argv[1])] if len(sys.argv) > 1 else SETTINGS
-    page = render([run(num_samples=samples, sequence_length=length) for samples, length in chosen])
+    page = render([run(num_samples=n, sequence_length=length, repeats=repeats) for n, length, repeats in chosen])
     (Path(__file__).parent / "layer_scores.md").write_text(page, encoding="utf-8")
     print(page)
