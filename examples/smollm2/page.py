@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import MEMBERS
+from tasks import TASKS
 from texts import DOMAINS
 
 from minipuzzle.checkpoint import Checkpoint, read_json
@@ -25,10 +25,10 @@ Written by `run.py` (`make smollm2`). The original is SmolLM2-135M-Instruct as a
 
 def write_page(work: Path, original: Path, page: Path, times: Mapping[str, Mapping[str, float]]) -> None:
     """Write the page from what the steps left."""
-    found = {name: read_json(work / f"evaluated_{name}.json") for name in NAMES}
+    found = {name: _quality(work, name) for name in NAMES}
     folders = {name: original if name == "original" else work / name for name in NAMES}
     rows = [_row(name, folders[name], found[name]) for name in NAMES]
-    labels = [*DOMAINS, "nats/token", "KL", *MEMBERS]
+    labels = [*DOMAINS, "nats/token", "KL", *TASKS]
     parts = [
         _HEADER,
         _table(["", "blocks", "FFN", "parameters", "memory, GiB", *labels], rows),
@@ -38,6 +38,12 @@ def write_page(work: Path, original: Path, page: Path, times: Mapping[str, Mappi
         "\n## What it took\n\n" + _times(times),
     ]
     page.write_text("".join(parts), encoding="utf-8")
+
+
+def _quality(work: Path, name: str) -> dict[str, Any]:
+    text = read_json(work / f"text_{name}.json")
+    by_domain = {domain: text[f"heldout_{domain}"] for domain in DOMAINS}
+    return {"text": {**by_domain, "all": text["total"]}, "tasks": read_json(work / f"tasks_{name}.json")}
 
 
 def _row(name: str, folder: Path, found: Mapping[str, Any]) -> list[str]:
@@ -55,7 +61,7 @@ def _row(name: str, folder: Path, found: Mapping[str, Any]) -> list[str]:
         *(f"{text[domain]['perplexity']:.2f}" for domain in DOMAINS),
         f"{text['all']['loss']:.4f}",
         "" if kl is None else f"{kl:.4f}",
-        *(f"{asked[task]['accuracy']:.3f} ± {asked[task]['standard_error']:.3f}" for task in MEMBERS),
+        *(f"{asked[task]['accuracy']:.3f} ± {asked[task]['standard_error']:.3f}" for task in TASKS),
     ]
 
 

@@ -17,25 +17,28 @@ from pathlib import Path
 
 from material import ROOT, model_folder
 from page import write_page
-from texts import write_texts
+from texts import DOMAINS, write_texts
+
+from minipuzzle.outputs import output_file
 
 MEMORY = "80%"
 SAMPLING = "--samples 64 --sequence-length 128"
 SCORING = "--samples 8 --channel-samples 64 --sequence-length 128"
-CHOOSING = "--metric kl --widths kv_group=2,3 --candidates 5 --sequence-length 256"
+CHOOSING = "--metric kl --widths kv_group=2,3 --candidates 3 --sequence-length 256"
+EVALUATING = "--max-tokens 4000 --sequence-length 512"
 DISTILLING = (
-    "--tokens 51200 --sequence-length 256 --batch 2 --micro-batch 2 --learning-rate 3e-4 --temperature 1 "
-    "--save-every 20"
+    "--tokens 24576 --sequence-length 256 --batch 1 --learning-rate 3e-4 --warmup-fraction 0.05 --save-every 12"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A command of ours and what it leaves."""
+    """A command and what it leaves; ``prints``: on standard output."""
 
     name: str
     output: Path
     command: tuple[str, ...]
+    prints: bool = False
 
 
 def steps(model: Path, texts: Path, work: Path) -> list[Step]:
@@ -62,10 +65,13 @@ def steps(model: Path, texts: Path, work: Path) -> list[Step]:
         work / "fp8": ["export", str(distilled), "--fp8", "--data", calibration, *SAMPLING.split()],
     }
     found = [Step(name=out.stem, output=out, command=(*words, "-o", str(out))) for out, words in commands.items()]
+    held_out = [word for domain in DOMAINS for word in ("--data", str(texts / f"heldout_{domain}.jsonl"))]
     for name, folder in {"original": model, "pruned": pruned, "distilled": distilled, "fp8": work / "fp8"}.items():
-        out = work / f"evaluated_{name}.json"
-        script = (str(Path(__file__).with_name("measure_quality.py")), str(folder), str(model), str(texts), str(out))
-        found.append(Step(name=f"evaluate {name}", output=out, command=script))
+        against = [] if folder == model else ["--against", str(model)]
+        command = ("evaluate", str(folder), *held_out, *EVALUATING.split(), *against, "--json")
+        found.append(Step(name=f"evaluate {name}", output=work / f"text_{name}.json", command=command, prints=True))
+        out, script = work / f"tasks_{name}.json", str(Path(__file__).with_name("ask.py"))
+        found.append(Step(name=f"ask {name}", output=out, command=(script, str(folder), str(out))))
     return found
 
 
@@ -75,7 +81,10 @@ def run_step(step: Step, times: Path) -> None:
     is_script = step.command[0].endswith(".py")
     command = [sys.executable, *(() if is_script else ("-m", "minipuzzle")), *step.command]
     try:
-        subprocess.run(command, check=True)
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE if step.prints else None)
+        if step.prints:
+            with output_file(step.output) as path:
+                path.write_bytes(found.stdout)
     finally:
         known = read_times(times)
         spent = known.get(step.name, {"seconds": 0.0, "cpu_seconds": 0.0})

