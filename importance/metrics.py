@@ -32,6 +32,7 @@ MIN_CHUNK_TOKENS = 16
 # Of a tile, in float32: the CPU's is what its second-level cache holds, a GPU wants enough work for each kernel.
 TILE_ELEMENTS_CPU, TILE_ELEMENTS = 2**18, 2**26
 TILE_VOCABULARY_CPU = 1024
+MIN_GROWTH = -0.9  # of sum p exp(d), which is 1 without a change; below, too few of its digits are left
 SUMS = ("squared_difference", "cosine_distance", "kl", "loss_rise")
 _COUNTS = ("num_tokens", "_num_labels", "_num_elements", "_full_energy")
 
@@ -151,7 +152,8 @@ class _LogitChanges:
     def summarised(self) -> tuple[torch.Tensor, torch.Tensor]:
         """log sum p exp(d) and sum p d, both ``[chunk, streams]`` float64.
 
-        Where a logit rises so much that exp(d) overflows, the first is the difference of two log-sum-exps.
+        Where a logit rises so much that exp(d) overflows, or all likely ones fall so far that sum p exp(d) is near 0,
+        the first is the difference of two log-sum-exps.
         """
         num_tokens, num_streams, hidden = self.difference_CSH.shape
         tile_tokens, tile_vocabulary = _tile_shape(num_streams, len(self.head_VH), on_cpu=not self.head_VH.is_cuda)
@@ -171,8 +173,10 @@ class _LogitChanges:
                 excess_CSV = change_CSV.expm1().sub_(change_CSV).mul_(probability_CV[tokens, None])
                 excess_CS[tokens] += excess_CSV.sum(-1)
         mean_CS = (self.difference_CSH.double() @ mean_row_CH[:, :, None])[..., 0] / total_C1
-        log_rise_CS = (mean_CS + excess_CS / total_C1).log1p_()
-        for rows_R2 in torch.split((~excess_CS.isfinite()).nonzero(), num_tokens):
+        growth_CS = mean_CS + excess_CS / total_C1
+        is_extreme_CS = ~excess_CS.isfinite() | (growth_CS < MIN_GROWTH)
+        log_rise_CS = growth_CS.log1p_()
+        for rows_R2 in torch.split(is_extreme_CS.nonzero(), num_tokens):
             token_R, stream_R = rows_R2.unbind(-1)
             log_sum_R = _logits(self.altered_SCH[stream_R, token_R], self.head_VH).logsumexp(-1)
             log_rise_CS[token_R, stream_R] = (log_sum_R - self.full_log_sum_C[token_R]).double()

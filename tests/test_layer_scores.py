@@ -246,3 +246,15 @@ def test_metrics_keep_their_digits_from_tiny_to_huge_changes(size: float) -> Non
     wanted = plain_metrics(full.double(), altered.double(), head.double(), ids)
     found = {metric: values.item() for metric, values in metrics.result().items()}
     assert found == pytest.approx(wanted, rel=2e-4 if size < 0.01 else 1e-5)
+
+
+@pytest.mark.parametrize("size", [24.0, 30.0, 60.0])
+def test_metrics_keep_their_digits_where_all_likely_tokens_fall(size: float) -> None:
+    head = torch.eye(16).repeat(20, 1)[:300]
+    full, altered = torch.zeros(1, 4, 16), torch.zeros(1, 4, 16)
+    full[..., 3], altered[..., 3], altered[..., 5] = 25.0, 25.0 - size, 1.0
+    ids = torch.tensor([[3, 5, 7, 3]])
+    metrics = HeadInputMetrics(1)
+    metrics.add(full[0], altered, head, next_token_labels(ids)[0])
+    found = {metric: values.item() for metric, values in metrics.result().items()}
+    assert found == pytest.approx(plain_metrics(full.double(), altered.double(), head.double(), ids), rel=1e-5)

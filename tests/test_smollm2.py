@@ -128,6 +128,19 @@ def test_the_converted_model_knows_what_a_trained_one_knows(smollm2: Checkpoint,
     assert tokenizer.decode(transformers_model(ids).logits[0, -1].argmax()) == " Paris"
 
 
+def test_scores_of_some_layers_are_what_transformers_computes_without_them(
+    smollm2: Checkpoint, transformers_model: Any
+) -> None:
+    check_scores(smollm2, transformers_model, [0, 1, 29, 30, 31, 59], num_tokens=48)
+
+
+@pytest.mark.slow
+def test_scores_of_all_layers_are_what_transformers_computes_without_them(
+    smollm2: Checkpoint, transformers_model: Any
+) -> None:
+    check_scores(smollm2, transformers_model, range(2 * NUM_BLOCKS), num_tokens=64)
+
+
 def test_cutting_nothing_is_byte_identical(smollm2: Checkpoint, tmp_path: Path) -> None:
     write_pruned(smollm2, keep_everything(smollm2.architecture), tmp_path)
     for name in ("model.safetensors", "tokenizer.json"):
