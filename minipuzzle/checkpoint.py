@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -175,9 +177,30 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
         """Read part of one tensor along its first dimension, as a slice would; 0-d tensors are read whole.
 
-        The bytes are read, not mapped: pages of a mapped file would stay counted as this process's memory.
-
         Raises: MinipuzzleError if it holds NaN or infinite values.
+        """
+        return self.rows_and_amax(name, start, stop)[0]
+
+    def rows_and_amax(self, name: str, start: int, stop: int | None) -> tuple[torch.Tensor, float]:
+        """Rows of one tensor, and their largest absolute value; 0 for integers and FP8 codes, which are not looked at.
+
+        Raises: MinipuzzleError if they hold NaN or infinite values.
+        """
+        tensor = self.unchecked_rows(name, start, stop)
+        # FP8 has no kernel for it; readers of quantised exports check its codes.
+        if not (tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel()):
+            return tensor, 0.0
+        smallest, largest = tensor.aminmax()  # NaN if there is one; much faster than isfinite on every element
+        amax = max(-float(smallest), float(largest))
+        if not math.isfinite(amax):
+            shard = self.entries[name].shard
+            raise MinipuzzleError(f"{name} in {shard} holds NaN or infinite values", "restore the checkpoint")
+        return tensor, amax
+
+    def unchecked_rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+        """Rows of one tensor, whatever their values.
+
+        The bytes are read, not mapped: pages of a mapped file would stay counted as this process's memory.
         """
         import torch
 
@@ -188,13 +211,7 @@ class Checkpoint:
         content = torch.empty(max(stop - start, 0) * row_bytes, dtype=torch.uint8)
         _read_into(entry.shard, entry.offset + start * row_bytes, content.numpy())
         shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
-        tensor = content.view(torch_dtype(entry.dtype)).view(shape)
-        # FP8 has no isfinite kernel; readers of quantised exports check its codes.
-        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
-            smallest, largest = tensor.aminmax()  # NaN if there is one; much faster than isfinite on every element
-            if not torch.isfinite(smallest) or not torch.isfinite(largest):
-                raise MinipuzzleError(f"{name} in {entry.shard} holds NaN or infinite values", "restore the checkpoint")
-        return tensor
+        return content.view(torch_dtype(entry.dtype)).view(shape)
 
     @property
     def weight_bytes(self) -> int:
@@ -245,7 +262,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def _read_into(path: Path, offset: int, buffer: Any) -> None:
     """Fill a byte buffer from a file, in whatever pieces the system gives."""
     view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
+    with FileIO(path) as file:
         file.seek(offset)
         while view:
             num_read = file.readinto(view)

@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ class Shard:
         text += b" " * (-len(text) % _ALIGNMENT_BYTES)
         self._header = len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text
         self.file_bytes = len(self._header) + end
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -70,13 +71,12 @@ class Shard:
     def open(self) -> Iterator[None]:
         """Write the file within this block; it gets its name at the end of it."""
         unfinished = self.path.with_name(self.path.name + ".unfinished")
-        with unfinished.open("wb") as file:
-            file.write(self._header)
+        with unfinished.open("wb", buffering=0) as file:
+            _write_all(file, self._header, 0)
             file.truncate(self.file_bytes)
             self._file = file
             yield
             self._file = None
-            file.flush()
             os.fsync(file.fileno())
         unfinished.rename(self.path)
 
@@ -87,8 +87,16 @@ class Shard:
         assert values.dtype == torch_dtype(header.dtype), f"{name}: {values.dtype} is not {header.dtype}"
         assert values.shape[1:] == header.shape[1:], f"{name}: {values.shape} are not rows of {header.shape}"
         row_bytes = prod(header.shape[1:]) * header.itemsize
-        self._file.seek(len(self._header) + self._offsets[name] + first_row * row_bytes)
-        self._file.write(values.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        offset = len(self._header) + self._offsets[name] + first_row * row_bytes
+        _write_all(self._file, values.contiguous().cpu().flatten().view(torch.uint8).numpy(), offset)
+
+
+def _write_all(file: FileIO, content: Any, offset: int) -> None:
+    """Write bytes at an offset, in whatever pieces the system takes."""
+    file.seek(offset)
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
 
 
 def plan_shards(folder: Path, units: Sequence[Sequence[TensorHeader]], max_shard_bytes: int) -> list[Shard]:

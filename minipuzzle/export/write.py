@@ -136,11 +136,7 @@ class ExportTensors:
     def _weight_amax(self, module: str) -> float:
         tensor = self._by_module[module]
         name = source_name(self.checkpoint, tensor)
-        largest = 0.0
-        for first, end in piece_rows(tensor.shape):
-            smallest, highest = self.checkpoint.rows(name, first, end).aminmax()
-            largest = max(largest, -float(smallest), float(highest))
-        return largest
+        return max(self.checkpoint.rows_and_amax(name, first, end)[1] for first, end in piece_rows(tensor.shape))
 
     def write(self, shard: Shard, tensor: PlacedTensor) -> None:
         """Write what is stored for one tensor of the model."""

@@ -38,7 +38,15 @@ NUM_NEW_TOKENS = 24
 # nats/token, of vLLM in BF16 from our float32 emulation; rounding is amplified more by random weights
 MAX_KL, MAX_KL_RANDOM = 0.01, 0.1
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-FP8 = ExportRequest(scheme="fp8")
+# The engines verify here.
+BF16, FP8 = ExportRequest(verifies=False), ExportRequest(scheme="fp8", verifies=False)
+REQUESTS = {
+    "bf16": BF16,
+    "modelopt": replace(FP8, fp8_kv_cache=True),
+    "compressed-tensors": replace(FP8, scheme="fp8-dynamic", flavour="compressed-tensors"),
+    "puzzle": replace(BF16, is_puzzle=True),
+    "puzzle-fp8": replace(FP8, is_puzzle=True),
+}
 pytestmark = [pytest.mark.slow, pytest.mark.engines]
 
 
@@ -52,26 +60,30 @@ class Answer:
     can_cache_fp8: bool = False
 
 
+class Folders(dict[str, Path]):
+    """The embedded hybrid in each format, calibrated on its text, and other models; made when they are asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.source = Checkpoint.open(EXAMPLE / "model")
+        documents = read_documents([EXAMPLE / "text" / "calibration.jsonl"])
+        tokenizer = load_tokenizer(self.source.folder)
+        self.token_ids = sample_windows(tokenizer, documents, num_samples=4, sequence_length=256)
+        write_prompts(root, sample_windows(tokenizer, documents, num_samples=4, sequence_length=300, seed=1))
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = export_llama(self.root / name) if name == "llama" else self.root / name
+        if name in REQUESTS:
+            is_puzzle = REQUESTS[name].is_puzzle
+            source = cut_unevenly(self.source, self.root / f"{name}-source") if is_puzzle else self.source
+            export_checkpoint(source, self[name], REQUESTS[name], calibration_token_ids=self.token_ids)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The embedded hybrid in each format, calibrated on its text."""
-    root = tmp_path_factory.mktemp("exports")
-    source = Checkpoint.open(EXAMPLE / "model")
-    documents = read_documents([EXAMPLE / "text" / "calibration.jsonl"])
-    token_ids = sample_windows(load_tokenizer(source.folder), documents, num_samples=16, sequence_length=256)
-    requests = {
-        "bf16": ExportRequest(),
-        "modelopt": replace(FP8, fp8_kv_cache=True),
-        "compressed-tensors": ExportRequest(scheme="fp8-dynamic", flavour="compressed-tensors"),
-    }
-    for name, request in requests.items():
-        export_checkpoint(source, root / name, request, calibration_token_ids=token_ids)
-    uneven = cut_unevenly(source, root / "uneven")
-    for name, request in (("puzzle", ExportRequest(is_puzzle=True)), ("puzzle-fp8", replace(FP8, is_puzzle=True))):
-        export_checkpoint(uneven, root / name, request, calibration_token_ids=token_ids)
-    prompts = sample_windows(load_tokenizer(source.folder), documents, num_samples=4, sequence_length=300, seed=1)
-    write_prompts(root, prompts)
-    return {name: root / name for name in (*requests, "puzzle", "puzzle-fp8")} | {"llama": export_llama(root / "llama")}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("exports"))
 
 
 def cut_unevenly(source: Checkpoint, out: Path) -> Checkpoint:
@@ -136,7 +148,7 @@ def our_greedy_tokens(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_mlx_lm_reads_the_bf16_export_and_agrees_on_log_probabilities(folders: dict[str, Path]) -> None:
+def test_mlx_lm_reads_the_bf16_export_and_agrees_on_log_probabilities(folders: Folders) -> None:
     found = ask("mlx", folders["bf16"]).tensors
     model = minipuzzle.load(folders["bf16"])
     for idx, prompt in enumerate(prompts_of(folders["bf16"])):
@@ -146,7 +158,7 @@ def test_mlx_lm_reads_the_bf16_export_and_agrees_on_log_probabilities(folders: d
 
 
 @pytest.mark.parametrize("name", ["bf16", "puzzle"])
-def test_vllm_continues_prompts_with_the_same_tokens_from_bf16(folders: dict[str, Path], name: str) -> None:
+def test_vllm_continues_prompts_with_the_same_tokens_from_bf16(folders: Folders, name: str) -> None:
     found = ask("vllm", folders[name], "float32").tensors
     model = minipuzzle.load(folders[name])
     for idx, prompt in enumerate(prompts_of(folders[name])):
@@ -158,7 +170,7 @@ def test_vllm_continues_prompts_with_the_same_tokens_from_bf16(folders: dict[str
 
 
 @pytest.mark.parametrize("name", ["modelopt", "compressed-tensors", "puzzle-fp8", "llama"])
-def test_vllm_computes_each_fp8_layer_as_our_emulation_does(folders: dict[str, Path], name: str) -> None:
+def test_vllm_computes_each_fp8_layer_as_our_emulation_does(folders: Folders, name: str) -> None:
     answer = ask("vllm", folders[name], "bfloat16")
     export = open_any(folders[name])
     assert isinstance(export, QuantizedCheckpoint)
