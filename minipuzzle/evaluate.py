@@ -198,6 +198,8 @@ class _Scored:
         self.parts = parts
         self.weight_VH = parts.head.weight.float()
         self.bias_V = None if parts.head.bias is None else parts.head.bias.float()
+        # An export whose head is quantised rounds what the head sees.
+        self.round_inputs: Callable[[torch.Tensor], torch.Tensor] | None = getattr(parts.head, "round_inputs", None)
 
     def hidden(self, token_ids_BT: torch.Tensor, counts_BT: torch.Tensor) -> torch.Tensor:
         """What the head sees of the tokens that count, ``[N, H]``."""
@@ -205,7 +207,10 @@ class _Scored:
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """Float32 logits of some tokens."""
-        return F.linear(hidden_CH.float(), self.weight_VH, self.bias_V)
+        hidden_CH = hidden_CH.float()
+        if self.round_inputs is not None:
+            hidden_CH = self.round_inputs(hidden_CH)
+        return F.linear(hidden_CH, self.weight_VH, self.bias_V)
 
 
 def _add_batch(

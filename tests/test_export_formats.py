@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import minipuzzle
 from minipuzzle.checkpoint import SINGLE_FILE, Checkpoint
+from minipuzzle.corpus import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.evaluate import evaluate
 from minipuzzle.export.calibration import CalibrationMethod, calibrated_amax, measure_amax, new_quantizer, open_stack
 from minipuzzle.export.e2m1 import block_scales, decode_blocks, encode_blocks
 from minipuzzle.export.layout import export_layout
@@ -180,6 +182,19 @@ def test_load_gives_a_model_from_every_layout_that_rounds_activations_unless_tol
         exact = minipuzzle.load(str(folder), rounds_activations=False)(tokens(), use_cache=False).logits
         original = load_model(source)(tokens(), use_cache=False).logits
     assert 0 < (exact - original).norm() < (rounded - original).norm() < original.norm()
+
+
+def test_evaluation_rounds_what_a_quantised_head_sees(source: Checkpoint, tmp_path: Path) -> None:
+    """Against whole forward passes of transformers' model, whose head is called with its hooks."""
+    export(source, tmp_path / "out", scheme="nvfp4", recipe="all", verifies=False)
+    model, without = minipuzzle.load(tmp_path / "out"), minipuzzle.load(tmp_path / "out")
+    del without.get_submodule("lm_head").round_inputs
+    windows = EvaluationWindows(token_ids=tokens()[:, :-1], labels=tokens()[:, 1:], num_bytes=100)
+    with torch.inference_mode():
+        logits = model(windows.token_ids, use_cache=False).logits
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows.labels.flatten()))
+    assert evaluate(model, source.family, windows).loss == pytest.approx(expected, rel=1e-6)
+    assert evaluate(without, source.family, windows).loss != pytest.approx(expected, rel=1e-5)
 
 
 def test_importing_minipuzzle_does_not_import_torch() -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from importance.channels import UNIT_DEFINITIONS, score_channels
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.run import ExportRequest, export_checkpoint
 from minipuzzle.families import read_architecture
 from minipuzzle.models import build_model, load_model
 from minipuzzle.narrowed_layers import NarrowedLayers, layer_cut
@@ -73,21 +74,21 @@ def test_nemotron_3_nano_has_its_published_counts() -> None:
     assert architecture.num_active_parameters == pytest.approx(3.6e9, rel=2e-2)
 
 
-def inputs_of_moe_layers(checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+def inputs_of_moe_layers(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> dict[int, torch.Tensor]:
     """What the experts' layers see after their norm, from the whole model."""
     model, seen = load_model(checkpoint), {}
     for layer_idx in MOE_LAYERS:
         mixer = model.get_submodule(f"model.layers.{layer_idx}.mixer")
         mixer.register_forward_pre_hook(lambda _module, args, layer_idx=layer_idx: seen.update({layer_idx: args[0]}))
     with torch.no_grad():
-        model(tokens(), use_cache=False)
+        model(token_ids_BT, use_cache=False)
     return seen
 
 
 def test_scores_of_experts_and_their_neurons_are_what_the_formulas_say(checkpoint: Checkpoint) -> None:
     units, _ = score_channels(LayerStack(checkpoint), tokens(), slice_samples=2)
     model = load_model(checkpoint)
-    for layer_idx, hidden_BTH in inputs_of_moe_layers(checkpoint).items():
+    for layer_idx, hidden_BTH in inputs_of_moe_layers(checkpoint, tokens()).items():
         flat = hidden_BTH.flatten(0, 1)
         mixer = f"model.layers.{layer_idx}.mixer"
         with torch.no_grad():
@@ -191,3 +192,27 @@ def test_unequal_choices_are_refused(checkpoint: Checkpoint) -> None:
     )
     with pytest.raises(MinipuzzleError, match="unequal"):
         plan.check_against(checkpoint.architecture)
+
+
+def test_experts_are_calibrated_on_the_tokens_that_reach_them_and_others_like_their_neighbours(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The largest inputs of each expert, against transformers' router; an expert without tokens has the layer's."""
+    checkpoint, few = Checkpoint.open(folder), tokens()[:1, :6]
+    found = export_checkpoint(checkpoint, tmp_path / "fp8", ExportRequest(scheme="fp8"), calibration_token_ids=few)
+    assert found.verification is not None and found.verification.relative_difference < 1e-5
+    stored, model = load_file(tmp_path / "fp8" / "model.safetensors"), load_model(checkpoint)
+    num_unseen = 0
+    for layer_idx, hidden_BTH in inputs_of_moe_layers(checkpoint, few).items():
+        mixer = f"model.layers.{layer_idx}.mixer"
+        with torch.no_grad():
+            _, _, indices_NK = model.get_submodule(f"{mixer}.gate")(hidden_BTH)
+            latent_NH = model.get_submodule(f"{mixer}.fc1_latent_proj")(hidden_BTH.flatten(0, 1))
+        seen = [latent_NH[(indices_NK == expert_idx).any(1)].abs() for expert_idx in range(EXPERTS)]
+        largest = max(float(values.max()) for values in seen if len(values))
+        for expert_idx, values in enumerate(seen):
+            num_unseen += not len(values)
+            scale = stored[f"backbone.layers.{layer_idx}.mixer.experts.{expert_idx}.up_proj.input_scale"]
+            expected = float(values.max()) if len(values) else largest
+            assert float(scale) == pytest.approx(expected / 448, rel=1e-5), (layer_idx, expert_idx)
+    assert num_unseen > 0

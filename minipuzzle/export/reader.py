@@ -6,6 +6,7 @@ transformers has no reader for ModelOpt's layout: it takes the codes for weights
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.e4m3 import fake_quantize
 from minipuzzle.export.flavours import HF_QUANT_CONFIG
 from minipuzzle.export.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
-from minipuzzle.export.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE
+from minipuzzle.export.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE, Scheme
 from minipuzzle.export.write import WeightScales, export_headers
 from minipuzzle.models import load_model
 
@@ -167,15 +168,19 @@ def _check_second_config(checkpoint: Checkpoint, config: Mapping[str, object]) -
             )
 
 
+def _round_inputs(scheme: Scheme, scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return scheme.round_inputs(values, scale)
+
+
 def round_activations(find_module: Callable[[str], nn.Module], layout: ExportLayout, scales: WeightScales) -> None:
     """Make the modules of a model, found by their names on disk, round the activations that engines round."""
     scheme = layout.scheme
     assert scheme is not None
     for module in layout.quantized:
-        scale = scales.inputs.get(module, _ONE)
-        find_module(module).register_forward_pre_hook(
-            lambda _module, args, scale=scale: (scheme.round_inputs(args[0], scale), *args[1:])
-        )
+        linear = find_module(module)
+        # Kept with the module, for those who multiply by its weight without calling it, as they do with large heads.
+        linear.__dict__["round_inputs"] = partial(_round_inputs, scheme, scales.inputs.get(module, _ONE))
+        linear.register_forward_pre_hook(lambda called, args: (called.round_inputs(args[0]), *args[1:]))
     for module in layout.cached:
         cache_scale = scales.caches[module]
         find_module(module).register_forward_hook(
