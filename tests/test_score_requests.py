@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,16 @@ def score(*arguments: object) -> Any:
     return CliRunner().invoke(main, ["score", *map(str, arguments)])
 
 
-def run_command(folder: Path, text: Path, out: Path, *extra: str, processes: int = 1) -> Scores:
+def score_command(folder: Path, text: Path, out: Path, *extra: str, processes: int = 1) -> list[str]:
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     measuring = ["--samples", "5", "--channel-samples", "6", "--sequence-length", "40", "--json", "-o", str(out)]
-    command = [*start, "minipuzzle", "score", str(folder), "--data", str(text), *measuring, *extra]
+    return [*start, "minipuzzle", "score", str(folder), "--data", str(text), *measuring, *extra]
+
+
+def run_command(folder: Path, text: Path, out: Path, *extra: str, processes: int = 1) -> Scores:
+    command = score_command(folder, text, out, *extra, processes=processes)
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     assert json.loads(done.stdout)["processes"] == processes  # one process prints
     return read_scores(out)
@@ -211,3 +216,22 @@ def test_mistakes_are_named(tiny_folder: Path, text_file: Path, tmp_path: Path, 
     assert result.exit_code == 1
     assert problem in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_is_continued_by_the_same_command(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    extra = ("--samples", "30", "--channel-samples", "2", "--device-memory", "1MiB")  # 15 slices
+    wanted = run_command(tiny_folder, text_file, tmp_path / "whole.safetensors", *extra)
+    out, left_over = tmp_path / "s.safetensors", tmp_path / "s.safetensors.partial-sums"
+    process = subprocess.Popen(score_command(tiny_folder, text_file, out, *extra), stdout=subprocess.DEVNULL)
+    while not left_over.is_file():
+        assert process.poll() is None, "it should have been killed before it was done"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    continued = run_command(tiny_folder, text_file, out, *extra)
+    for name, values in wanted.layer.items():
+        np.testing.assert_array_equal(continued.layer[name], values)
+    applications = [json.loads(scores.metadata["counters"])["layer_applications"] for scores in (continued, wanted)]
+    assert applications[0] < applications[1]
+    assert not left_over.exists()
