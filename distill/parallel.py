@@ -27,8 +27,9 @@ from distill.low_precision import float8_obstacle, train_through_fp8, use_float8
 from distill.pair import DistillPair, HiddenStates
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.write import deployed_architecture
 from minipuzzle.families import Family
-from minipuzzle.models import build_on_meta, load_model, parts_of
+from minipuzzle.models import ModelParts, build_on_meta, load_model, parts_of
 from minipuzzle.processes import Processes, joined_processes
 
 
@@ -75,8 +76,10 @@ def open_pair(
 ) -> DistillPair:
     """Student and teacher with their weights on this process's device: whole, or this process's part of them.
 
-    The student's weights are float32 and its head is its own, the teacher's are frozen in ``compute_dtype``.
+    The student's weights are float32, the teacher's are frozen in ``compute_dtype``. A head that is tied to the
+    embeddings stays so where engines read it (``deployed_architecture``), or the student would outgrow its budget.
     """
+    is_tied = deployed_architecture(student.architecture).tied_embeddings
     if placement.mesh is None:
         models = [
             load_model(checkpoint, dtype=dtype, device=str(placement.device))
@@ -88,9 +91,11 @@ def open_pair(
             build_on_meta({**teacher.config, "tie_word_embeddings": False}, compute_dtype),
         ]
     student_model, teacher_model = models
-    if student.architecture.tied_embeddings and placement.mesh is None:
-        head = parts_of(student_model, student.family).head
-        head.weight = nn.Parameter(head.weight.detach().clone())
+    student_parts = parts_of(student_model, student.family)
+    if is_tied:
+        tie_head(student_parts)
+    elif student.architecture.tied_embeddings and placement.mesh is None:
+        student_parts.head.weight = nn.Parameter(student_parts.head.weight.detach().clone())
     pair = make_pair(
         teacher_model,
         student_model,
@@ -107,6 +112,13 @@ def open_pair(
         fill(pair.student, student, placement.device)
         fill(pair.teacher, teacher, torch.device("cpu") if engine.teacher_offload == "cpu" else placement.device)
     return pair
+
+
+def tie_head(parts: ModelParts) -> None:
+    """Make head and embeddings one parameter; loading leaves two over the same values."""
+    weight = parts.embeddings.weight
+    assert isinstance(weight, nn.Parameter)
+    parts.head.weight = weight
 
 
 def prepare_student(part: HiddenStates, student: Checkpoint, engine: EngineSettings, device: torch.device) -> None:
@@ -165,7 +177,8 @@ def split(
     """Split a model along the first dimension of each parameter; a layer is what is gathered at once.
 
     ``low_dtype``: what weights are gathered and multiplied in; gradients are summed in float32 always. The final norm
-    and the LM head stay gathered from the forward pass on, because the loss uses them after it.
+    and the LM head, with embeddings that are tied to it, stay gathered from the forward pass on, because the loss uses
+    them after it.
     """
     has_gpu = mesh.device_type == "cuda"  # pinned memory is for copies to a GPU
     options: dict[str, Any] = {
@@ -173,7 +186,8 @@ def split(
         "mp_policy": MixedPrecisionPolicy(param_dtype=low_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=has_gpu) if offload_to_cpu else OffloadPolicy(),
     }
-    units = (part.parts.embeddings, *part.layers)
+    parts = part.parts
+    units = part.layers if parts.head.weight is parts.embeddings.weight else (parts.embeddings, *part.layers)
     for unit in units:
         fully_shard(unit, reshard_after_forward=True, **options)
     fully_shard(part, ignored_params={weight for unit in units for weight in unit.parameters()}, **options)
@@ -193,6 +207,7 @@ def fill(part: HiddenStates, checkpoint: Checkpoint, device: torch.device) -> No
     disk_names = {module_name(name): name for name in checkpoint.entries}
     head = f"{checkpoint.family.modules.head}.weight"
     disk_names.setdefault(head, disk_names[f"{checkpoint.family.modules.embeddings}.weight"])
+    is_tied = part.parts.head.weight is part.parts.embeddings.weight
     state: dict[str, Tensor] = {}
     for name, parameter in part.model.state_dict().items():
         disk_name = disk_names.pop(name)
@@ -211,6 +226,8 @@ def fill(part: HiddenStates, checkpoint: Checkpoint, device: torch.device) -> No
         )
     assert not disk_names, f"nothing takes {sorted(disk_names)}"
     part.model.load_state_dict(state, strict=True, assign=True)
+    if is_tied:
+        tie_head(part.parts)
     checkpoint.family.prepare(part.model)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor
 from distill.checkpointing import STATE_FOLDER, weight_reader
 from distill.pair import DistillPair
 from distill.parallel import whole
-from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint, ShardWriter, copy_companions, read_json, write_json
 from minipuzzle.errors import InputChangedError, MinipuzzleError
+from minipuzzle.export.write import deployed_architecture
 from minipuzzle.outputs import PROVENANCE_FILE, output_folder
 from minipuzzle.processes import Processes
 
@@ -51,7 +50,7 @@ def write_result(pair: DistillPair, student: Checkpoint, folder: Path, processes
     if processes.is_first:
         _write_student(gathered, student, folder)
         return
-    for tensor in _written_architecture(student).tensors():
+    for tensor in deployed_architecture(student.architecture).tensors():
         gathered(student.family.modules.module_name(tensor.name), tensor.shape)
 
 
@@ -75,13 +74,8 @@ def convert_state(*, student: Checkpoint, out: Path, step: int, overwrite: bool 
     return target
 
 
-def _written_architecture(student: Checkpoint) -> Architecture:
-    """What is written: head and embeddings are never tied, so that all engines read the result alike."""
-    return replace(student.architecture, tied_embeddings=False)
-
-
 def _write_student(read: ReadWeight, student: Checkpoint, folder: Path) -> None:
-    architecture = _written_architecture(student)
+    architecture = deployed_architecture(student.architecture)
     write_json(folder / "config.json", student.family.write(student.config, architecture))
     copy_companions(student.folder, folder)
     writer = ShardWriter(folder)

@@ -27,10 +27,11 @@ from distill.settings import DistillSettings, StepRecord
 from minipuzzle.checkpoint import Checkpoint, read_json, write_json
 from minipuzzle.cli import main
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.models import load_model
 from minipuzzle.outputs import PROVENANCE_FILE
 from tests.test_distill_loop import saved_tensors
 from tests.test_distill_parallel import losses, torchrun
-from tests.tiny_models import write_tiny_checkpoint
+from tests.tiny_models import write_family_checkpoint, write_tiny_checkpoint
 
 OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")
 
@@ -374,7 +375,28 @@ def test_a_value_out_of_range_is_named(student: Path, text_file: Path, tmp_path:
     assert option.strip("-").replace("-", " ") in result.stderr
 
 
-def test_a_student_with_tied_head_is_written_untied(text_file: Path, tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_tied_head_stays_tied_where_engines_read_it(text_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    student, teacher = (
+        write_family_checkpoint(tmp_path / name, "llama", seed=seed, tie_word_embeddings=True)
+        for seed, name in enumerate(("tied", "teacher"))
+    )
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    distil_in_python(student, teacher, text_file, whole)
+    crash_after_three_steps(student, teacher, text_file, out)
+    distil_in_python(student, teacher, text_file, out)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    before, after = Checkpoint.open(student), Checkpoint.open(out)
+    after.require_plain_weights()
+    assert after.architecture.num_parameters == before.architecture.num_parameters
+    assert not torch.equal(after.tensor("model.embed_tokens.weight"), before.tensor("model.embed_tokens.weight"))
+    ids, theirs = torch.arange(3, 20)[None], AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(after)(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_another_tied_head_is_written_untied(text_file: Path, tmp_path: Path, tiny_folder: Path) -> None:
     tied = write_tiny_checkpoint(tmp_path / "tied", pattern="M-")
     tensors = load_file(tied / "model.safetensors")
     from safetensors.torch import save_file

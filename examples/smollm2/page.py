@@ -14,6 +14,7 @@ from minipuzzle.checkpoint import Checkpoint, read_json
 from minipuzzle.memory import Deployment, memory_breakdown
 from minipuzzle.plan import read_plan
 
+STEPS = ("scores", "pruned", "distilled", "bf16", "fp8")
 NAMES = ("original", "pruned", "distilled", "fp8")
 _HEADER = """# SmolLM2-135M: what pruning costs and distillation recovers
 
@@ -24,15 +25,15 @@ Written by `run.py` (`make smollm2`). The original is SmolLM2-135M-Instruct as a
 
 
 def write_page(work: Path, original: Path, page: Path, times: Mapping[str, Mapping[str, float]]) -> None:
-    """Write the page from what the steps left."""
-    found = {name: _quality(work, name) for name in NAMES}
-    folders = {name: original if name == "original" else work / name for name in NAMES}
-    rows = [_row(name, folders[name], found[name]) for name in NAMES]
+    """Write the page from what the steps left; a run that is not finished gives the rows that it has."""
+    evaluated = [name for name in NAMES if all((work / f"{what}_{name}.json").is_file() for what in ("text", "tasks"))]
+    found = {name: _quality(work, name) for name in evaluated}
+    rows = [_row(name, original if name == "original" else work / name, found[name]) for name in evaluated]
     labels = [*DOMAINS, "nats/token", "KL", *TASKS]
     parts = [
         _HEADER,
-        _table(["", "blocks", "FFN", "parameters", "memory, GiB", *labels], rows),
-        "\n" + _recovery(found),
+        _table(["", "blocks", "KV groups", "FFN", "parameters", "memory, GiB", *labels], rows),
+        *(["\n" + _recovery(found)] if evaluated == list(NAMES) else []),
         "\n" + _legend(found["original"]),
         "\n## What was cut\n\n" + _cut(Checkpoint.open(original), work / "pruned"),
         "\n## What it took\n\n" + _times(times),
@@ -55,6 +56,7 @@ def _row(name: str, folder: Path, found: Mapping[str, Any]) -> list[str]:
     return [
         name,
         str(len(source.blocks)),
+        str(source.width("kv_group")),
         f"{source.width('ffn'):,}",
         f"{source.num_parameters / 1e6:.1f} M",
         f"{memory_breakdown(source, deployment).total_bytes / 2**30:.4f}",
@@ -100,7 +102,7 @@ def _cut(source: Checkpoint, pruned: Path) -> str:
     kept = set(plan.kept_layers)
     dropped = [str(number) for number, block in enumerate(architecture.blocks) if not kept & set(block)]
     target = plan.apply(architecture)
-    text = f"Blocks {', '.join(dropped) or 'none'} of {len(architecture.blocks)} were left out"
+    text = f"Blocks left out of {len(architecture.blocks)}: {', '.join(dropped) or 'none'}"
     text += "".join(
         f", {axis} was cut from {architecture.width(axis):,} to {target.width(axis):,}"
         for axis in ("ffn", "kv_group", "hidden")
@@ -109,23 +111,31 @@ def _cut(source: Checkpoint, pruned: Path) -> str:
     if not table.is_file():
         return text + ".\n"
     candidates = read_json(table)["candidates"]
+    num_tokens = candidates[0]["num_tokens"]
     return (
-        text
-        + f". {len(candidates)} candidates were measured; their KL before distillation:\n\n"
+        f"{text}. {len(candidates)} candidates were measured, on {num_tokens:,} tokens of validation text:\n\n"
         + _table(
-            ["blocks", "widths", "KL"],
-            [[str(item["counts"]), str(item["widths"]), f"{item['kl']:.4f}"] for item in candidates],
+            ["parameters", "memory, GiB", "KL", "nats/token"],
+            [
+                [
+                    f"{item['num_parameters'] / 1e6:.1f} M",
+                    f"{item['memory_bytes'] / 2**30:.4f}",
+                    f"{item['kl']:.4f}",
+                    f"{item['loss']:.4f}",
+                ]
+                for item in candidates
+            ],
         )
     )
 
 
 def _times(times: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [[name, f"{spent['cpu_seconds'] / 60:.1f}", f"{spent['seconds'] / 60:.1f}"] for name, spent in times.items()]
-    total = sum(spent["cpu_seconds"] for spent in times.values()) / 60
+    spent = {name: times[name] for name in STEPS if name in times}
+    rows = [[name, f"{took['cpu_seconds'] / 60:.1f}", f"{took['seconds'] / 60:.1f}"] for name, took in spent.items()]
     return (
-        _table(["step", "CPU minutes", "minutes"], [*rows, ["all", f"{total:.1f}", ""]])
-        + f"\nOne thread, float32, torch {torch.__version__}, on a machine that other work shared; so CPU time counts. "
-        "This CPU multiplies bfloat16 slower than float32; others are several times faster with `--dtype bfloat16`.\n"
+        _table(["step", "CPU minutes", "minutes"], rows)
+        + f"\nEvaluations not counted. One thread, float32, torch {torch.__version__}, on a machine that other work "
+        "shared and often paused, so CPU time counts. This CPU multiplies bfloat16 slower than float32.\n"
     )
 
 

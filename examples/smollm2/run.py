@@ -27,7 +27,7 @@ SCORING = "--samples 8 --channel-samples 64 --sequence-length 128"
 CHOOSING = "--metric kl --widths kv_group=2,3 --candidates 3 --sequence-length 256"
 EVALUATING = "--max-tokens 4000 --sequence-length 512"
 DISTILLING = (
-    "--tokens 24576 --sequence-length 256 --batch 1 --learning-rate 3e-4 --warmup-fraction 0.05 --save-every 12"
+    "--tokens 51200 --sequence-length 256 --batch 1 --learning-rate 3e-4 --warmup-fraction 0.05 --save-every 12"
 )
 
 
@@ -121,7 +121,7 @@ def main() -> None:
             print(f"» {step.name}", file=sys.stderr, flush=True)
             run_step(step, work / "times.json")
         if step.name == arguments.until:
-            return
+            break
     write_page(work, model, Path(__file__).with_name("results.md"), read_times(work / "times.json"))
 
 
