@@ -33,7 +33,7 @@ def write_page(work: Path, original: Path, page: Path, times: Mapping[str, Mappi
     parts = [
         _HEADER,
         _table(["", "blocks", "KV groups", "FFN", "parameters", "memory, GiB", *labels], rows),
-        *(["\n" + _recovery(found)] if evaluated == list(NAMES) else []),
+        *(["\n" + _recovery(found)] if "distilled" in found else []),
         "\n" + _legend(found["original"]),
         "\n## What was cut\n\n" + _cut(Checkpoint.open(original), work / "pruned"),
         "\n## What it took\n\n" + _times(times),
@@ -68,7 +68,7 @@ def _row(name: str, folder: Path, found: Mapping[str, Any]) -> list[str]:
 
 
 def _recovery(found: Mapping[str, Any]) -> str:
-    original, pruned, distilled, fp8 = (found[name]["text"]["all"]["loss"] for name in NAMES)
+    original, pruned, distilled, *fp8 = (values["text"]["all"]["loss"] for values in found.values())
     by_domain = []
     for domain in DOMAINS:
         before, lost, after = (found[name]["text"][domain]["loss"] for name in NAMES[:3])
@@ -76,8 +76,8 @@ def _recovery(found: Mapping[str, Any]) -> str:
     return (
         f"Pruning loses {pruned - original:.4f} nats/token on held-out text; distillation wins back "
         f"{pruned - distilled:.4f} of them, **{(pruned - distilled) / (pruned - original):.0%}** "
-        f"({', '.join(by_domain)}). FP8 costs {fp8 - distilled:+.4f}.\n"
-    )
+        f"({', '.join(by_domain)})."
+    ) + "".join(f" FP8 costs {loss - distilled:+.4f}.\n" for loss in fp8)
 
 
 def _legend(found: Mapping[str, Any]) -> str:
