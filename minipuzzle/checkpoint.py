@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
+DERIVED_TABLES = ".rotary_emb.inv_freq"  # in early Llama files; every reader computes them from config.json
 # Files that make a folder of weights usable and that no command of ours changes.
 COMPANION_FILES = (
     "tokenizer.json",
@@ -138,7 +139,8 @@ class Checkpoint:
         if not folder.is_dir():
             raise MinipuzzleError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
         config = dict(read_config(folder))
-        return cls(folder, MappingProxyType(config), MappingProxyType(_read_entries(folder)))
+        entries = {name: entry for name, entry in _read_entries(folder).items() if not name.endswith(DERIVED_TABLES)}
+        return cls(folder, MappingProxyType(config), MappingProxyType(entries))
 
     @property
     def is_quantized(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.models import build_model, load_model
+from tests.tiny_models import change_tensors, write_family_checkpoint
 
 
 def test_changing_a_loaded_model_does_not_change_what_the_checkpoint_reads_next(tiny_checkpoint: Checkpoint) -> None:
@@ -32,3 +35,15 @@ def test_dt_is_not_clamped_in_a_loaded_model(tiny_checkpoint: Checkpoint) -> Non
     """transformers would clamp it at time_step_min, which no engine does."""
     limits = [m.time_step_limit for m in load_model(tiny_checkpoint).modules() if hasattr(m, "time_step_limit")]
     assert limits == [(0.0, float("inf"))] * 3
+
+
+def test_tables_of_positions_in_early_llama_files_are_no_weights(tmp_path: Path) -> None:
+    folder = write_family_checkpoint(tmp_path / "llama", "llama")
+    weights = Checkpoint.open(folder).weight_bytes
+
+    def add_tables(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    checkpoint = Checkpoint.open(change_tensors(folder, add_tables))
+    checkpoint.require_plain_weights()
+    assert checkpoint.weight_bytes == weights
