@@ -35,7 +35,7 @@ _ENGINE_OPTIONS = (
         type=click.Choice(QUANTIZATIONS),
         default=ENGINE_DEFAULTS.qat,
         show_default=True,
-        help="Train through the rounding of an FP8 export.",
+        help="Train through the rounding of an FP8 export; best for a short run at a low rate after a plain one.",
     ),
     click.option(
         "--compile", "compile_layers", is_flag=True, help="Run the student's layers as torch.compile makes them."
