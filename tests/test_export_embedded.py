@@ -160,3 +160,22 @@ def test_plain_transformers_loads_the_compressed_tensors_layout_and_agrees(
     assert kl_between(expected, logits_of(minipuzzle.load(tmp_path / "out"), heldout)) < 1e-3
     without = minipuzzle.load(tmp_path / "out", rounds_activations=False)
     assert kl_between(expected, logits_of(without, heldout)) > 1e-3, "activations must matter here"
+
+
+def test_plain_transformers_decompresses_nvfp4_to_our_weights(source: Checkpoint, tmp_path: Path) -> None:
+    """Up to BF16, in which the package compressed-tensors keeps them; how it rounds inputs is its own."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    request = ExportRequest(scheme="nvfp4", flavour="compressed-tensors", verifies=False)
+    calibration = text_tokens(source, "calibration.jsonl", 1)
+    export_checkpoint(source, tmp_path / "out", request, calibration_token_ids=calibration)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        theirs(calibration[:, :4], use_cache=False)  # it decompresses on first use
+    ours = minipuzzle.load(tmp_path / "out")
+    for module in export_layout(source.architecture, scheme="nvfp4").quantized:
+        name = source.family.modules.module_name(f"{module}.weight")
+        found, expected = (nn.Module.get_parameter(model, name).detach().float() for model in (theirs, ours))
+        assert torch.allclose(found, expected, rtol=2**-8, atol=0), name

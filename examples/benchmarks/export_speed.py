@@ -46,7 +46,7 @@ RUNS: dict[str, ExportRequest] = {
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 2, 64
 
 
-NUM_ROUNDS = 3
+NUM_ROUNDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,9 @@ def measure(name: str, source: Path, target: Path) -> Measured:
     for leftover in (target, target.with_name(target.name + ".partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     command = [sys.executable, __file__, "--one", name, str(source), str(target)]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    # With one thread CPU seconds count work; threads that wait for each other on a busy machine would count, too.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     shutil.rmtree(target)
     return Measured(**json.loads(result.stdout.splitlines()[-1]))
 
@@ -207,10 +209,10 @@ def render(source_bytes: int, results: list[Measured]) -> str:
         f"""# Export of a random checkpoint of {source_bytes / GIB:.2f} GiB
 
 Written by `make bench-export` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__} with
-{torch.get_num_threads()} threads, transformers {transformers.__version__}. One process a run, the best of
-{NUM_ROUNDS} rounds in which all took turns. *copy*: all files copied, then read and hashed (SHA-256). *seconds*: until
-the files are on the disk. *CPU*: seconds of all threads, which other work on the machine disturbs less. *speed*:
-relative to copy. *peak*: largest resident memory of the process, imports included. The last run also calibrates
+one thread, transformers {transformers.__version__}. One process a run, the best of {NUM_ROUNDS} rounds in which all
+took turns. *copy*: all files copied, then read and hashed (SHA-256). *seconds*: until the files are on the disk, on a
+machine with other work. *CPU*: seconds of the processor, which other work disturbs less. *speed*: relative to copy.
+*peak*: largest resident memory of the process, imports included. The last run also calibrates
 ({calibration}) and runs the model three times, with {MEMORY_LIMIT_BYTES // MIB} MiB for one layer at a time; the
 others write only.
 
