@@ -5,7 +5,10 @@ Shape suffixes: B windows, T tokens of a window, N tokens of all windows, H hidd
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -134,6 +137,7 @@ def expected_states(
     plain = open_stack(tensors.checkpoint, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
     source_NH = head_inputs(plain, token_ids_BT)
     del plain
+    _return_freed_memory()
     rounded = open_stack(RoundedSource(tensors), token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
     return ExpectedStates(source=source_NH, rounded=head_inputs(rounded, token_ids_BT, tensors.layout, tensors.scales))
 
@@ -152,9 +156,11 @@ def verify_against(
     Raises: MinipuzzleError if it does not compute what was expected of it.
     """
     written = open_any(folder)
+    _return_freed_memory()
     stack = open_stack(written, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
     found_NH = head_inputs(stack, token_ids_BT, *_rounding(written))
     del stack
+    _return_freed_memory()
     difference = float((found_NH - expected.rounded).norm() / expected.rounded.norm())
     if not difference <= _TOLERANCE:  # also true for NaN
         raise MinipuzzleError(
@@ -270,11 +276,11 @@ def compare(
     labels_N = F.pad(token_ids_BT[:, 1:], (0, 1), value=-100).flatten().to(device)
     sums = dict.fromkeys(("loss", "against_loss", "kl", "agreed"), 0.0)
     for chunk in head_chunks(len(states_NH), len(head_VH)):
-        logits_CV = F.linear(states_NH[chunk].to(device), head_VH)
+        logits_CV = F.linear(states_NH[chunk].to(device), head_VH.float())
         sums["loss"] += float(F.cross_entropy(logits_CV, labels_N[chunk], ignore_index=-100, reduction="sum"))
         if against_head_VH is None:
             continue
-        against_CV = F.linear(against_NH[chunk].to(device), against_head_VH)
+        against_CV = F.linear(against_NH[chunk].to(device), against_head_VH.float())
         sums["against_loss"] += float(F.cross_entropy(against_CV, labels_N[chunk], ignore_index=-100, reduction="sum"))
         kl, agreed = divergence_sums(against_CV, logits_CV)
         sums["kl"] += kl
@@ -290,11 +296,19 @@ def compare(
     )
 
 
+def _return_freed_memory() -> None:
+    """Give back to the system what layers have left in the C library's heaps, one of which a reading thread fills."""
+    gc.collect()  # layers and their hooks refer to each other
+    with suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _head(checkpoint: Checkpoint, device: str) -> torch.Tensor:
+    """As stored: two heads of a small model in float32 would be most of the memory in use."""
     architecture = deployed_architecture(checkpoint.architecture)
     name = architecture.names.embeddings if architecture.tied_embeddings else architecture.names.head
     tensor = next(tensor for tensor in architecture.tensors() if tensor.name == name)
-    return read_source(checkpoint, tensor).to(device, torch.float32)
+    return read_source(checkpoint, tensor).to(device)
 
 
 def scale_figures(export: QuantizedCheckpoint) -> Mapping[str, float]:
