@@ -208,13 +208,12 @@ def render(source_bytes: int, results: list[Measured]) -> str:
     return (
         f"""# Export of a random checkpoint of {source_bytes / GIB:.2f} GiB
 
-Written by `make bench-export` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__} with
-one thread, transformers {transformers.__version__}. One process a run, the best of {NUM_ROUNDS} rounds in which all
+Written by `make bench-export` on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__} with one
+thread, transformers {transformers.__version__}. One process a run, the best of up to {NUM_ROUNDS} rounds in which they
 took turns. *copy*: all files copied, then read and hashed (SHA-256). *seconds*: until the files are on the disk, on a
 machine with other work. *CPU*: seconds of the processor, which other work disturbs less. *speed*: relative to copy.
-*peak*: largest resident memory of the process, imports included. The last run also calibrates
-({calibration}) and runs the model three times, with {MEMORY_LIMIT_BYTES // MIB} MiB for one layer at a time; the
-others write only.
+*peak*: largest resident memory of the process, imports included. The last run also calibrates ({calibration}) and runs
+the model three times, with {MEMORY_LIMIT_BYTES // MIB} MiB for one layer at a time; the others write only.
 
 | | seconds | speed | CPU | speed by CPU | peak GiB |
 |---|---:|---:|---:|---:|---:|
