@@ -73,11 +73,12 @@ def _recovery(found: Mapping[str, Any]) -> str:
     for domain in DOMAINS:
         before, lost, after = (found[name]["text"][domain]["loss"] for name in NAMES[:3])
         by_domain.append(f"{domain} {(lost - after) / (lost - before):.0%}")
-    return (
+    recovered = (
         f"Pruning loses {pruned - original:.4f} nats/token on held-out text; distillation wins back "
         f"{pruned - distilled:.4f} of them, **{(pruned - distilled) / (pruned - original):.0%}** "
         f"({', '.join(by_domain)})."
-    ) + "".join(f" FP8 costs {loss - distilled:+.4f}.\n" for loss in fp8)
+    )
+    return recovered + "".join(f" FP8 costs {loss - distilled:+.4f}." for loss in fp8) + "\n"
 
 
 def _legend(found: Mapping[str, Any]) -> str:
