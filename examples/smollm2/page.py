@@ -91,9 +91,9 @@ def _legend(found: Mapping[str, Any]) -> str:
     return (
         f"Speeches, wikipedia, code: perplexity on held-out documents ({counts} tokens, windows of 512). nats/token: "
         f"loss on all of them; KL: from the original, on the same tokens. {asked}; ± is one standard error of the "
-        "sample, and differences below two of them say nothing. Memory: weights and KV cache at a context of 8,192, "
-        "weights in BF16, those of linear layers in FP8 for `fp8`, which is evaluated with weights and activations "
-        "rounded as engines do.\n"
+        "sample, and differences below two of them say nothing; the form of the questions was chosen by the original's "
+        "answers. Memory: weights and KV cache at a context of 8,192, weights in BF16, those of linear layers in FP8 "
+        "for `fp8`, which is evaluated with weights and activations rounded as engines do.\n"
     )
 
 
