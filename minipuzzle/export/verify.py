@@ -103,13 +103,13 @@ class RoundedSource(Checkpoint):
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the source after the rounding that the export gives it, in float32."""
-        values = read_source(self._export.checkpoint, self._tensors[name]).float()
+        stored = read_source(self._export.checkpoint, self._tensors[name])
         module, layout = name.removesuffix(WEIGHT), self._export.layout
         if not name.endswith(WEIGHT) or not layout.is_quantized(module):
-            return values.to(torch.bfloat16).float()
+            return stored.to(torch.bfloat16).float()
         assert layout.scheme is not None
         scale = self._export.weight_scale(module)
-        return layout.scheme.fake_quantize(values, scale, self._export.row_scale_dtype)
+        return layout.scheme.fake_quantize(stored.float(), scale, self._export.row_scale_dtype)
 
 
 def verify_export(
