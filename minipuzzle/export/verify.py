@@ -242,9 +242,7 @@ def head_inputs(
     scales: WeightScales | None = None,
 ) -> torch.Tensor:
     """What the LM head's matrix is multiplied with, ``[N, H]`` float32, activations rounded where a layout says so."""
-    rounds = layout is not None and scales is not None and layout.scheme is not None
-    if rounds:
-        assert layout is not None and scales is not None
+    if layout is not None and scales is not None and layout.scheme is not None:
         round_activations(stack.module_on_disk, layout, scales)
     hidden_BTH = stack.embed(token_ids_BT)
     for layer_idx in range(stack.num_layers):
@@ -254,10 +252,9 @@ def head_inputs(
             window_1TH = hidden_BTH[window_idx : window_idx + 1]
             stack.apply(layer_idx, window_1TH, out=window_1TH)
     states_NH = stack.final_norm(hidden_BTH).flatten(0, 1)
-    head = stack.architecture.names.head.removesuffix(WEIGHT)
-    if layout is not None and scales is not None and layout.scheme is not None and layout.is_quantized(head):
-        states_NH = layout.scheme.round_inputs(states_NH, scales.inputs.get(head, torch.tensor(1.0)))
-    return states_NH.cpu()
+    head = stack.module_on_disk(stack.architecture.names.head.removesuffix(WEIGHT))
+    round_inputs = getattr(head, "round_inputs", None)  # a quantised head's, which is not called here
+    return (states_NH if round_inputs is None else round_inputs(states_NH)).cpu()
 
 
 @torch.inference_mode()
