@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distill.settings import OnStep, StepRecord, ignore_step
+from minipuzzle.progress import steps_bar
 from minipuzzle.units import format_count, format_gib
 
 if TYPE_CHECKING:
@@ -105,27 +106,12 @@ def distill_progress(total_steps: int, *, quiet: bool = False, work: ModelWork |
         return
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    bar = Progress(
-        TextColumn("distilling"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        expand=True,
-    )
-    task = bar.add_task("distilling", total=total_steps)
+    console = Console(stderr=True)
+    bar = steps_bar(console)
+    task = bar.add_task("distilling", total=total_steps, figures="")
     held_out_kl: list[float] = []
-    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
+    with Live(bar, console=console, refresh_per_second=4) as live:
 
         def on_step(record: StepRecord) -> None:
             bar.update(task, completed=record.step)

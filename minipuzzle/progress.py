@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 Advance = Callable[[int], None]
 # Sets the steps done so far and a few figures beside the bar.
@@ -35,6 +40,14 @@ def progress_figures(description: str, total_steps: int, *, quiet: bool = False)
         yield lambda _num_done, _figures: None
         return
     from rich.console import Console
+
+    with steps_bar(Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total_steps, figures="")
+        yield lambda num_done, figures: progress.update(task, completed=num_done, figures=figures)
+
+
+def steps_bar(console: Console) -> Progress:
+    """A bar that counts steps and says the time left; its task has ``figures``, which stand beside it."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -44,7 +57,7 @@ def progress_figures(description: str, total_steps: int, *, quiet: bool = False)
         TimeRemainingColumn,
     )
 
-    columns = (
+    return Progress(
         TextColumn("{task.description:<20}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
@@ -52,7 +65,6 @@ def progress_figures(description: str, total_steps: int, *, quiet: bool = False)
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        console=console,
+        expand=True,
     )
-    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
-        task = progress.add_task(description, total=total_steps, figures="")
-        yield lambda num_done, figures: progress.update(task, completed=num_done, figures=figures)
