@@ -16,37 +16,23 @@ from minipuzzle.checkpoint import write_json
 from minipuzzle.cli import main
 from minipuzzle.families import read_architecture
 from minipuzzle.plan import Plan
-from tests.tiny_models import tiny_config
+from tests.tiny_models import published_config, tiny_config
 
-# The published sizes of Nemotron-H-56B and of the 47B model cut from it (arXiv 2504.03624).
-PATTERN_56B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-" + (
-    "M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
-)
-SIZES_56B = {
-    "hidden_size": 8192,
-    "intermediate_size": 32768,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "mamba_num_heads": 256,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "ssm_state_size": 256,
-    "vocab_size": 131072,
-}
 RECIPE = DistillSettings(tokens=63 * 10**9, sequence_length=8192, batch_sequences=768, dtype="bfloat16")
 ENGINE = EngineSettings(activation_checkpointing=True)
 
 
 @pytest.fixture
 def teacher_config() -> dict[str, Any]:
-    return tiny_config(PATTERN_56B, **SIZES_56B)
+    return published_config()
 
 
 @pytest.fixture
 def student_config() -> dict[str, Any]:
     """45 Mamba, 48 MLP and 5 attention layers; which of them stay does not change any sum."""
-    return tiny_config("M-" * 45 + "-" * 3 + "*" * 5, **{**SIZES_56B, "intermediate_size": 30720})
+    pattern = "M-" * 45 + "-" * 3 + "*" * 5
+    cut = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern), "intermediate_size": 30720}
+    return published_config() | cut
 
 
 def test_the_published_case_on_8_64_and_512_gpus(teacher_config: Any, student_config: Any, tmp_path: Path) -> None:

@@ -13,25 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from minipuzzle.cli import main
-from minipuzzle.families import FAMILIES
 from minipuzzle.plan import read_plan
+from tests.tiny_models import published_config
 
-PERIOD = "M-M-M-M-M*-"
-PATTERN_56B = "M-M-M-M*-" + 9 * PERIOD + "M-M-M-M-M-"
-CONFIG_56B = {
-    **FAMILIES["nemotron_h"].tiny_config,
-    "hybrid_override_pattern": PATTERN_56B,
-    "vocab_size": 131072,
-    "hidden_size": 8192,
-    "intermediate_size": 32768,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "mamba_num_heads": 256,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "ssm_state_size": 256,
-}
+CONFIG_56B = published_config()
+PATTERN_56B = CONFIG_56B["hybrid_override_pattern"]
 TARGETS_47B = ("--keep", "mamba=45", "--keep", "mlp=48", "--keep", "attention=5", "--width", "ffn=30720")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def tiny_config(pattern: str = "M-M*-M-", **config_changes: Any) -> dict[str, An
     """The tiny Nemotron-H config.json with a layer pattern and any other field changed."""
     layers = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
     return {**FAMILIES["nemotron_h"].tiny_config, "vocab_size": VOCABULARY, **layers, **config_changes}
+
+
+def published_config() -> dict[str, Any]:
+    """config.json of Nemotron-H-56B at its published sizes (arXiv 2504.03624), for what reads no weights."""
+    path = Path(__file__).parents[1] / "examples" / "nemotron_h_56b" / "config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_tiny_checkpoint(folder: Path, *, pattern: str = "M-M*-M-", seed: int = 0, **config_changes: Any) -> Path:
