@@ -79,7 +79,11 @@ _BOUNDS = (
         help="Search an axis: a range 75%:100%:1024 or a list 24576,32768. Repeatable.",
     ),
     click.option(
-        "--min-kept", type=_FRACTION, default=0.5, help="Share of each kind that stays, if no --min.", show_default=True
+        "--min-kept",
+        type=_FRACTION,
+        default=0.5,
+        help="Share of each kind that stays, if no --min, and of KV groups, if those are searched.",
+        show_default=True,
     ),
     click.option(
         "--min-ffn", type=_FRACTION, default=0.75, help="Narrowest FFN, if no --widths ffn.", show_default=True

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = (UNIFORM, PER_LAYER)
 DEFAULT_GRANULARITY = 128
-# Axes that are cut by default, and those whose widths follow the granularity; others are cut unit by unit or only
-# where the user asks.
-DEFAULT_AXIS = "ffn"
+# Axes whose widths follow the granularity; others are cut unit by unit.
 WIDE_AXES = ("ffn", "hidden", "expert_ffn", "shared_ffn")
 
 
@@ -39,6 +37,9 @@ class SearchSpace:
 
 def requested_space(source: Architecture, request: SearchRequest) -> SearchSpace:
     """The grid of the published search (layer counts by kind, one FFN width), widened and narrowed by the request.
+
+    Where attention and MLP of a block can only go together, what attention costs is its number of KV groups: that
+    varies too.
 
     Raises: MinipuzzleError for kinds, axes, layers and numbers that the model does not have.
     """
@@ -113,13 +114,23 @@ def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, t
         if axis in widths:
             raise MinipuzzleError(f"both --width and --widths speak of {axis}", "give one of them")
         widths[axis] = parse_widths(source, axis, text, request.granularity)
-    full = source.width(DEFAULT_AXIS)
-    if full is not None and DEFAULT_AXIS not in widths and request.is_limited:
-        multiples = range(request.granularity, full, request.granularity)
-        widths[DEFAULT_AXIS] = (*(size for size in multiples if size >= full * request.min_ffn_fraction), full)
+    if request.is_limited:
+        widths = {**_default_widths(source, request), **widths}
     if request.layout == PER_LAYER and len(widths.get("hidden", ())) > 1:
         raise MinipuzzleError("all layers share one hidden width", "fix it with --width hidden=N")
     return widths
+
+
+def _default_widths(source: Architecture, request: SearchRequest) -> dict[str, tuple[int, ...]]:
+    """What varies unless the request says else: FFN width, and KV groups where attention cannot go alone."""
+    found: dict[str, tuple[int, ...]] = {}
+    if (ffn := source.width("ffn")) is not None:
+        multiples = range(request.granularity, ffn, request.granularity)
+        found["ffn"] = (*(size for size in multiples if size >= ffn * request.min_ffn_fraction), ffn)
+    groups = source.width("kv_group")
+    if groups is not None and any(len(together) > 1 for together in source.removable(request.layout)):
+        found["kv_group"] = tuple(range(max(1, ceil(groups * request.min_kept_fraction)), groups + 1))
+    return found
 
 
 def parse_widths(source: Architecture, axis: str, text: str, granularity: int) -> tuple[int, ...]:

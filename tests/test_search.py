@@ -227,6 +227,23 @@ def test_every_family_is_searched_and_its_sums_are_those_of_whole_models(model_t
         )
 
 
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_kv_groups_vary_by_default_where_attention_cannot_go_alone(model_type: str) -> None:
+    source = read_architecture(FAMILIES[model_type].tiny_config)
+    groups = source.width("kv_group")
+    assert groups == 2
+    for layout in ("uniform", "per-layer"):
+        widths = requested_space(source, SearchRequest(memory="75%", layout=layout)).widths
+        goes_alone = model_type == "nemotron_h" or layout == "per-layer"
+        assert widths.get("kv_group") == (None if goes_alone else (1, 2))
+    for request in (
+        SearchRequest(memory="75%", width={"kv_group": 2}),
+        SearchRequest(memory="75%", min_kept_fraction=1),
+    ):
+        assert requested_space(source, request).widths.get("kv_group") in (None, (2,))
+    assert requested_space(source, SearchRequest(keep={"attention": 1})).widths == {}
+
+
 def test_experts_are_counted_once_in_total_and_by_their_share_when_active() -> None:
     """A mixture of 8 experts of which a token uses 2: limits on all and on active parameters cut different things."""
     config = {**FAMILIES["nemotron_h"].tiny_config, **MOE_FIELDS}
