@@ -132,11 +132,14 @@ def _cut(source: Checkpoint, pruned: Path) -> str:
 
 def _times(times: Mapping[str, Mapping[str, float]]) -> str:
     spent = {name: times[name] for name in STEPS if name in times}
-    rows = [[name, f"{took['cpu_seconds'] / 60:.1f}", f"{took['seconds'] / 60:.1f}"] for name, took in spent.items()]
+    rows = [
+        [name, f"{took['cpu_seconds'] / 60:.1f}", f"{took['seconds'] / 60:.1f}", f"{took['threads']:.0f}"]
+        for name, took in spent.items()
+    ]
     return (
-        _table(["step", "CPU minutes", "minutes"], rows)
-        + f"\nEvaluations not counted. One thread, float32, torch {torch.__version__}, on a machine that other work "
-        "shared and often paused, so CPU time counts. This CPU multiplies bfloat16 slower than float32.\n"
+        _table(["step", "CPU minutes", "minutes", "threads"], rows)
+        + f"\nEvaluations not counted. float32, torch {torch.__version__}, on a machine that other work shared, so CPU "
+        "time counts. This CPU multiplies bfloat16 slower than float32.\n"
     )
 
 

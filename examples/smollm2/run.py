@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from texts import DOMAINS, write_texts
 
 from minipuzzle.outputs import output_file
 
+THREADS = "OMP_NUM_THREADS"  # one unless the user says else: waiting threads would count as CPU time
 MEMORY = "80%"
 SAMPLING = "--samples 64 --sequence-length 128"
 SCORING = "--samples 8 --channel-samples 64 --sequence-length 128"
-CHOOSING = "--metric kl --widths kv_group=2,3 --candidates 3 --sequence-length 256"
+CHOOSING = "--metric kl --candidates 3 --sequence-length 256"
 EVALUATING = "--max-tokens 4000 --sequence-length 512"
 DISTILLING = (
     "--tokens 51200 --sequence-length 256 --batch 1 --learning-rate 3e-4 --warmup-fraction 0.05 --save-every 12"
@@ -88,6 +90,7 @@ def run_step(step: Step, times: Path) -> None:
     finally:
         known = read_times(times)
         spent = known.get(step.name, {"seconds": 0.0, "cpu_seconds": 0.0})
+        spent["threads"] = float(os.environ[THREADS])
         spent["seconds"] += time.monotonic() - start_seconds
         spent["cpu_seconds"] += children_cpu_seconds() - start_cpu_seconds
         times.write_text(json.dumps({**known, step.name: spent}, indent=1), encoding="utf-8")
@@ -100,7 +103,7 @@ def children_cpu_seconds() -> float:
 
 
 def read_times(path: Path) -> dict[str, dict[str, float]]:
-    """Seconds and CPU seconds by step."""
+    """Seconds, CPU seconds and threads by step."""
     if not path.is_file():
         return {}
     found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "smollm2_output")
     parser.add_argument("--until", help="stop after this step")
     arguments = parser.parse_args()
+    os.environ.setdefault(THREADS, "1")
     work: Path = arguments.folder
     work.mkdir(parents=True, exist_ok=True)
     model, texts = model_folder(), write_texts(work / "text")
