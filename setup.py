@@ -42,6 +42,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             "mypy>=2",
             "types-setuptools",

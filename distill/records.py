@@ -62,7 +62,9 @@ def draw_learning_curve(folder: Path, *, validation_kl_before: float | None) -> 
         axes.plot(
             *zip(*points, strict=True), color="tab:red", marker="o", markersize=3, label="held-out, temperature 1"
         )
-    axes.set(xlabel="tokens", ylabel="divergence from the teacher, nats/token", yscale="log")
+    shown = [*kl, *(value for _, value in evaluated)]
+    scale = "log" if any(value > 0 for value in shown) else "linear"  # a student that equals its teacher has no log
+    axes.set(xlabel="tokens", ylabel="divergence from the teacher, nats/token", yscale=scale)
     axes.legend(frameon=False)
     rate_axes = axes.twinx()
     rate_axes.plot(tokens, [record["learning_rate"] for record in records], color="0.6", linestyle=":")

@@ -38,8 +38,8 @@ class SearchSpace:
 def requested_space(source: Architecture, request: SearchRequest) -> SearchSpace:
     """The grid of the published search (layer counts by kind, one FFN width), widened and narrowed by the request.
 
-    Where attention and MLP of a block can only go together, what attention costs is its number of KV groups: that
-    varies too.
+    Where blocks pair attention and MLP, most have a KV cache, and dropping whole blocks is coarse: the number of KV
+    groups varies too.
 
     Raises: MinipuzzleError for kinds, axes, layers and numbers that the model does not have.
     """
@@ -122,13 +122,13 @@ def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, t
 
 
 def _default_widths(source: Architecture, request: SearchRequest) -> dict[str, tuple[int, ...]]:
-    """What varies unless the request says else: FFN width, and KV groups where attention cannot go alone."""
+    """What varies unless the request says else: FFN width, and KV groups where blocks pair attention and MLP."""
     found: dict[str, tuple[int, ...]] = {}
     if (ffn := source.width("ffn")) is not None:
         multiples = range(request.granularity, ffn, request.granularity)
         found["ffn"] = (*(size for size in multiples if size >= ffn * request.min_ffn_fraction), ffn)
     groups = source.width("kv_group")
-    if groups is not None and any(len(together) > 1 for together in source.removable(request.layout)):
+    if groups is not None and any(len(block) > 1 for block in source.blocks):
         found["kv_group"] = tuple(range(max(1, ceil(groups * request.min_kept_fraction)), groups + 1))
     return found
 

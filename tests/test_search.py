@@ -228,14 +228,13 @@ def test_every_family_is_searched_and_its_sums_are_those_of_whole_models(model_t
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_kv_groups_vary_by_default_where_attention_cannot_go_alone(model_type: str) -> None:
+def test_kv_groups_vary_by_default_where_blocks_pair_attention_and_mlp(model_type: str) -> None:
     source = read_architecture(FAMILIES[model_type].tiny_config)
     groups = source.width("kv_group")
     assert groups == 2
     for layout in ("uniform", "per-layer"):
         widths = requested_space(source, SearchRequest(memory="75%", layout=layout)).widths
-        goes_alone = model_type == "nemotron_h" or layout == "per-layer"
-        assert widths.get("kv_group") == (None if goes_alone else (1, 2))
+        assert widths.get("kv_group") == (None if model_type == "nemotron_h" else (1, 2))
     for request in (
         SearchRequest(memory="75%", width={"kv_group": 2}),
         SearchRequest(memory="75%", min_kept_fraction=1),
