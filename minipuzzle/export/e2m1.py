@@ -43,11 +43,14 @@ def encode_blocks(values_RC: torch.Tensor, scale_RK: torch.Tensor, tensor_scale:
     """Codes, two a byte, ``[rows, columns / 2]`` uint8: even columns in the low half. Bit 3 is the sign."""
     # The product of 4 and 24 significant bits and the quotient below are float64, so that no middle is hit by rounding.
     step_RK = scale_RK.double() * tensor_scale.to(scale_RK.device).double()
-    scaled_RC = (values_RC.double().unflatten(-1, (-1, BLOCK)) / step_RK[..., None]).flatten(-2)
-    magnitude_RC = scaled_RC.abs().clamp(max=E2M1_MAX)
+    # In place where that is possible: fresh memory for each step would take longer than the arithmetic.
+    magnitude_RC = values_RC.abs().double().unflatten(-1, (-1, BLOCK)).div_(step_RK[..., None]).flatten(-2)
+    magnitude_RC.clamp_(max=E2M1_MAX)
     # Values lie 0.5 apart below 2, 1 apart below 4, then 2 apart; torch rounds halves to even, as codes want it.
-    code_RC = torch.minimum((2 * magnitude_RC).round(), magnitude_RC.round() + 2)
-    code_RC = torch.minimum(code_RC, (magnitude_RC / 2).round() + 4).to(torch.uint8)
+    nearest_RC = (2 * magnitude_RC).round_()
+    torch.minimum(nearest_RC, magnitude_RC.round().add_(2), out=nearest_RC)
+    torch.minimum(nearest_RC, magnitude_RC.div_(2).round_().add_(4), out=nearest_RC)
+    code_RC = nearest_RC.to(torch.uint8)
     code_RC |= torch.signbit(values_RC).to(torch.uint8) << 3
     packed_RC2: torch.Tensor = code_RC[..., ::2] | (code_RC[..., 1::2] << 4)
     return packed_RC2

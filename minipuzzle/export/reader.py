@@ -5,6 +5,7 @@ transformers has no reader for ModelOpt's layout: it takes the codes for weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from minipuzzle.export.e4m3 import fake_quantize
 from minipuzzle.export.flavours import HF_QUANT_CONFIG
 from minipuzzle.export.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
 from minipuzzle.export.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE, Scheme
-from minipuzzle.export.write import WeightScales, export_headers
+from minipuzzle.export.write import WeightScales, export_headers, piece_rows
 from minipuzzle.models import load_model
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
@@ -56,10 +57,6 @@ class QuantizedCheckpoint(Checkpoint):
     def require_plain_weights(self) -> None:
         """Nothing to refuse: the headers were checked when this was made."""
 
-    def stored_tensor(self, module: str, role: str) -> torch.Tensor:
-        """What the folder holds of a quantised module."""
-        return self._source.tensor(f"{module}.{self._stored[role].suffix}")
-
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor: decoded to float32 where it is quantised, else as stored.
 
@@ -69,13 +66,21 @@ class QuantizedCheckpoint(Checkpoint):
         if module is None:
             return super().tensor(name)
         assert self.layout.scheme is not None
-        parts = {CODES: self.stored_tensor(module, CODES), TENSOR_SCALE: self.scales.weights[module]}
-        if SCALES in self._stored:
-            parts[SCALES] = self._checked_scale(f"{module}.{self._stored[SCALES].suffix}")
-        values = self.layout.scheme.decode(parts)
-        if not torch.isfinite(values).all():
-            raise MinipuzzleError(f"{name} holds codes that are not numbers", "export again")
-        return values
+        row_scales = self._checked_scale(f"{module}.{self._stored[SCALES].suffix}") if SCALES in self._stored else None
+        pieces = list(piece_rows(self.entries[name].shape))
+        values_RC = torch.empty(0)
+        for first, end in pieces:  # whole tensors of codes would be scattered over the C library's heaps
+            codes = self._source.rows(f"{module}.{self._stored[CODES].suffix}", first, end)
+            parts = {CODES: codes, TENSOR_SCALE: self.scales.weights[module]}
+            if row_scales is not None:
+                parts[SCALES] = row_scales[first:end]
+            decoded = self.layout.scheme.decode(parts)
+            if not all(map(math.isfinite, torch.stack(decoded.aminmax()).tolist())):
+                raise MinipuzzleError(f"{name} holds codes that are not numbers", "export again")
+            if not len(values_RC):
+                values_RC = decoded.new_empty(pieces[-1][1], *decoded.shape[1:])
+            values_RC[first:end] = decoded
+        return values_RC
 
     def _single_scale(self, module: str, role: str) -> torch.Tensor:
         if role not in self._stored:

@@ -109,7 +109,11 @@ class RoundedSource(Checkpoint):
             return stored.to(torch.bfloat16).float()
         assert layout.scheme is not None
         scale = self._export.weight_scale(module)
-        return layout.scheme.fake_quantize(stored.float(), scale, self._export.row_scale_dtype)
+        values = torch.empty(stored.shape)
+        for first, end in piece_rows(stored.shape):
+            rows = stored[first:end].float()
+            values[first:end] = layout.scheme.fake_quantize(rows, scale, self._export.row_scale_dtype)
+        return values
 
 
 def verify_export(
@@ -134,6 +138,7 @@ def expected_states(
     tensors: ExportTensors, token_ids_BT: torch.Tensor, *, device: str = "cpu", device_memory_bytes: int | None = None
 ) -> ExpectedStates:
     """Run a source on tokens as it is, and with weights and activations rounded as its export rounds them."""
+    _return_freed_memory()  # of calibration
     plain = open_stack(tensors.checkpoint, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
     source_NH = head_inputs(plain, token_ids_BT)
     del plain
