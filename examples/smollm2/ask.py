@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from material import wheel
 from tasks import TASKS, accuracy, read_questions
 
-from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.checkpoint import Checkpoint, write_json
 from minipuzzle.export.reader import load_any_model
 from minipuzzle.models import load_tokenizer
 from minipuzzle.outputs import output_file
@@ -36,7 +35,7 @@ def main() -> None:
             "chance": answers.chance,
         }
     with output_file(arguments.out) as path:
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_json(path, found)
 
 
 if __name__ == "__main__":

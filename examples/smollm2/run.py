@@ -7,7 +7,6 @@ commands themselves continue where they were stopped. The table goes to results.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -20,6 +19,7 @@ from material import ROOT, model_folder
 from page import write_page
 from texts import DOMAINS, write_texts
 
+from minipuzzle.checkpoint import read_json, write_json
 from minipuzzle.outputs import output_file
 
 THREADS = "OMP_NUM_THREADS"  # one unless the user says else: waiting threads would count as CPU time
@@ -93,7 +93,7 @@ def run_step(step: Step, times: Path) -> None:
         spent["threads"] = float(os.environ[THREADS])
         spent["seconds"] += time.monotonic() - start_seconds
         spent["cpu_seconds"] += children_cpu_seconds() - start_cpu_seconds
-        times.write_text(json.dumps({**known, step.name: spent}, indent=1), encoding="utf-8")
+        write_json(times, {**known, step.name: spent})
 
 
 def children_cpu_seconds() -> float:
@@ -104,10 +104,7 @@ def children_cpu_seconds() -> float:
 
 def read_times(path: Path) -> dict[str, dict[str, float]]:
     """Seconds, CPU seconds and threads by step."""
-    if not path.is_file():
-        return {}
-    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return read_json(path) if path.is_file() else {}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Calibration, training, validation and held-out text in three domains: speeches, Wikipedia, Python code.
 
 Held out are whole years of speeches, whole Wikipedia articles and whole modules of the standard library, split as in
-examples/tiny_hybrid; half of them for validation, which the search may look at, and half for the table alone.
+examples/tiny_hybrid; a third of them for validation, which the search may look at, the rest for the table alone.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def write_texts(folder: Path) -> Path:
             taken = take(parts, CALIBRATION_BYTES)
             calibration += taken
             training += take(parts[len(taken) :], TRAINING_BYTES)
-            keys = sorted({document.key for document in split.held_out})
-            seen = [document for document in split.held_out if document.key in keys[1::3]]
-            unseen = [document for document in split.held_out if document.key not in keys[1::3]]
+            seen, unseen = corpus.split_held_out(split.held_out)
             pieces = [part for document in seen for part in corpus.split_into_parts(document, VALIDATION_PART_BYTES)]
             validation += take(shuffled(pieces, domain), VALIDATION_BYTES)
             final = take(shuffled(corpus.split_all_into_parts(unseen), domain), HELD_OUT_BYTES)

@@ -146,6 +146,15 @@ def split_code(documents: list[Document]) -> Split:
     )
 
 
+def split_held_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Divide held-out documents by key, every third key for validation and the rest for the final measure."""
+    keys = sorted({document.key for document in documents})
+    validation_keys = set(keys[1::3])
+    validation = [document for document in documents if document.key in validation_keys]
+    final = [document for document in documents if document.key not in validation_keys]
+    return validation, final
+
+
 def split_into_parts(document: Document, part_bytes: int = PART_BYTES) -> list[Document]:
     """Cut a document at line ends (a longer line: at spaces) into parts of at most `part_bytes`."""
     parts: list[list[str]] = [[]]

@@ -37,15 +37,6 @@ def shuffled_parts(documents: list[corpus.Document], name: str) -> list[corpus.D
     return parts
 
 
-def halve_keys(documents: list[corpus.Document]) -> tuple[list[corpus.Document], list[corpus.Document]]:
-    """Divide held-out documents by key, every third key for validation and the rest for the final measure."""
-    keys = sorted({document.key for document in documents})
-    validation_keys = set(keys[1::3])
-    validation = [document for document in documents if document.key in validation_keys]
-    final = [document for document in documents if document.key not in validation_keys]
-    return validation, final
-
-
 def write_jsonl(path: Path, parts: list[corpus.Document]) -> None:
     """Write one JSON object a line: id, source, text."""
     lines = (
@@ -79,7 +70,7 @@ def main(output: Path) -> None:
         write_jsonl(output / f"{mix}.jsonl", parts)
     validation_parts: list[corpus.Document] = []
     for name, split in splits.items():
-        validation, final = halve_keys(split.held_out)
+        validation, final = corpus.split_held_out(split.held_out)
         validation_parts += take_bytes(shuffled_parts(validation, f"{name}/validation"), VALIDATION_BYTES // 2)
         final_parts = take_bytes(shuffled_parts(final, f"{name}/final"), HELD_OUT_BYTES)
         write_jsonl(output / f"heldout_{name}.jsonl", final_parts)
