@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: demo smollm2 test test-slow test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: golden golden-check demo smollm2 test test-slow test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -48,6 +48,12 @@ check: $(READY)  ## style, types and generated documentation
 	$(BIN)/mypy
 	$(BIN)/python docs/write_commands.py --check
 	$(BIN)/python docs/write_families.py --check
+
+golden: $(READY)  ## fingerprints of all that is computed, on this machine, before a change that may change no number
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.make
+
+golden-check: $(READY)  ## compare with them after it; names what differs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.make --check
 
 docs: $(READY)  ## write docs/commands.md from the commands' own help, and the tables of docs/families.md
 	$(BIN)/python docs/write_commands.py
