@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "minipuzzle/__init__.py").read_text(encoding="utf-8"))
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "minipuzzle/version.py").read_text(encoding="utf-8"))
 assert VERSION is not None
 
 # Plain transformers reads our second layout with it; it imports psutil without asking for it.
@@ -21,7 +21,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["minipuzzle", "minipuzzle.commands", "minipuzzle.export", "minipuzzle.families", "importance", "distill"],
+    packages=find_packages(include=["minipuzzle*", "importance*", "distill*"]),
+    package_data={package: ["py.typed"] for package in ("minipuzzle", "importance", "distill")},
     install_requires=[
         "torch>=2.9",
         "transformers>=5.18",
@@ -51,5 +52,5 @@ setup(
             *COMPRESSED_TENSORS,
         ],
     },
-    entry_points={"console_scripts": ["minipuzzle = minipuzzle.cli:main"]},
+    entry_points={"console_scripts": ["minipuzzle = minipuzzle.commands.cli:main"]},
 )

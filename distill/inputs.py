@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.settings import DistillSettings
-from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.cut.plan import read_plan
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.models import load_tokenizer
-from minipuzzle.plan import read_plan
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.models import load_tokenizer
 
 GIVE_TEACHER = "give the model it was cut from with --teacher"
 _PLAN_FILE = "plan.json"  # what `minipuzzle prune` leaves beside the weights

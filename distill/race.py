@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distill.run import distill_checkpoint
 from distill.settings import DistillSettings, OnStep, ignore_step
-from minipuzzle.checkpoint import Checkpoint, read_json, write_json
-from minipuzzle.corpus import EvaluationWindows
-from minipuzzle.errors import InputChangedError
-from minipuzzle.evaluate import evaluate
-from minipuzzle.finalists import RaceResult, RaceSettings, RoundResult, survivors
-from minipuzzle.models import load_model
+from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.errors import InputChangedError, MinipuzzleError
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.quality.evaluate import evaluate
+from minipuzzle.runtime.models import load_model
 
 RACE_FILE = "race.json"
 
@@ -127,3 +127,80 @@ class _Record:
     def rounds(self, contender: int) -> tuple[RoundResult, ...]:
         found = (self.result(contender, round_idx) for round_idx in range(len(self.content["results"])))
         return tuple(result for result in found if result is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """A finalist after one round. ``tokens`` of training so far; ``loss``, ``kl`` in nats per validation token."""
+
+    tokens: int
+    loss: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceResult:
+    """Rounds of each finalist, in the order given, and the winner's trained checkpoint folder."""
+
+    rounds: tuple[tuple[RoundResult, ...], ...]
+    winner: int
+    winner_folder: Path
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.winner < len(self.rounds)
+
+
+# Trains finalists, given as cut checkpoint folders, and measures them on the windows; keeps its work in the folder, so
+# that an interrupted race continues.
+Race = Callable[[Sequence[Path], EvaluationWindows, Path], RaceResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceSettings:
+    """``tokens`` that each finalist trains on in all, and how. ``halving``: drop the worse half after each round."""
+
+    tokens: int
+    halving: bool = False
+    learning_rate: float = 1e-4
+    sequence_length: int = 512
+    batch_sequences: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.sequence_length, self.batch_sequences) < 1 or self.learning_rate <= 0:
+            raise MinipuzzleError(
+                "a race needs tokens, a sequence length, a batch and a learning rate above zero",
+                "check --race-tokens, --race-batch, --race-learning-rate and --sequence-length",
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.batch_sequences * self.sequence_length
+
+    def tokens_of_rounds(self, num_finalists: int) -> tuple[int, ...]:
+        """Tokens of each round: one round, or with halving as many equal ones as it takes to leave one finalist."""
+        num_rounds = max(1, (num_finalists - 1).bit_length()) if self.halving else 1
+        return (-(-self.tokens // num_rounds),) * num_rounds
+
+    def total_steps(self, num_finalists: int) -> int:
+        """Optimiser steps of the whole race."""
+        total, active = 0, num_finalists
+        for tokens in self.tokens_of_rounds(num_finalists):
+            total += active * -(-tokens // self.tokens_per_step)
+            active = -(-active // 2) if self.halving else active
+        return total
+
+
+def survivors(latest: dict[int, float]) -> list[int]:
+    """The better half of some contenders (number -> loss), rounded up, by number; ties go to the smaller number."""
+    ordered = sorted(latest, key=lambda contender: (latest[contender], contender))
+    return sorted(ordered[: -(-len(ordered) // 2)])
+
+
+def finalist_table(finalists: Sequence[Mapping[str, Any]], result: RaceResult) -> list[dict[str, Any]]:
+    """What is known of each finalist with its rounds, and which one won."""
+    return [
+        {**facts, "rounds": [asdict(done) for done in rounds], "is_winner": number == result.winner}
+        for number, (facts, rounds) in enumerate(zip(finalists, result.rounds, strict=True))
+    ]

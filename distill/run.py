@@ -10,25 +10,27 @@ from typing import Any
 
 import torch
 
-from distill.checkpointing import STATE_FOLDER, Progress
-from distill.data import TrainingText, blend_of, read_training_text
 from distill.engine import EngineSettings
-from distill.estimate import RunEstimate, estimate_run
-from distill.hardware import PeakMemory, hardware_of
 from distill.inputs import GIVE_TEACHER, SharedVocabulary, kept_hidden_channels, shared_vocabulary
-from distill.loop import distill_pair
-from distill.low_precision import float8_obstacle
-from distill.pair import DistillPair
-from distill.parallel import Placement, joined_placement, open_pair, rows_of_process
-from distill.records import draw_learning_curve
-from distill.results import shared_output_folder, write_result
+from distill.objective.pair import DistillPair
+from distill.objective.teacher_cache import CacheDescription, TeacherCache
+from distill.scale.estimate import RunEstimate, estimate_run
+from distill.scale.hardware import PeakMemory, hardware_of
+from distill.scale.low_precision import float8_obstacle
+from distill.scale.parallel import Placement, joined_placement, open_pair, rows_of_process
 from distill.settings import DistillSettings, OnStep, ignore_step
-from distill.teacher_cache import CacheDescription, TeacherCache
-from minipuzzle.checkpoint import Checkpoint, read_json
-from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents
+from distill.states.checkpointing import STATE_FOLDER, Progress
+from distill.states.records import draw_learning_curve
+from distill.states.results import shared_output_folder, write_result
+from distill.training.data import TrainingText, blend_of, read_training_text
+from distill.training.loop import distill_pair
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import EvaluationWindows, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
-from minipuzzle.processes import processes_from_environment
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json
+from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
+from minipuzzle.runtime.processes import processes_from_environment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class DistillSettings:
     distance between what the two LM heads see.
     ``schedule``: the learning rate after the warm-up falls along half a cosine, along a line, or stays and falls along
     a line in the last ``decay_fraction`` of the run (``wsd``, warm-up, stable, decay).
-    ``documents``: how they are laid out in windows (see distill.data); ``held_out``: their share for validation.
+    ``documents``: how they are laid out in windows (see training.data); ``held_out``: their share for validation.
 
     Raises: MinipuzzleError for a value out of range.
     Source of the defaults: NVIDIA's recipe for pruned Nemotron models (forward KL at temperature 1, rate 1e-4 falling

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from minipuzzle.cli import COMMANDS, main
+from minipuzzle.commands.cli import COMMANDS, main
 
 PAGE = Path(__file__).parent / "commands.md"
 HELP_COLUMNS = 100

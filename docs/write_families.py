@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from minipuzzle.architecture import Architecture
+from minipuzzle.architecture.families import FAMILIES, Family
+from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.layout import PLAIN, export_layout
-from minipuzzle.export.schemes import SCHEMES
-from minipuzzle.families import FAMILIES, Family
-from minipuzzle.layer_kinds import LAYER_KINDS
+from minipuzzle.formats.layout import PLAIN, export_layout
+from minipuzzle.formats.schemes import SCHEMES
 
 PAGE = Path(__file__).parent / "families.md"
 BEGIN, END = "<!-- written by docs/write_families.py -->\n", "<!-- end -->\n"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minipuzzle.architecture import Architecture
+from minipuzzle.architecture.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.scores import LAYER_METRICS, Scores
+from minipuzzle.cut.selection import make_plan
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
-from minipuzzle.plan import Plan
-from minipuzzle.scores import LAYER_METRICS, Scores
-from minipuzzle.selection import make_plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from importance.layers import not_finite, share_of_samples
+from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.cut.scores import FINAL
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.layer_kinds import LAYER_KINDS, LayerSpec
-from minipuzzle.processes import Processes
 from minipuzzle.progress import Advance, no_progress
-from minipuzzle.scores import FINAL
-from minipuzzle.streaming import LayerStack
+from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.processes import Processes
 
 UNIT_DEFINITIONS: Mapping[str, str] = {
     "ffn": "input of down_proj: mean over the sequence of |a|, L2 over samples",
@@ -119,7 +119,7 @@ def score_channels(
     earlier: Mapping[str, NDArray[np.float64]] | None = None,
     after_slice: Callable[[dict[str, NDArray[np.float64]]], None] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Unit scores and norm energies, under the keys of a score file (``minipuzzle.scores``).
+    """Unit scores and norm energies, under the keys of a score file (``minipuzzle.cut.scores``).
 
     Definitions: UNIT_DEFINITIONS and ENERGY_DEFINITIONS. ``slice_samples``: samples at a time (default: as many as
     fit); the slicing changes nothing but rounding. Progress: one step for each layer and sample. Where there are

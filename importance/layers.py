@@ -1,7 +1,7 @@
 """Scores of altered models: how far the LM head's input moves when a layer is left out, or run at a smaller width.
 
 Without layer j nothing below j changes. So the altered models and the full one form a tree over layers
-(``minipuzzle.prefix_tree``): one stream of hidden states for the full model and one for each altered model below the
+(``importance.prefix_tree``): one stream of hidden states for the full model and one for each altered model below the
 present layer; a layer is loaded once and applied to all of them. Leaving out each of L layers costs L (L + 1) / 2 layer
 applications a slice of the calibration data, and one read of the weights, where removing layers one by one costs L * L
 and L. Each of K narrower forms costs what a removal costs and one application more.
@@ -19,16 +19,16 @@ import torch
 from numpy.typing import NDArray
 
 from importance.metrics import HeadInputMetrics, chunk_bytes, chunk_tokens, next_token_labels
+from importance.prefix_tree import PrefixTree, TreeLevel, build_tree, run_level
 from importance.stream_cache import StreamCache, streams_before
-from minipuzzle.architecture import Architecture
-from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.narrowed_layers import NarrowedLayers
-from minipuzzle.plan import Plan, keep_everything
-from minipuzzle.prefix_tree import PrefixTree, TreeLevel, build_tree, run_level
-from minipuzzle.processes import Processes
+from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import Advance, no_progress
-from minipuzzle.streaming import LayerStack, largest_activation_bytes
+from minipuzzle.runtime.layer_stack import LayerStack, largest_activation_bytes
+from minipuzzle.runtime.narrowed_layers import NarrowedLayers
+from minipuzzle.runtime.processes import Processes
 
 Metrics = dict[str, NDArray[np.float64]]
 

@@ -19,15 +19,15 @@ from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
 from importance.stream_cache import StreamCache
 from importance.work import cache_bytes, open_stack
-from minipuzzle import __version__
-from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.scores import LAYER_METRICS, Scores
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.mamba_scan import scan_path
-from minipuzzle.plan import Plan
-from minipuzzle.processes import Processes
+from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import progress_bar
-from minipuzzle.scores import LAYER_METRICS, Scores
-from minipuzzle.streaming import LayerStack
+from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.mamba_scan import scan_path
+from minipuzzle.runtime.processes import Processes
+from minipuzzle.version import __version__
 
 # What must agree for the sums of an interrupted measurement to be continued.
 _IDENTITY = ("model_fingerprint", "token_ids_sha256", "samples", "channel_samples", "dtype", "tool_versions")

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from minipuzzle.corpus import IGNORE
-from minipuzzle.processes import Processes
-from minipuzzle.scores import LAYER_METRICS
+from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.data.windows import IGNORE
+from minipuzzle.runtime.processes import Processes
 
 LOGIT_BUFFERS = 3  # of [chunk, vocabulary] in float32, alive at once at the worst moment
 STREAM_BUFFERS = 6  # of [streams, chunk, hidden], likewise

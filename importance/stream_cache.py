@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from minipuzzle.plan import Plan
-from minipuzzle.prefix_tree import PrefixTree
+from importance.prefix_tree import PrefixTree
+from minipuzzle.cut.plan import Plan
 
 Prefix = tuple[int, ...]  # the layers below some layer that a model keeps: all that its stream there depends on
 

@@ -9,9 +9,16 @@ import torch
 from importance import channels, layers
 from importance.alterations import LayerRequest, plans_of_any_units
 from importance.layers import alteration_tree, block_plans, removal_plans
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.processes import Processes
-from minipuzzle.streaming import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, default_memory_bytes, largest_part_bytes
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.layer_stack import (
+    EMBEDDINGS,
+    FINAL_NORM,
+    HEAD,
+    LayerStack,
+    default_memory_bytes,
+    largest_part_bytes,
+)
+from minipuzzle.runtime.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__version__ = "0.1.0"
-
 
 def load(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", rounds_activations: bool = True

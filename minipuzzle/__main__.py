@@ -1,5 +1,5 @@
 """``python -m minipuzzle``: the command line, for torchrun and wherever the script is not on the path."""
 
-from minipuzzle.cli import main
+from minipuzzle.commands.cli import main
 
 main()

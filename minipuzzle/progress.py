@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress as RichProgress
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # called with the number of steps just done
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # of a description and the number of all steps
 # Sets the steps done so far and a few figures beside the bar.
 Show = Callable[[int, str], None]
 
 
 def no_progress(_steps: int) -> None:
     """The Advance of callers that show nothing."""
+
+
+@contextmanager
+def silent(_description: str, _total_steps: int) -> Iterator[Advance]:
+    """The Progress of callers that show nothing."""
+    yield no_progress
 
 
 @contextmanager
@@ -46,7 +53,7 @@ def progress_figures(description: str, total_steps: int, *, quiet: bool = False)
         yield lambda num_done, figures: progress.update(task, completed=num_done, figures=figures)
 
 
-def steps_bar(console: Console) -> Progress:
+def steps_bar(console: Console) -> RichProgress:
     """A bar that counts steps and says the time left; its task has ``figures``, which stand beside it."""
     from rich.progress import (
         BarColumn,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minipuzzle.checkpoint import Checkpoint
-from tests.tiny_models import write_tiny_checkpoint
+from minipuzzle.files.checkpoint import Checkpoint
+from tests.support.tiny_models import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="session")

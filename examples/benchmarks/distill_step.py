@@ -24,14 +24,14 @@ from statistics import median
 import torch
 from torch import nn
 
-from distill.data import PackedWindows
-from distill.hardware import PeakMemory
-from distill.loop import distill_pair
-from distill.optimizers import make_optimizer
-from distill.parallel import make_pair
+from distill.scale.hardware import PeakMemory
+from distill.scale.parallel import make_pair
 from distill.settings import DistillSettings, OnStep, StepRecord
-from minipuzzle.families import FAMILIES, read_architecture
-from minipuzzle.models import build_on_meta
+from distill.training.data import PackedWindows
+from distill.training.loop import distill_pair
+from distill.training.optimizers import make_optimizer
+from minipuzzle.architecture.families import FAMILIES, read_architecture
+from minipuzzle.runtime.models import build_on_meta
 
 MIB = 2**20
 VOCABULARY, HIDDEN = 49152, 256

@@ -25,14 +25,16 @@ from pathlib import Path
 import torch
 import transformers
 
-from minipuzzle.checkpoint import Checkpoint, write_json
-from minipuzzle.corpus import read_documents, sample_windows
+from minipuzzle.architecture.families import FAMILIES, family_of
+from minipuzzle.architecture.quantities import GIB, MIB
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import sample_windows
 from minipuzzle.export.calibration import CalibrationMethod
-from minipuzzle.export.run import ExportRequest, export_checkpoint
 from minipuzzle.export.shards import TensorHeader, plan_shards, write_index
-from minipuzzle.families import FAMILIES, family_of
-from minipuzzle.models import load_tokenizer
-from minipuzzle.units import GIB, MIB
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 
 EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
 MEMORY_LIMIT_BYTES = 400 * MIB  # of the layers in memory while calibrating and verifying
@@ -142,8 +144,8 @@ def timed(name: str, work: Callable[[], object]) -> Measured:
 
 
 def _leave_calibration(checkpoint: Checkpoint, request: ExportRequest, token_ids: torch.Tensor, target: Path) -> None:
-    from minipuzzle.export.run import CALIBRATION_FILE
-    from minipuzzle.outputs import PROVENANCE_FILE, output_record
+    from minipuzzle.files.outputs import PROVENANCE_FILE, output_record
+    from minipuzzle.workflows.export import CALIBRATION_FILE
 
     partial = target.with_name(target.name + ".partial")
     partial.mkdir()

@@ -23,10 +23,11 @@ from torch.nn import functional as F
 
 from importance import layers
 from importance.metrics import HeadInputMetrics
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.corpus import read_documents, sample_windows
-from minipuzzle.models import load_tokenizer
-from minipuzzle.streaming import LayerStack
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import sample_windows
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.models import load_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
 SETTINGS = ((4, 64, 5), (8, 64, 5), (8, 128, 4), (8, 512, 2))  # samples, tokens a sample, repeats

@@ -18,13 +18,14 @@ import torch
 from distill.engine import EngineSettings
 from distill.run import distill_checkpoint
 from distill.settings import DistillSettings
-from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
-from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents, sample_windows
-from minipuzzle.evaluate import Evaluation, documents_within, evaluate
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sample_windows
 from minipuzzle.export.reader import load_any_model
-from minipuzzle.export.run import ExportRequest, export_checkpoint
-from minipuzzle.models import load_tokenizer
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import Evaluation, documents_within, evaluate
+from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 
 MEMORY, SAMPLES = "75%", 64  # as the demo prunes
 TOKENS = 200_000

@@ -17,19 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.choosing import Problem
-from minipuzzle.corpus import EvaluationWindows, read_documents, sample_windows, windows_of_tokens
-from minipuzzle.evaluate import evaluate
-from minipuzzle.memory import Deployment
-from minipuzzle.models import build_model, load_model, load_tokenizer
-from minipuzzle.plan import Plan, keep_everything
-from minipuzzle.prefix_tree import build_tree
-from minipuzzle.ranking import PlanQuality, RankedPlan, best_first, measure_plans, open_stack
-from minipuzzle.scores import Scores, read_scores
-from minipuzzle.search import SearchRequest
-from minipuzzle.selection import make_plan, rank_layers
-from minipuzzle.surgery import cut_tensors
+from importance.candidates import measure_plans, open_stack
+from importance.prefix_tree import build_tree
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.cut.scores import Scores, read_scores
+from minipuzzle.cut.selection import make_plan, rank_layers
+from minipuzzle.cut.surgery import cut_tensors
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import EvaluationWindows, sample_windows, windows_of_tokens
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import evaluate
+from minipuzzle.quality.ranked import PlanQuality, RankedPlan, best_first
+from minipuzzle.runtime.models import build_model, load_model, load_tokenizer
+from minipuzzle.search.request import SearchRequest
+from minipuzzle.workflows.choosing.compare import Problem
 
 EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
 PAGE = Path(__file__).with_suffix(".md")

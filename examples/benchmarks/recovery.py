@@ -29,22 +29,24 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from distill.race import RaceSettings
 from distill.run import distill_checkpoint
 from distill.settings import DistillSettings
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.choosing import ChoosingSettings, Problem, compare
-from minipuzzle.corpus import EvaluationWindows, evaluation_windows, read_documents, windows_of_tokens
-from minipuzzle.evaluate import documents_within, evaluate
-from minipuzzle.finalists import RaceSettings
-from minipuzzle.memory import Deployment
-from minipuzzle.models import load_model, load_tokenizer
-from minipuzzle.plan import Plan
-from minipuzzle.pruning import write_pruned
-from minipuzzle.scores import Scores, read_scores
-from minipuzzle.search import SearchRequest, find_candidates
-from minipuzzle.search_space import requested_space
-from minipuzzle.selection import make_plan
-from minipuzzle.streaming import LayerStack
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.cut.folder import write_pruned
+from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.scores import Scores, read_scores
+from minipuzzle.cut.selection import make_plan
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, windows_of_tokens
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import documents_within, evaluate
+from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.models import load_model, load_tokenizer
+from minipuzzle.search.engine import find_candidates
+from minipuzzle.search.request import SearchRequest
+from minipuzzle.search.space import requested_space
+from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem, compare
 
 EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
 PAGE = Path(__file__).with_suffix(".md")
@@ -218,7 +220,7 @@ def run(setting: Setting, num_candidates: int) -> list[dict[str, Any]]:
 
 def _kept_plans(setting: Setting, budget: str, num_candidates: int) -> dict[str, Plan]:
     """The plans of a budget, from an earlier run where there was one."""
-    from minipuzzle.plan import read_plan
+    from minipuzzle.cut.plan import read_plan
 
     folder = setting.folder / f"plans-{budget.rstrip('%')}"
     if not folder.is_dir():

@@ -17,13 +17,14 @@ from statistics import mean, stdev
 
 import torch
 
-from distill.records import read_metrics
 from distill.run import distill_checkpoint
-from minipuzzle.checkpoint import Checkpoint
+from distill.states.records import read_metrics
 from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
-from minipuzzle.corpus import evaluation_windows, read_documents
-from minipuzzle.evaluate import documents_within, evaluate
-from minipuzzle.models import load_model, load_tokenizer
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import evaluation_windows
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import documents_within, evaluate
+from minipuzzle.runtime.models import load_model, load_tokenizer
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)

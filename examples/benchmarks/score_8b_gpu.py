@@ -14,10 +14,12 @@ import torch
 
 from importance.layers import alteration_tree, removal_plans, score_layers
 from importance.work import open_stack
-from minipuzzle.checkpoint import Checkpoint, ShardWriter, write_json
-from minipuzzle.families import FAMILIES
-from minipuzzle.mamba_scan import scan_path
-from minipuzzle.units import GIB
+from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.architecture.quantities import GIB
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.safetensors_files import ShardWriter
+from minipuzzle.runtime.mamba_scan import scan_path
 
 SAMPLES, TOKENS = 128, 4096
 LIMIT_BYTES, LIMIT_MINUTES = 24 * GIB, 15

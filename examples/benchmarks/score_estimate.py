@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from importance.layers import score_layers
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.corpus import read_documents, sample_windows
-from minipuzzle.models import load_model, load_tokenizer, parts_of
-from minipuzzle.streaming import LayerStack
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import sample_windows
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
 
 EXAMPLE = Path(__file__).parents[1] / "tiny_hybrid"
 SAMPLES, TOKENS, DRAWS, SEEDS = 16, 128, 8, 4

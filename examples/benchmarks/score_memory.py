@@ -19,9 +19,11 @@ import torch
 
 from importance.layers import score_layers
 from importance.work import open_stack
-from minipuzzle.checkpoint import Checkpoint, ShardWriter, write_json
-from minipuzzle.families import FAMILIES
-from minipuzzle.units import GIB, MIB
+from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.architecture.quantities import GIB, MIB
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.safetensors_files import ShardWriter
 
 PATTERN = "M---*---M---*---M---M---M---M---"
 SIZES = {

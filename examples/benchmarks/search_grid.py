@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.architecture import PER_LAYER
-from minipuzzle.candidates import Candidate
-from minipuzzle.checkpoint import read_json
-from minipuzzle.deployments import DEPLOYMENTS
-from minipuzzle.families import read_architecture
-from minipuzzle.scores import Scores
-from minipuzzle.search import SearchRequest, find_candidates
-from minipuzzle.search_space import requested_space
+from minipuzzle.architecture.deployments import DEPLOYMENTS
+from minipuzzle.architecture.families import read_architecture
+from minipuzzle.architecture.model import PER_LAYER
+from minipuzzle.cut.scores import Scores
+from minipuzzle.files.json_files import read_json
+from minipuzzle.search.candidates import Candidate
+from minipuzzle.search.engine import find_candidates
+from minipuzzle.search.request import SearchRequest
+from minipuzzle.search.space import requested_space
 
 CONFIG = Path(__file__).parents[1] / "nemotron_h_56b" / "config.json"
 DEPLOYMENT = DEPLOYMENTS["rtx5090-fp4-1M"].deployment

@@ -21,18 +21,20 @@ from typing import Any
 
 import torch
 
-from distill.data import PackedWindows
 from distill.engine import EngineSettings
-from distill.estimate import estimate_memory, flops_per_token
-from distill.hardware import PeakMemory, matmul_flops_per_second
-from distill.loop import distill_pair
-from distill.low_precision import float8_obstacle
-from distill.parallel import joined_placement, open_pair
+from distill.scale.estimate import estimate_memory, flops_per_token
+from distill.scale.hardware import PeakMemory, matmul_flops_per_second
+from distill.scale.low_precision import float8_obstacle
+from distill.scale.parallel import joined_placement, open_pair
 from distill.settings import DistillSettings, StepRecord
-from minipuzzle.architecture import Architecture
-from minipuzzle.checkpoint import Checkpoint, ShardWriter, write_json
-from minipuzzle.families import FAMILIES, read_architecture
-from minipuzzle.units import GIB
+from distill.training.data import PackedWindows
+from distill.training.loop import distill_pair
+from minipuzzle.architecture.families import FAMILIES, read_architecture
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.architecture.quantities import GIB
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.safetensors_files import ShardWriter
 
 FAMILY = FAMILIES["nemotron_h"]
 TEACHER_PATTERN = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"

@@ -8,10 +8,11 @@ from pathlib import Path
 from material import wheel
 from tasks import TASKS, accuracy, read_questions
 
-from minipuzzle.checkpoint import Checkpoint, write_json
 from minipuzzle.export.reader import load_any_model
-from minipuzzle.models import load_tokenizer
-from minipuzzle.outputs import output_file
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.outputs import output_file
+from minipuzzle.runtime.models import load_tokenizer
 
 NUM_QUESTIONS = 200  # of each task
 

@@ -14,7 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from minipuzzle.outputs import output_folder
+from minipuzzle.files.outputs import output_folder
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")

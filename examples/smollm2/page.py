@@ -10,9 +10,10 @@ import torch
 from tasks import TASKS
 from texts import DOMAINS
 
-from minipuzzle.checkpoint import Checkpoint, read_json
-from minipuzzle.memory import Deployment, memory_breakdown
-from minipuzzle.plan import read_plan
+from minipuzzle.architecture.memory import Deployment, memory_breakdown
+from minipuzzle.cut.plan import read_plan
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json
 
 STEPS = ("scores", "pruned", "distilled", "bf16", "fp8")
 NAMES = ("original", "pruned", "distilled", "fp8")

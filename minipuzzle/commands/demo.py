@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.errors import MinipuzzleError
-from minipuzzle.memory import Deployment
-from minipuzzle.options import (
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     dry_run_option,
@@ -21,11 +20,12 @@ from minipuzzle.options import (
     out_option,
     overwrite_option,
 )
+from minipuzzle.errors import MinipuzzleError
 
 if TYPE_CHECKING:
     from distill.settings import DistillSettings
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.demo_report import Stage
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.show.demo import Stage
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
 DEPLOYMENT = Deployment(context_tokens=4096)
@@ -74,9 +74,9 @@ def demo(
 
     Runs on the model and text of examples/tiny_hybrid in a few minutes on two CPU cores, without a network.
     """
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.demo_report import draw_stages, print_stages
-    from minipuzzle.outputs import check_target_folder, output_folder
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.files.outputs import check_target_folder, output_folder
+    from minipuzzle.show.demo import draw_stages, print_stages
 
     if not model.is_dir():
         raise MinipuzzleError(f"the embedded model is not at {model}", "run the demo from a clone of the repository")
@@ -104,7 +104,7 @@ def demo(
 
 def run_demo(teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, samples: int, quiet: bool) -> list[Stage]:
     """Prune, distil and export into subfolders of ``folder``; a step that an interrupted run finished is kept."""
-    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.files.checkpoint import Checkpoint
 
     texts = DemoTexts()
     if not (folder / "pruned").is_dir():
@@ -132,9 +132,9 @@ def _say(step: str, quiet: bool) -> None:
 def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, quiet: bool) -> None:
     """Measure, search and cut as the demo does."""
     from minipuzzle.commands.prune import measurer
-    from minipuzzle.pruning import PruneRequest, prune
-    from minipuzzle.report import print_plan
-    from minipuzzle.search import SearchRequest
+    from minipuzzle.search.request import SearchRequest
+    from minipuzzle.show.report import print_plan
+    from minipuzzle.workflows.prune import PruneRequest, prune
 
     request = PruneRequest(
         checkpoint=teacher,
@@ -169,8 +169,8 @@ def demo_distillation(tokens: int, *, seed: int = 0, evaluations: int = 0) -> Di
 
 
 def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTexts, tokens: int, quiet: bool) -> None:
-    from distill.display import distill_progress
     from distill.run import distill_checkpoint
+    from minipuzzle.show.distill import distill_progress
 
     settings = demo_distillation(tokens)
     with distill_progress(settings.total_steps, quiet=quiet) as on_step:
@@ -186,9 +186,10 @@ def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTex
 
 
 def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
-    from minipuzzle.corpus import read_documents, sample_windows
-    from minipuzzle.export.run import ExportRequest, export_checkpoint
-    from minipuzzle.models import load_tokenizer
+    from minipuzzle.data.documents import read_documents
+    from minipuzzle.data.windows import sample_windows
+    from minipuzzle.runtime.models import load_tokenizer
+    from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 
     documents = read_documents([texts.calibration])
     token_ids = sample_windows(load_tokenizer(checkpoint.folder), documents, num_samples=64, sequence_length=256)
@@ -196,13 +197,14 @@ def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
 
 
 def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: DemoTexts, quiet: bool) -> list[Stage]:
-    from minipuzzle.corpus import evaluation_windows, read_documents
-    from minipuzzle.demo_report import Stage
-    from minipuzzle.evaluate import combine, documents_within, evaluate
+    from minipuzzle.architecture.memory import memory_breakdown
+    from minipuzzle.data.documents import read_documents
+    from minipuzzle.data.windows import evaluation_windows
     from minipuzzle.export.reader import load_any_model
-    from minipuzzle.memory import memory_breakdown
-    from minipuzzle.models import load_tokenizer
     from minipuzzle.progress import progress_bar
+    from minipuzzle.quality.evaluate import combine, documents_within, evaluate
+    from minipuzzle.runtime.models import load_tokenizer
+    from minipuzzle.show.demo import Stage
 
     tokenizer = load_tokenizer(teacher.folder)
     windows = {}
@@ -242,8 +244,8 @@ def _peak_rss_bytes() -> int:
 
 
 def _print_dry_run(teacher: Checkpoint, settings: dict[str, Any], as_json: bool) -> None:
-    from minipuzzle.pruning import check_feasible
-    from minipuzzle.search import SearchRequest
+    from minipuzzle.search.request import SearchRequest
+    from minipuzzle.workflows.prune import check_feasible
 
     num_fitting = len(check_feasible(teacher, SearchRequest(memory=settings["memory"]), DEPLOYMENT))
     facts = {"model": str(teacher.folder), "pattern": teacher.architecture.pattern, **settings}

@@ -10,14 +10,15 @@ import click
 
 from distill.engine import EngineSettings
 from distill.settings import DTYPES, FORMS, LAYOUTS, SCHEDULES, DistillSettings
-from minipuzzle.commands.distill_engine import (
+from minipuzzle.architecture.quantities import format_count, format_gib
+from minipuzzle.commands.options.engine import (
     engine_options,
     estimate_options,
     require_options,
     show_comparison,
     show_estimates,
 )
-from minipuzzle.options import (
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
@@ -30,13 +31,12 @@ from minipuzzle.options import (
     out_option,
     overwrite_option,
 )
-from minipuzzle.processes import processes_from_environment
-from minipuzzle.units import format_count, format_gib
+from minipuzzle.runtime.processes import processes_from_environment
 
 if TYPE_CHECKING:
     from distill.run import DistillResult, PreparedRun
     from distill.settings import StepRecord
-    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.files.checkpoint import Checkpoint
 
 DEFAULTS = DistillSettings(tokens=1)
 DEFAULT_TOP_K = 64  # of a teacher cache
@@ -210,7 +210,7 @@ def distill(
     GPUs: torchrun --nproc-per-node=8 -m minipuzzle distill ...; any number of processes continues what any other
     number began.
     """
-    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.files.checkpoint import Checkpoint
 
     if to_hf is not None:
         require_options(out=out)
@@ -257,10 +257,10 @@ def _distill(
     as_json: bool,
     **request_fields: Any,
 ) -> None:
-    from distill.display import distill_progress, measure_work
-    from distill.records import tensorboard_log
     from distill.run import DistillRequest, find_teacher, prepare_run, run_prepared
-    from minipuzzle.checkpoint import Checkpoint
+    from distill.states.records import tensorboard_log
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.show.distill import distill_progress, measure_work
 
     request = DistillRequest(
         student=Checkpoint.open(student),
@@ -303,7 +303,7 @@ def _distill(
 
 
 def _convert(student: Checkpoint, out: Path, step: int, *, overwrite: bool, as_json: bool) -> None:
-    from distill.results import convert_state
+    from distill.states.results import convert_state
 
     target = convert_state(student=student, out=out, step=step, overwrite=overwrite)
     if as_json:
@@ -316,7 +316,7 @@ def _show_text(prepared: PreparedRun) -> None:
     """What the run will read, before it starts."""
     from rich.console import Console
 
-    from distill.display import text_notes, text_plan
+    from minipuzzle.show.distill import text_notes, text_plan
 
     console = Console(stderr=True)
     console.print(text_plan(prepared))
@@ -330,7 +330,7 @@ def _settings(options: dict[str, Any], dtype: str) -> DistillSettings:
 
 
 def _show_plan(prepared: PreparedRun, *, as_json: bool) -> None:
-    from distill.display import text_notes
+    from minipuzzle.show.distill import text_notes
 
     settings = prepared.request.settings
     windows, validation = prepared.text.windows, prepared.validation_windows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.options import (
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
@@ -20,9 +20,9 @@ from minipuzzle.options import (
 )
 
 if TYPE_CHECKING:
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.corpus import EvaluationWindows
-    from minipuzzle.evaluate import Evaluation
+    from minipuzzle.data.windows import EvaluationWindows
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.quality.evaluate import Evaluation
 
 TOTAL = "total"
 
@@ -50,8 +50,8 @@ def evaluate(model: Path, against: Path | None, data: tuple[Path, ...], dry_run:
     With --against also the KL divergence from a teacher and how often both find the same token most likely. MODEL
     may be an FP8 export; its rounding is computed as serving engines do. Several --data give a row each and a total.
     """
-    from minipuzzle.checkpoint import Checkpoint
     from minipuzzle.export.reader import check_readable
+    from minipuzzle.files.checkpoint import Checkpoint
 
     student = Checkpoint.open(model)
     teacher = Checkpoint.open(against) if against else None
@@ -73,7 +73,7 @@ def evaluate(model: Path, against: Path | None, data: tuple[Path, ...], dry_run:
 
 def _check_same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
     from minipuzzle.errors import MinipuzzleError
-    from minipuzzle.models import load_tokenizer
+    from minipuzzle.runtime.models import load_tokenizer
 
     found, wanted = student.architecture.vocabulary, teacher.architecture.vocabulary
     if found != wanted:
@@ -93,10 +93,11 @@ def _check_same_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
 def _windows_by_name(
     student: Checkpoint, data: tuple[Path, ...], params: dict[str, Any]
 ) -> dict[str, EvaluationWindows]:
-    from minipuzzle.corpus import evaluation_windows, read_documents
+    from minipuzzle.data.documents import read_documents
+    from minipuzzle.data.windows import evaluation_windows
     from minipuzzle.errors import MinipuzzleError
-    from minipuzzle.evaluate import documents_within
-    from minipuzzle.models import load_tokenizer
+    from minipuzzle.quality.evaluate import documents_within
+    from minipuzzle.runtime.models import load_tokenizer
 
     tokenizer = load_tokenizer(student.folder)
     windows = {}
@@ -120,10 +121,10 @@ def _evaluate_rows(
 ) -> dict[str, Evaluation]:
     import torch
 
-    from minipuzzle.evaluate import combine
-    from minipuzzle.evaluate import evaluate as evaluate_model
     from minipuzzle.export.reader import load_any_model
     from minipuzzle.progress import progress_bar
+    from minipuzzle.quality.evaluate import combine
+    from minipuzzle.quality.evaluate import evaluate as evaluate_model
 
     device = default_device(params["device"])
     dtype = getattr(torch, params["dtype"] or ("float32" if device == "cpu" else "bfloat16"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.options import (
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     Function,
@@ -29,8 +29,8 @@ from minipuzzle.options import (
 if TYPE_CHECKING:
     import torch
 
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.export.run import ExportRequest
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.workflows.export import ExportRequest
 
 FORMATS = {
     "bf16": "BF16 weights, for every engine.",
@@ -161,8 +161,8 @@ def export(
         raise click.UsageError("say which format: " + ", ".join(f"--{name}" for name in FORMATS))
     _check_usage(format_name, data, params)
 
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.export.run import check_export_target
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.workflows.export import check_export_target
 
     request = _request(format_name, params)
     checkpoint = Checkpoint.open(model)
@@ -190,10 +190,10 @@ def _check_usage(format_name: str, data: tuple[Path, ...], params: dict[str, Any
 
 
 def _request(format_name: str, params: dict[str, Any]) -> ExportRequest:
+    from minipuzzle.architecture.quantities import parse_bytes
     from minipuzzle.export.calibration import CalibrationMethod
-    from minipuzzle.export.flavours import FLAVOURS, SCHEME_OF
-    from minipuzzle.export.run import ExportRequest
-    from minipuzzle.units import parse_bytes
+    from minipuzzle.formats.flavours import FLAVOURS, SCHEME_OF
+    from minipuzzle.workflows.export import ExportRequest
 
     activations = params["activations"] or FLAVOURS[params["flavour"]].default_activations
     scheme = SCHEME_OF.get((format_name, activations), format_name)
@@ -220,8 +220,8 @@ def _request(format_name: str, params: dict[str, Any]) -> ExportRequest:
 
 
 def _quality(path: Path | None) -> dict[str, Any]:
-    from minipuzzle.checkpoint import read_json
     from minipuzzle.errors import MinipuzzleError
+    from minipuzzle.files.json_files import read_json
 
     if path is None:
         return {}
@@ -232,9 +232,10 @@ def _quality(path: Path | None) -> dict[str, Any]:
 
 
 def _calibration_tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: dict[str, Any]) -> torch.Tensor:
-    from minipuzzle.corpus import read_documents, sample_windows
-    from minipuzzle.export.run import check_calibration
-    from minipuzzle.models import load_tokenizer
+    from minipuzzle.data.documents import read_documents
+    from minipuzzle.data.windows import sample_windows
+    from minipuzzle.runtime.models import load_tokenizer
+    from minipuzzle.workflows.export import check_calibration
 
     tokenizer = load_tokenizer(checkpoint.folder)
     documents = read_documents(data, tokenizer)
@@ -250,10 +251,10 @@ def _print_dry_run(
 ) -> None:
     import torch
 
+    from minipuzzle.architecture.quantities import format_gib
     from minipuzzle.export.calibration import calibration_bytes
     from minipuzzle.export.write import export_headers
-    from minipuzzle.streaming import largest_part_bytes, resident_weight_bytes
-    from minipuzzle.units import format_gib
+    from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_bytes
 
     layout = request.layout(checkpoint)
     architecture = checkpoint.architecture
@@ -286,9 +287,9 @@ def _print_dry_run(
 def _export(
     checkpoint: Checkpoint, request: ExportRequest, token_ids: torch.Tensor | None, out: Path, params: dict[str, Any]
 ) -> None:
-    from minipuzzle.export.run import export_checkpoint, total_steps
+    from minipuzzle.architecture.quantities import format_gib
     from minipuzzle.progress import progress_bar
-    from minipuzzle.units import format_gib
+    from minipuzzle.workflows.export import export_checkpoint, total_steps
 
     with progress_bar("exporting", total_steps(checkpoint, request), quiet=params["as_json"]) as advance:
         exported = export_checkpoint(

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from minipuzzle.deployments import NamedDeployment
-from minipuzzle.options import deployment_options, echo_json, json_option, model_argument
+from minipuzzle.architecture.deployments import NamedDeployment
+from minipuzzle.commands.options.shared import deployment_options, echo_json, json_option, model_argument
 
 
 @click.command()
@@ -20,11 +20,11 @@ def inspect(model: Path, named_deployment: NamedDeployment, as_json: bool) -> No
 
     MODEL is a checkpoint folder or a config.json; weights are not read.
     """
-    from minipuzzle.checkpoint import read_config
-    from minipuzzle.families import read_architecture
-    from minipuzzle.memory import memory_breakdown
-    from minipuzzle.report import architecture_summary, print_architecture
-    from minipuzzle.units import format_gib, parse_bytes
+    from minipuzzle.architecture.families import read_architecture
+    from minipuzzle.architecture.memory import memory_breakdown
+    from minipuzzle.architecture.quantities import format_gib, parse_bytes
+    from minipuzzle.files.checkpoint import read_config
+    from minipuzzle.show.report import architecture_summary, print_architecture
 
     architecture, deployment = read_architecture(read_config(model)), named_deployment.deployment
     needed_bytes = memory_breakdown(architecture, deployment).total_bytes

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.errors import MinipuzzleError
-from minipuzzle.memory import Deployment
-from minipuzzle.options import (
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.commands.options.search import search_options
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
@@ -22,18 +22,18 @@ from minipuzzle.options import (
     out_option,
     overwrite_option,
 )
-from minipuzzle.search import SearchRequest
-from minipuzzle.search_options import search_options
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.search.request import SearchRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.choosing import ChoosingSettings
-    from minipuzzle.corpus import EvaluationWindows
-    from minipuzzle.finalists import Race, RaceResult
-    from minipuzzle.pruning import Choice, Measure, PruneRequest
-    from minipuzzle.scores import Scores
+    from distill.race import Race, RaceResult
+    from minipuzzle.cut.scores import Scores
+    from minipuzzle.data.windows import EvaluationWindows
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.workflows.choosing.compare import ChoosingSettings
+    from minipuzzle.workflows.prune import Choice, Measure, PruneRequest
 
 RANK_BY = ("kl", "loss", "mean-rank")  # as in ranking.py, which needs torch
 
@@ -121,11 +121,11 @@ def prune(
     The result is a complete checkpoint folder that remembers its teacher for `minipuzzle distill`.
     An interrupted run continues when the same command is given again.
     """
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.outputs import check_target_folder
-    from minipuzzle.pruning import PruneRequest
-    from minipuzzle.pruning import prune as run_prune
-    from minipuzzle.report import plan_summary, print_plan
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.files.outputs import check_target_folder
+    from minipuzzle.show.report import plan_summary, print_plan
+    from minipuzzle.workflows.prune import PruneRequest
+    from minipuzzle.workflows.prune import prune as run_prune
 
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain_weights()
@@ -164,8 +164,8 @@ def prune(
 
 
 def _sweep(request: PruneRequest, budgets: str, *, out: Path, overwrite: bool, as_json: bool) -> None:
-    from minipuzzle.frontier import QUALITY, sweep
-    from minipuzzle.sweep import frontier_chart
+    from minipuzzle.show.frontier import frontier_chart
+    from minipuzzle.workflows.choosing.frontier import QUALITY, sweep
 
     settings = request.choosing
     if settings.race is not None or settings.refine or request.plan is not None:
@@ -182,9 +182,9 @@ def _sweep(request: PruneRequest, budgets: str, *, out: Path, overwrite: bool, a
 
 
 def _choosing_settings(options: dict[str, Any], sequence_length: int, seed: int) -> ChoosingSettings:
-    from minipuzzle.choosing import ChoosingSettings
-    from minipuzzle.finalists import RaceSettings
-    from minipuzzle.units import parse_bytes
+    from distill.race import RaceSettings
+    from minipuzzle.architecture.quantities import parse_bytes
+    from minipuzzle.workflows.choosing.compare import ChoosingSettings
 
     race = {name.removeprefix("race_"): options.pop(name) for name in list(options) if name.startswith("race_")}
     batch, tokens = race.pop("batch"), race.pop("tokens")
@@ -205,7 +205,7 @@ def _choosing_settings(options: dict[str, Any], sequence_length: int, seed: int)
 def _print_choice(choice: Choice) -> None:
     """What the choice was made by: the race, the refinement, the best measured candidate."""
     if "finalists" in choice.table:
-        from minipuzzle.report import print_finalists
+        from minipuzzle.show.report import print_finalists
 
         print_finalists(choice.table["finalists"])
     if (refinement := choice.table.get("refinement")) is not None:
@@ -278,8 +278,8 @@ def measurer(*, device: str, dtype: str, quiet: bool) -> Measure:
 
 
 def _print_dry_run(request: PruneRequest, as_json: bool) -> None:
-    from minipuzzle.pruning import planned_work
-    from minipuzzle.units import format_gib
+    from minipuzzle.architecture.quantities import format_gib
+    from minipuzzle.workflows.prune import planned_work
 
     facts = planned_work(request)
     if request.scores is None and request.data:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.errors import MinipuzzleError
-from minipuzzle.options import (
+from minipuzzle.architecture.quantities import format_gib, parse_bytes
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
@@ -22,17 +22,17 @@ from minipuzzle.options import (
     model_argument,
     out_option,
 )
-from minipuzzle.outputs import check_target_file, fingerprint_files, output_file
-from minipuzzle.scores import LAYER_METRICS
-from minipuzzle.units import format_gib, parse_bytes
+from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.outputs import check_target_file, fingerprint_files, output_file
 
 if TYPE_CHECKING:
     import torch
 
     from importance.alterations import LayerRequest
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.processes import Processes
-    from minipuzzle.scores import Scores
+    from minipuzzle.cut.scores import Scores
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.runtime.processes import Processes
 
 KIND_COLORS = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow"}
 BAR_COLUMNS = 10
@@ -137,9 +137,9 @@ def score(
     round; all are distances to the whole model.
     """
     from importance.alterations import LayerRequest, parse_layers, parse_widths
-    from minipuzzle.checkpoint import Checkpoint
-    from minipuzzle.processes import joined_processes
-    from minipuzzle.score_plot import check_plot_path
+    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.runtime.processes import joined_processes
+    from minipuzzle.show.score_plot import check_plot_path
 
     settings = ScoreSettings(
         channel_samples=measuring["samples"] if channel_samples is None else channel_samples,
@@ -207,8 +207,8 @@ def _measure(
 
 
 def _write(checkpoint: Checkpoint, scores: Scores, out: Path, plot: Path | None) -> None:
-    from minipuzzle.score_plot import draw_scores
-    from minipuzzle.scores import write_scores
+    from minipuzzle.cut.scores import write_scores
+    from minipuzzle.show.score_plot import draw_scores
 
     with output_file(out) as path:
         write_scores(scores, path)
@@ -220,8 +220,9 @@ def _sample(checkpoint: Checkpoint, data: tuple[Path, ...], settings: ScoreSetti
     """Windows of tokens in random order, so that the first few are a fair sample of them."""
     import torch
 
-    from minipuzzle.corpus import read_documents, sample_windows
-    from minipuzzle.models import load_tokenizer
+    from minipuzzle.data.documents import read_documents
+    from minipuzzle.data.windows import sample_windows
+    from minipuzzle.runtime.models import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = sample_windows(
@@ -238,7 +239,7 @@ def _print_work(
     checkpoint: Checkpoint, settings: ScoreSettings, request: LayerRequest, processes: Processes, as_json: bool
 ) -> None:
     from importance.work import open_stack, predict_work
-    from minipuzzle.mamba_scan import scan_path
+    from minipuzzle.runtime.mamba_scan import scan_path
 
     stack = open_stack(
         checkpoint,

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.commands.options.search import require_request, search_options
+from minipuzzle.commands.options.shared import FOLDER_OR_FILE, echo_json, json_option, model_argument
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.memory import Deployment
-from minipuzzle.options import FOLDER_OR_FILE, echo_json, json_option, model_argument
-from minipuzzle.search import SearchRequest
-from minipuzzle.search_options import require_request, search_options
+from minipuzzle.search.request import SearchRequest
 
 if TYPE_CHECKING:
-    from minipuzzle.architecture import Architecture
-    from minipuzzle.scores import Scores
+    from minipuzzle.architecture.model import Architecture
+    from minipuzzle.cut.scores import Scores
 
 
 @click.command()
@@ -55,11 +55,11 @@ def search(
     """
     from rich.console import Console
 
-    from minipuzzle.checkpoint import read_config
+    from minipuzzle.architecture.families import read_architecture
+    from minipuzzle.cut.scores import read_scores
     from minipuzzle.errors import NothingToPruneError
-    from minipuzzle.families import read_architecture
-    from minipuzzle.report import architecture_summary
-    from minipuzzle.scores import read_scores
+    from minipuzzle.files.checkpoint import read_config
+    from minipuzzle.show.report import architecture_summary
 
     request = require_request(request)
     if sweep is not None and out is not None:
@@ -92,10 +92,10 @@ def _search(
     top: int,
     as_json: bool,
 ) -> None:
-    from minipuzzle.architecture import UNIFORM
-    from minipuzzle.outputs import output_file
-    from minipuzzle.report import architecture_summary, print_candidates, print_plan
-    from minipuzzle.search import find_candidates, plan_of
+    from minipuzzle.architecture.model import UNIFORM
+    from minipuzzle.files.outputs import output_file
+    from minipuzzle.search.engine import find_candidates, plan_of
+    from minipuzzle.show.report import architecture_summary, print_candidates, print_plan
 
     max_candidates = None if request.layout == UNIFORM else top
     candidates = find_candidates(source, scores, request, deployment, max_candidates=max_candidates)
@@ -129,10 +129,11 @@ def _sweep(
     plot_path: Path | None,
     as_json: bool,
 ) -> None:
-    from minipuzzle.memory import memory_breakdown
-    from minipuzzle.outputs import output_file
-    from minipuzzle.search import predicted_frontier
-    from minipuzzle.sweep import frontier_chart, parse_sweep, plot_frontier, write_frontier_csv
+    from minipuzzle.architecture.memory import memory_breakdown
+    from minipuzzle.files.outputs import output_file
+    from minipuzzle.search.engine import predicted_frontier
+    from minipuzzle.search.sweep import parse_sweep
+    from minipuzzle.show.frontier import frontier_chart, plot_frontier, write_frontier_csv
 
     source_bytes = memory_breakdown(source, deployment).total_bytes
     points = predicted_frontier(source, scores, request, deployment, parse_sweep(budgets, source_bytes))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minipuzzle.options import (
+from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
@@ -22,7 +22,7 @@ from minipuzzle.options import (
 if TYPE_CHECKING:
     import torch
 
-    from minipuzzle.checkpoint import Checkpoint
+    from minipuzzle.files.checkpoint import Checkpoint
 
 _NAMES_SHOWN = 4
 
@@ -94,9 +94,10 @@ def _layout_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: dict[str, Any]) -> torch.Tensor:
-    from minipuzzle.corpus import read_documents, sample_windows
-    from minipuzzle.export.run import check_calibration, random_tokens
-    from minipuzzle.models import load_tokenizer
+    from minipuzzle.data.documents import read_documents
+    from minipuzzle.data.windows import sample_windows
+    from minipuzzle.runtime.models import load_tokenizer
+    from minipuzzle.workflows.export import check_calibration, random_tokens
 
     if not data:
         return random_tokens(checkpoint)
@@ -114,8 +115,8 @@ def _tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: dict[str, An
 def _run(
     checkpoint: Checkpoint, other: Checkpoint | None, token_ids: torch.Tensor, params: dict[str, Any]
 ) -> dict[str, Any]:
+    from minipuzzle.architecture.quantities import parse_bytes
     from minipuzzle.export.verify import compare_folders
-    from minipuzzle.units import parse_bytes
 
     memory = params["device_memory"]
     found = compare_folders(

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from minipuzzle.architecture import Architecture
-from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.e4m3 import E4M3_MAX, fake_quantize
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.formats.e4m3 import E4M3_MAX, fake_quantize
 from minipuzzle.progress import Advance, no_progress
-from minipuzzle.streaming import LayerStack, largest_activation_bytes
+from minipuzzle.runtime.layer_stack import LayerStack, largest_activation_bytes
 
 ALGORITHMS = ("max", "percentile", "mse")
 DEFAULT_PERCENTILE = 99.99

@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minipuzzle import __version__
-from minipuzzle.architecture import Architecture
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.export.layout import ExportLayout
+from minipuzzle.architecture.configs.per_layer import PER_LAYER_MODEL_TYPE
+from minipuzzle.architecture.configs.puzzle import ARCHITECTURE, CONFIG_MODULE
+from minipuzzle.architecture.layer_kinds import PRUNABLE_AXES
+from minipuzzle.architecture.memory import Deployment, memory_breakdown
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.architecture.quantities import format_count, format_gib
+from minipuzzle.cut.plan import PLAN_FILE, Plan, read_plan
 from minipuzzle.export.verify import Verification
-from minipuzzle.families.nemotron_h_puzzle import ARCHITECTURE, CONFIG_MODULE
-from minipuzzle.families.per_layer import PER_LAYER_MODEL_TYPE
-from minipuzzle.layer_kinds import PRUNABLE_AXES
-from minipuzzle.memory import Deployment, memory_breakdown
-from minipuzzle.plan import Plan, read_plan
-from minipuzzle.pruning import PLAN_FILE
-from minipuzzle.units import format_count, format_gib
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.formats.layout import ExportLayout
+from minipuzzle.version import __version__
 
 README = "README.md"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt")

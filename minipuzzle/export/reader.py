@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minipuzzle.checkpoint import Checkpoint, read_json
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.e4m3 import fake_quantize
-from minipuzzle.export.flavours import HF_QUANT_CONFIG
-from minipuzzle.export.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
-from minipuzzle.export.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE, Scheme
 from minipuzzle.export.write import WeightScales, export_headers, piece_rows
-from minipuzzle.models import load_model
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json
+from minipuzzle.formats.e4m3 import fake_quantize
+from minipuzzle.formats.flavours import HF_QUANT_CONFIG
+from minipuzzle.formats.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
+from minipuzzle.formats.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE, Scheme
+from minipuzzle.runtime.models import load_model
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MISMATCH = "config.json and the weights do not belong together; export again"

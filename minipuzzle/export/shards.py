@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from minipuzzle.checkpoint import INDEX_FILE, SINGLE_FILE, torch_dtype, write_json
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.safetensors_files import INDEX_FILE, SINGLE_FILE, torch_dtype
 
 _HEADER_LENGTH_BYTES = 8
 _ALIGNMENT_BYTES = 8

@@ -15,22 +15,21 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.evaluate import divergence_sums, head_chunks
 from minipuzzle.export.calibration import open_stack
-from minipuzzle.export.layout import WEIGHT, ExportLayout
 from minipuzzle.export.reader import QuantizedCheckpoint, round_activations
 from minipuzzle.export.write import (
     ExportTensors,
     WeightScales,
-    deployed_architecture,
     piece_rows,
     portable_config,
     read_source,
     source_name,
 )
-from minipuzzle.streaming import LayerStack
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.formats.layout import WEIGHT, ExportLayout
+from minipuzzle.quality.evaluate import divergence_sums, head_chunks
+from minipuzzle.runtime.layer_stack import LayerStack
 
 # Same codes, same scales and same kernels give the same states to the last bit. The room is for kernels that are not
 # deterministic; a scale that is off by 1 % is already outside it.
@@ -307,7 +306,7 @@ def _return_freed_memory() -> None:
 
 def _head(checkpoint: Checkpoint, device: str) -> torch.Tensor:
     """As stored: two heads of a small model in float32 would be most of the memory in use."""
-    architecture = deployed_architecture(checkpoint.architecture)
+    architecture = checkpoint.architecture.deployed
     name = architecture.names.embeddings if architecture.tied_embeddings else architecture.names.head
     tensor = next(tensor for tensor in architecture.tensors() if tensor.name == name)
     return read_source(checkpoint, tensor).to(device)

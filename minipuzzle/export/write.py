@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import torch
 
-from minipuzzle.architecture import Architecture, PlacedTensor
-from minipuzzle.checkpoint import DEFAULT_SHARD_BYTES, Checkpoint, copy_companions, torch_dtype, write_json
+from minipuzzle.architecture.configs.puzzle import CONFIG_MODULE, write_puzzle_config
+from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.export.calibration import ActivationAmax
-from minipuzzle.export.e4m3 import scale_of
-from minipuzzle.export.flavours import StoredTensor
-from minipuzzle.export.layout import CACHE_SCALES, WEIGHT, ExportLayout, cache_scale_name, last_name, module_of
-from minipuzzle.export.schemes import INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
-from minipuzzle.families.nemotron_h_puzzle import CONFIG_MODULE, write_puzzle_config
+from minipuzzle.files.checkpoint import Checkpoint, copy_companions
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype
+from minipuzzle.formats.e4m3 import scale_of
+from minipuzzle.formats.flavours import StoredTensor
+from minipuzzle.formats.layout import CACHE_SCALES, WEIGHT, ExportLayout, cache_scale_name, last_name, module_of
+from minipuzzle.formats.schemes import INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.progress import Advance, no_progress
 
 _PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache
 _ONE = torch.tensor(1.0)
-
-
-def deployed_architecture(architecture: Architecture) -> Architecture:
-    """The architecture as exported: the LM head is written out where engines do not read one that is tied."""
-    return replace(architecture, tied_embeddings=architecture.tied_embeddings and architecture.names.ties_head)
 
 
 def portable_config(checkpoint: Checkpoint, *, is_puzzle: bool = False) -> dict[str, object]:
@@ -40,7 +37,7 @@ def portable_config(checkpoint: Checkpoint, *, is_puzzle: bool = False) -> dict[
 
     Raises: MinipuzzleError if that form cannot say what the model is.
     """
-    architecture = deployed_architecture(checkpoint.architecture)
+    architecture = checkpoint.architecture.deployed
     config = checkpoint.family.write(checkpoint.config, architecture)
     if is_puzzle:
         config = write_puzzle_config(config, architecture)
@@ -87,7 +84,7 @@ class ExportTensors:
         self.layout = layout
         self._amax = amax
         self._tensor_scales: dict[str, torch.Tensor] = {}
-        self.tensors = tuple(deployed_architecture(checkpoint.architecture).tensors())
+        self.tensors = tuple(checkpoint.architecture.deployed.tensors())
         self._by_module = {module_of(tensor): tensor for tensor in self.tensors}
 
     def headers(self, tensor: PlacedTensor) -> list[TensorHeader]:
@@ -191,7 +188,7 @@ def tensor_headers(tensor: PlacedTensor, layout: ExportLayout) -> list[TensorHea
 
 def export_headers(architecture: Architecture, layout: ExportLayout) -> dict[str, TensorHeader]:
     """Every tensor that an export of an architecture stores, by name."""
-    tensors = deployed_architecture(architecture).tensors()
+    tensors = architecture.deployed.tensors()
     return {header.name: header for tensor in tensors for header in tensor_headers(tensor, layout)}
 
 
@@ -209,8 +206,8 @@ def write_export(
     if is_puzzle:
         shutil.copyfile(Path(__file__).with_name(f"{CONFIG_MODULE}.py"), folder / f"{CONFIG_MODULE}.py")
     if layout.flavour is not None:
-        config["quantization_config"] = layout.flavour.config(layout)
-        for name, content in layout.flavour.side_files(layout).items():
+        config["quantization_config"] = layout.flavour.config(layout.described)
+        for name, content in layout.flavour.side_files(layout.described).items():
             write_json(folder / name, content)
     write_json(folder / "config.json", config)
     copy_companions(checkpoint.folder, folder)

@@ -19,16 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import minipuzzle
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.corpus import read_documents, sample_windows
-from minipuzzle.evaluate import divergence_sums
+from minipuzzle.cut.folder import write_pruned
+from minipuzzle.cut.plan import keep_everything
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import sample_windows
 from minipuzzle.export.reader import QuantizedCheckpoint
-from minipuzzle.export.run import ExportRequest, export_checkpoint
 from minipuzzle.export.verify import open_any
-from minipuzzle.models import load_tokenizer
-from minipuzzle.plan import keep_everything
-from minipuzzle.pruning import write_pruned
-from tests.tiny_models import VOCABULARY, write_family_checkpoint
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import divergence_sums
+from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.tiny_models import VOCABULARY, write_family_checkpoint
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "tiny_hybrid"

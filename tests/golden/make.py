@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ WIDTHS = {
     "nemotron": ("hidden=16", "kv_group=1"),
 }
 WITHOUT_NVFP4 = ("nemotron_h-moe",)  # whose experts are narrower than its blocks
+BUDGET = ("--memory", "85%", "--granularity", 16, "--min-ffn", 0.5, "--context", 64)
 TINY_LENGTH, EMBEDDED_LENGTH = 24, 128
 PLAN_FIELDS = ("kept_layers", "kept_units", "norm_scales", "chosen_units")
 SPEED_FIELDS = ("tokens_per_second", "seconds", "step_seconds")
@@ -107,7 +108,7 @@ def run(*arguments: object) -> str:
 
 
 def command_line() -> Any:
-    from minipuzzle.cli import main
+    from minipuzzle.commands.cli import main
 
     return main
 
@@ -118,7 +119,7 @@ def model_folder(name: str) -> Path:
         return EMBEDDED
     folder = GOLDEN / "models" / name
     if not (folder / "config.json").is_file():
-        from tests.tiny_models import write_family_checkpoint
+        from tests.support.tiny_models import write_family_checkpoint
 
         shutil.rmtree(folder, ignore_errors=True)
         write_family_checkpoint(folder, name)
@@ -136,97 +137,102 @@ def text_file(name: str) -> Path:
     return path
 
 
-def steps_of(name: str, work: Path) -> Iterator[tuple[str, Callable[[], Hashes]]]:
-    """Each step by its name; later ones use what earlier ones wrote."""
-    model, text = model_folder(name), text_file(name)
-    length = EMBEDDED_LENGTH if name == "embedded" else TINY_LENGTH
-    variants = [] if name in WITHOUT_MLP else ["--variants", "ffn=75%,50%"]
-    measured = ["--data", text, "--samples", 6, "--sequence-length", length, "--device", "cpu"]
-    scores, pruned = work / "scores.safetensors", work / "pruned"
+class Steps:
+    """The steps of one model in order; later ones use what earlier ones wrote."""
 
-    def score() -> Hashes:
-        run("score", model, *measured, "--channel-samples", 8, *variants, "-o", scores)
-        return {"tensors": hash_tensors(scores)}
+    def __init__(self, name: str, work: Path) -> None:
+        self.name, self.work = name, work
+        self.model, self.text = model_folder(name), text_file(name)
+        self.length = EMBEDDED_LENGTH if name == "embedded" else TINY_LENGTH
+        self.has_mlp = name not in WITHOUT_MLP
+        self.measured = ["--data", self.text, "--samples", 6, "--sequence-length", self.length, "--device", "cpu"]
+        self.scores, self.pruned = work / "scores.safetensors", work / "pruned"
 
-    def iterative() -> Hashes:
-        path = work / "iterative.safetensors"
-        run("score", model, *measured, "--iterative", 2, "-o", path)
+    def all(self) -> Iterator[tuple[str, Hashes]]:
+        """What each step wrote, by the step's name."""
+        yield "score", self.score()
+        yield "iterative", self.iterative()
+        yield "search", self.search()
+        yield "prune", self.prune()
+        if self.has_mlp:
+            yield "cut per layer", self.cut_by_plan("per_layer")
+        yield "distill", self.distill()
+        yield "bf16", self.export("--bf16")
+        yield "fp8", self.export("--fp8", *self.calibration())
+        yield "fp8 ct", self.export("--fp8", "--flavour", "compressed-tensors", *self.calibration())
+        if self.name not in WITHOUT_NVFP4:
+            yield "nvfp4", self.export("--nvfp4", *self.calibration())
+        if self.name in WIDTHS:
+            yield "cut widths", self.cut_widths()
+        yield "evaluate", self.evaluate()
+
+    def score(self) -> Hashes:
+        variants = ["--variants", "ffn=75%,50%"] if self.has_mlp else []
+        run("score", self.model, *self.measured, "--channel-samples", 8, *variants, "-o", self.scores)
+        return {"tensors": hash_tensors(self.scores)}
+
+    def iterative(self) -> Hashes:
+        path = self.work / "iterative.safetensors"
+        run("score", self.model, *self.measured, "--iterative", 2, "-o", path)
         return {"tensors": hash_tensors(path)}
 
-    def search() -> Hashes:
-        path = work / "plan.json"
-        limits = ["--scores", scores, "--granularity", 16, "--min-ffn", 0.5, "--context", 64]
-        limits += ["--memory", "85%"]
-        found = run("search", model, *limits, "-o", path, "--json")
-        assert found
+    def search(self) -> Hashes:
+        common = ["--scores", self.scores, *BUDGET, "--json"]
+        path = self.work / "plan.json"
+        run("search", self.model, *common, "-o", path)
         hashes = hash_plan(path)
-        if variants:
-            run("search", model, *limits, "--layout", "per-layer", "-o", work / "per_layer.json", "--json")
-            hashes |= {f"per-layer {k}": v for k, v in hash_plan(work / "per_layer.json").items()}
+        if self.has_mlp:
+            path = self.work / "per_layer.json"
+            run("search", self.model, *common, "--layout", "per-layer", "-o", path)
+            hashes |= {f"per-layer {field}": value for field, value in hash_plan(path).items()}
         return hashes
 
-    def cut_widths() -> Hashes:
-        path, out = work / "widths.json", work / "cut_widths"
-        options = [part for width in WIDTHS[name] for part in ("--width", width)]
-        run("search", model, "--scores", scores, *options, "--granularity", 8, "-o", path, "--json")
-        run("prune", model, "--plan", path, "-o", out, "--json")
-        return {**hash_plan(out / "plan.json"), **hash_folder(out)}
+    def prune(self) -> Hashes:
+        comparing = ["--candidates", 5, "--refine"]
+        run("prune", self.model, *BUDGET, *self.measured, *comparing, "-o", self.pruned, "--json")
+        return {**hash_plan(self.pruned / "plan.json"), **hash_folder(self.pruned)}
 
-    def prune() -> Hashes:
-        run(
-            *("prune", model, "--memory", "85%", *measured, "--granularity", 16, "--min-ffn", 0.5, "--context", 64),
-            *("--candidates", 5, "--refine", "-o", pruned, "--json"),
-        )
-        return {**hash_plan(pruned / "plan.json"), **hash_folder(pruned)}
+    def cut_by_plan(self, plan: str) -> Hashes:
+        out = self.work / f"cut_{plan}"
+        run("prune", self.model, "--plan", self.work / f"{plan}.json", "-o", out, "--json")
+        return hash_folder(out)
 
-    def cut_per_layer() -> Hashes:
-        if not variants:
-            return {}
-        run("prune", model, "--plan", work / "per_layer.json", "-o", work / "pruned_per_layer", "--json")
-        return hash_folder(work / "pruned_per_layer")
+    def cut_widths(self) -> Hashes:
+        path = self.work / "widths.json"
+        options = [part for width in WIDTHS[self.name] for part in ("--width", width)]
+        run("search", self.model, "--scores", self.scores, *options, "--granularity", 8, "-o", path, "--json")
+        return {**hash_plan(path), **self.cut_by_plan("widths")}
 
-    def distill() -> Hashes:
-        tokens = 20 * 4 * length
-        run(
-            *("distill", pruned, "--data", text, "--tokens", tokens, "--sequence-length", length, "--batch", 4),
-            *("--validation", text, "--learning-rate", 1e-3, "--device", "cpu", "-o", work / "distilled", "--json"),
-        )
-        return {"metrics": hash_metrics(work / "distilled/metrics.jsonl"), **hash_folder(work / "distilled")}
+    def distill(self) -> Hashes:
+        out = self.work / "distilled"
+        batch = ["--sequence-length", self.length, "--batch", 4, "--tokens", 20 * 4 * self.length]
+        training = [*batch, "--data", self.text, "--validation", self.text, "--learning-rate", 1e-3]
+        run("distill", self.pruned, *training, "--device", "cpu", "-o", out, "--json")
+        return {"metrics": hash_metrics(out / "metrics.jsonl"), **hash_folder(out)}
 
-    def export(*options: str) -> Callable[[], Hashes]:
-        def exported() -> Hashes:
-            out = work / "-".join(["export", *(option.strip("-") for option in options)])
-            calibration = [] if options[0] == "--bf16" else ["--data", text, "--samples", 4]
-            calibration += [] if options[0] == "--bf16" else ["--sequence-length", length]
-            run("export", pruned, *options, *calibration, "--device", "cpu", "-o", out, "--json")
-            return hash_folder(out)
+    def calibration(self) -> list[object]:
+        return ["--data", self.text, "--samples", 4, "--sequence-length", self.length]
 
-        return exported
+    def export(self, *options: object) -> Hashes:
+        out = self.work / "exported"
+        shutil.rmtree(out, ignore_errors=True)
+        run("export", self.pruned, *options, "--device", "cpu", "-o", out, "--json")
+        if options[:2] == ("--fp8", "--data"):
+            shutil.copytree(out, self.work / "fp8")
+        return hash_folder(out)
 
-    def evaluate() -> Hashes:
-        folder = work / "export-fp8"
-        found = run(
-            *("evaluate", folder, "--against", model, "--data", text, "--sequence-length", length),
-            *("--max-tokens", 600, "--device", "cpu", "--json"),
-        )
+    def evaluate(self) -> Hashes:
+        text = ["--data", self.text, "--sequence-length", self.length, "--max-tokens", 600]
+        found = run("evaluate", self.work / "fp8", "--against", self.model, *text, "--device", "cpu", "--json")
         return {"quality": hash_json(without_speed(json.loads(found)))}
-
-    yield from {"score": score, "iterative": iterative, "search": search, "prune": prune}.items()
-    yield from {"cut per layer": cut_per_layer, "distill": distill, "bf16": export("--bf16")}.items()
-    yield from {"fp8": export("--fp8"), "fp8 ct": export("--fp8", "--flavour", "compressed-tensors")}.items()
-    if name not in WITHOUT_NVFP4:
-        yield "nvfp4", export("--nvfp4")
-    if name in WIDTHS:
-        yield "cut widths", cut_widths
-    yield "evaluate", evaluate
 
 
 def hashes_of(name: str) -> Hashes:
     """All hashes of one model, named ``model / step / what``."""
     found: Hashes = {}
     with tempfile.TemporaryDirectory() as folder:
-        for step, act in steps_of(name, Path(folder)):
-            found |= {f"{name} / {step} / {what}": value for what, value in act().items()}
+        for step, hashes in Steps(name, Path(folder)).all():
+            found |= {f"{name} / {step} / {what}": value for what, value in hashes.items()}
             print(f"{name}: {step}", file=sys.stderr)
     return found
 

@@ -1,0 +1,1 @@
+"""What is minimised: divergences, the chunked loss, the pair of models, cached targets of the teacher."""

@@ -1,0 +1,1 @@
+"""Many processes and little memory: FSDP, low precision, estimates, hardware."""

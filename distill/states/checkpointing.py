@@ -1,0 +1,285 @@
+"""Saved training states: weights, optimiser, random generators and position, written whole or not at all.
+
+``<folder>/state/step-00000120/`` is a PyTorch distributed checkpoint (DCP): each process writes its own part, and any
+number of processes can read it. It is copied while training waits and written while training goes on, under another
+name; it gets its own name only when all parts are on disk, and only then are older states removed, their names first.
+So whatever has a name is whole, and a run killed at any moment finds the last that was. ``<folder>`` must be one that
+all processes see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.runtime.processes import Processes
+
+STATE_FOLDER = "state"
+LARGEST_KL = 1e30  # above any, and a number for JSON
+_UNFINISHED_SUFFIX = ".unfinished"
+_REMOVED_SUFFIX = ".removed"
+_PROGRESS_FILE = "progress.json"
+# DCP says of every save and load of a single process that it assumes a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+_MODEL, _OPTIMIZER, _GENERATOR = "model/", "optimizer/", "generator/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands after ``step`` steps. ``epoch`` and ``index`` name the next window of the data.
+
+    ``best_step``: the one after which the validation KL was lowest so far; 0 before any evaluation.
+    ``recent_losses``: those of the last steps that were taken, by which a sudden rise is known.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    validation_kl_before: float | None = None
+    validation_kl_after: float | None = None
+    validation_loss_before: float | None = None
+    validation_loss_after: float | None = None
+    best_step: int = 0
+    best_validation_kl: float = LARGEST_KL
+    recent_losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """The tensors that change during a run. The optimiser was given named parameters."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+
+class StateStore:
+    """The saved states of one run. All processes of the job must call its methods together."""
+
+    def __init__(
+        self, folder: Path, state: TrainingState, *, processes: Processes | None = None, keep_last: int = 1
+    ) -> None:
+        assert keep_last >= 1
+        self.folder = folder / STATE_FOLDER
+        self._state = state
+        self._processes = processes or Processes()
+        self._keep_last = keep_last
+        self._saved_at_seconds = time.monotonic()
+        self._writing: tuple[Path, Future[Any]] | None = None
+        self._protected_steps: tuple[int, ...] = ()
+        # Training and writing run at once: in one group their messages could be taken for each other.
+        is_distributed = self._processes.world_size > 1
+        self._group = dist.new_group(backend="gloo") if is_distributed else None
+
+    def save(self, progress: Progress, *, protected_steps: tuple[int, ...] = ()) -> None:
+        """Begin to save; wait for a state that is still being written. ``protected_steps`` are never removed."""
+        self.finish()
+        self._saved_at_seconds = time.monotonic()
+        target = step_folder(self.folder, progress.step)
+        if self._processes.broadcast(target.exists()):
+            return
+        unfinished = target.with_name(target.name + _UNFINISHED_SUFFIX)
+        if self._processes.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            write_json(unfinished / _PROGRESS_FILE, asdict(progress))
+        self._protected_steps = protected_steps
+        self._processes.wait()
+        writer = FileSystemWriter(unfinished, sync_files=True, overwrite=True)
+        future = dcp_async_save(
+            self._tensors(),
+            storage_writer=writer,
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        assert isinstance(future, Future)
+        self._writing = (unfinished, future)
+
+    @property
+    def seconds_since_save(self) -> float:
+        """Since the last save began, or this store was made."""
+        return time.monotonic() - self._saved_at_seconds
+
+    def poll(self) -> None:
+        """Give a state that has been written meanwhile its name."""
+        if self._writing and self._writing[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the state that is being written, if any, has its name."""
+        if self._writing is None:
+            return
+        (unfinished, future), self._writing = self._writing, None
+        # The first process's part ends after those of all others: it writes the table of contents.
+        future.result()
+        if not self._processes.is_first:
+            return
+        for path in (*unfinished.iterdir(), unfinished):
+            _flush_to_disk(path)  # or a power cut could keep the new name and lose what is in the files
+        unfinished.rename(unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED_SUFFIX)))
+        _flush_to_disk(self.folder)
+        steps = saved_steps(self.folder)
+        kept = {*steps[-self._keep_last :], *self._protected_steps}
+        for path in self.folder.iterdir():
+            if path not in {step_folder(self.folder, step) for step in kept}:
+                _remove(path)
+
+    def load_last(self) -> Progress | None:
+        """Restore the last whole state into model, optimiser and generators; None if there is none."""
+        steps: list[int] = self._processes.broadcast(saved_steps(self.folder))
+        return self.load(steps[-1]) if steps else None
+
+    def load(self, step: int) -> Progress:
+        """Restore the state saved after ``step`` steps, by however many processes."""
+        source = step_folder(self.folder, step)
+        reader = FileSystemReader(source)
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = self._tensors()
+        for name in tensors.keys() - stored.keys():
+            # The optimiser starts empty, and other processes may have written the state.
+            assert name.startswith(_GENERATOR), f"{source} lacks {name}"
+            del tensors[name]
+        parameters = dict(self._state.model.named_parameters())
+        for name, entry in stored.items():
+            if name.startswith(_OPTIMIZER) and name not in tensors:
+                tensors[name] = _room_for(name, entry, parameters)
+        dcp_load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        # What the model keeps was filled in place; the rest is handed over.
+        _restore_optimizer(self._state.optimizer, _with_prefix(tensors, _OPTIMIZER))
+        _restore_generators(_with_prefix(tensors, self._generator_prefix), self._state.device)
+        values = read_json(source / _PROGRESS_FILE)
+        return Progress(**{**values, "recent_losses": tuple(values["recent_losses"])})
+
+    @property
+    def _generator_prefix(self) -> str:
+        return f"{_GENERATOR}{self._processes.rank}/"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        groups: dict[str, Mapping[str, Tensor]] = {
+            _MODEL: self._state.model.state_dict(),
+            _OPTIMIZER: _optimizer_tensors(self._state.optimizer),
+            self._generator_prefix: _generator_states(self._state.device),
+        }
+        return {
+            prefix + name: tensor.detach() for prefix, tensors in groups.items() for name, tensor in tensors.items()
+        }
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the state after so many steps is kept, in a run's folder of states."""
+    return folder / f"step-{step:08d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose states are whole, ascending."""
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _remove(path: Path) -> None:
+    """Remove a state, which loses its name first: a kill in between must not leave part of it under that name."""
+    unnamed = path.with_name(path.name + _REMOVED_SUFFIX)
+    if not path.name.endswith((_UNFINISHED_SUFFIX, _REMOVED_SUFFIX)):
+        path = path.rename(unnamed)
+    shutil.rmtree(path)
+
+
+def weight_reader(folder: Path, step: int) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """A function that reads one float32 weight, by its name in memory and its shape, from a saved state.
+
+    Raises: MinipuzzleError naming the states there are, if there is none of this step.
+    """
+    steps = saved_steps(folder)
+    if step not in steps:
+        found = ", ".join(str(step) for step in steps) or "none"
+        raise MinipuzzleError(f"{folder} has no state of step {step}", f"states are kept of these steps: {found}")
+    reader = FileSystemReader(step_folder(folder, step))
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensors = {_MODEL + name: torch.empty(shape, dtype=torch.float32)}
+        dcp_load(tensors, storage_reader=reader, no_dist=True)
+        return tensors[_MODEL + name]
+
+    return read
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _parameter_names(optimizer_state: Mapping[str, Any]) -> dict[int, str]:
+    return {
+        parameter_id: name
+        for group in optimizer_state["param_groups"]
+        for parameter_id, name in zip(group["params"], group["param_names"], strict=True)
+    }
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor an optimiser keeps, as ``<its name>/<parameter>``."""
+    optimizer_state = optimizer.state_dict()
+    names = _parameter_names(optimizer_state)
+    return {
+        f"{key}/{names[parameter_id]}": tensor
+        for parameter_id, tensors in optimizer_state["state"].items()
+        for key, tensor in tensors.items()
+    }
+
+
+def _room_for(name: str, entry: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Memory for one of the optimiser's tensors, split as its parameter is where it has the same shape."""
+    parameter = parameters[name.removeprefix(_OPTIMIZER).partition("/")[2]]
+    if entry.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+    return torch.zeros(entry.size, dtype=entry.properties.dtype)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    optimizer_state = optimizer.state_dict()
+    ids = {name: parameter_id for parameter_id, name in _parameter_names(optimizer_state).items()}
+    by_parameter: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        key, _, parameter_name = full_name.partition("/")
+        by_parameter.setdefault(ids[parameter_name], {})[key] = tensor
+    optimizer.load_state_dict({**optimizer_state, "state": by_parameter})
+
+
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The run itself: batches, steps, schedules, interrupts."""

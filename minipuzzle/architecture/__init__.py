@@ -1,0 +1,1 @@
+"""What a model is, without torch: layers and their kinds, families, memory, deployments, quantities."""

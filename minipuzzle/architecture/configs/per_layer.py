@@ -1,0 +1,138 @@
+"""The per-layer layout: models whose layers differ in width, or whose blocks lack their attention or their MLP.
+
+No family's own config.json can say that. Ours keeps the family's fields, for a model with complete blocks and the
+largest widths, and adds ``layers``: kind, block and widths of each layer. Its ``model_type`` is one that other loaders
+do not know and refuse, because they would fill the gaps with random weights. ``minipuzzle.load`` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from minipuzzle.architecture.configs.family import Config, Family, require
+from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.errors import MinipuzzleError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PER_LAYER_MODEL_TYPE = "minipuzzle_per_layer"
+_OWN_KEYS = ("layers", "base_model_type", "base_architectures")
+_BROKEN = "write the file again, or restore it from its source"
+
+
+def is_uniform(architecture: Architecture) -> bool:
+    """Whether a family's own config.json can describe a model: complete blocks, and one width an axis."""
+    complete = all(len(block) == architecture.names.layers_per_block for block in architecture.blocks)
+    widths = {(layer.kind, *sorted(_widths(layer).items())) for layer in architecture.layers}
+    return complete and len(widths) == len(architecture.layer_counts)
+
+
+def write_config(family: Family, source: Config, architecture: Architecture) -> dict[str, Any]:
+    """config.json of a cut model: the family's own where it suffices, else that of the per-layer layout.
+
+    Raises: MinipuzzleError for widths that the family does not allow even in one layer.
+    """
+    base = base_config(source)
+    if is_uniform(architecture):
+        return family.write(base, architecture)
+    written = family.write(base, complete(architecture, family.read(base)))
+    layers = [
+        {"block": architecture.block_of(layer_idx), "kind": layer.kind, **_widths(layer)}
+        for layer_idx, layer in enumerate(architecture.layers)
+    ]
+    return {
+        **written,
+        "model_type": PER_LAYER_MODEL_TYPE,
+        "architectures": ["MinipuzzlePerLayer"],
+        "base_model_type": written["model_type"],
+        "base_architectures": written.get("architectures"),
+        "layers": layers,
+    }
+
+
+def base_config(config: Config) -> dict[str, Any]:
+    """The family's own config.json within one of the per-layer layout; any other as it is."""
+    if config.get("model_type") != PER_LAYER_MODEL_TYPE:
+        return dict(config)
+    base = {key: value for key, value in config.items() if key not in _OWN_KEYS}
+    return {**base, "model_type": config.get("base_model_type"), "architectures": config.get("base_architectures")}
+
+
+def complete(architecture: Architecture, source: Architecture) -> Architecture:
+    """The model with complete blocks and one width an axis, the largest, in which a model has its place.
+
+    ``source`` has layers of all kinds that the blocks may need.
+    """
+    largest = {kind: _largest(architecture, source, kind) for kind in source.layer_counts}
+    slots = architecture.names.slots
+    layers: list[LayerSpec] = []
+    for block in architecture.blocks:
+        in_slot = {slots.get(architecture.layers[idx].kind, 0): architecture.layers[idx] for idx in block}
+        for slot in range(architecture.names.layers_per_block):
+            if slot in in_slot:
+                layers.append(in_slot[slot].resized(**largest[in_slot[slot].kind]))
+            else:
+                kind = next(kind for kind in source.layer_counts if slots.get(kind, 0) == slot)
+                model = source.layers[source.layer_indices(kind)[0]]
+                layers.append(model.resized(hidden=architecture.hidden, **largest[kind]))
+    return replace(architecture, layers=tuple(layers))
+
+
+def _largest(architecture: Architecture, source: Architecture, kind: str) -> dict[str, int]:
+    layers = [layer for layer in architecture.layers if layer.kind == kind]
+    layers = layers or [source.layers[source.layer_indices(kind)[0]]]
+    return {axis: max(layer.sizes[axis] for layer in layers) for axis in LAYER_KINDS[kind].prunable_axes}
+
+
+def _widths(layer: LayerSpec) -> dict[str, int]:
+    return {axis: layer.sizes[axis] for axis in LAYER_KINDS[layer.kind].prunable_axes}
+
+
+def per_layer_family(base: Family, config: Config) -> Family:
+    """The family of one model in the per-layer layout.
+
+    Raises: MinipuzzleError if ``layers`` is damaged.
+    """
+    whole = base.read(base_config(config))
+    kept = _kept_layers(whole, config)
+
+    def read(other: Config) -> Architecture:
+        whole = base.read(base_config(other))
+        layers = [
+            whole.layers[position].resized(**{axis: require(entry, axis) for axis in _widths(whole.layers[position])})
+            for position, entry in zip(_kept_layers(whole, other), other["layers"], strict=True)
+        ]
+        return replace(whole, layers=tuple(layers))
+
+    def layers(model: nn.Module) -> Sequence[nn.Module]:
+        of_whole = base.layers(model)
+        return [of_whole[position] for position in kept]
+
+    return replace(
+        base,
+        model_type=PER_LAYER_MODEL_TYPE,
+        read=read,
+        write=lambda source, architecture: write_config(base, source, architecture),
+        layers=layers,
+    )
+
+
+def _kept_layers(whole: Architecture, config: Config) -> list[int]:
+    """Positions of a model's layers among those of the complete model."""
+    entries = config.get("layers")
+    kept: list[int] = []
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise MinipuzzleError("config.json: layers is not a list of layers", _BROKEN)
+    for layer_idx, entry in enumerate(entries):
+        block_idx, kind = entry.get("block"), entry.get("kind")
+        if not isinstance(block_idx, int) or not 0 <= block_idx < len(whole.blocks):
+            raise MinipuzzleError(f"config.json: layers[{layer_idx}] has no block {block_idx!r}", _BROKEN)
+        found = [position for position in whole.blocks[block_idx] if whole.layers[position].kind == kind]
+        if not found or (kept and found[0] <= kept[-1]):
+            raise MinipuzzleError(f"config.json: layers[{layer_idx}] names {kind!r} out of place", _BROKEN)
+        kept += found
+    return kept

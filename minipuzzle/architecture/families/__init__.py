@@ -1,0 +1,48 @@
+"""The table of model families: how each maps config.json to an Architecture and back, and how its layers run.
+
+A family is one module of this package that defines ``FAMILIES``. Adding one means adding such a file; parameter
+counts, memory, scores, search, cuts and exports work from the Architecture that it reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from minipuzzle.architecture.configs.family import Config, Family, ModulePaths
+from minipuzzle.architecture.configs.per_layer import PER_LAYER_MODEL_TYPE, base_config, per_layer_family
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.errors import MinipuzzleError
+
+__all__ = ["FAMILIES", "Config", "Family", "ModulePaths", "family_of", "read_architecture"]
+
+
+def _entries() -> Iterator[Family]:
+    for module in pkgutil.iter_modules(__path__):
+        yield from getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILIES", ())
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _entries()})
+
+
+def family_of(config: Config) -> Family:
+    """The family of a config.json.
+
+    Raises: MinipuzzleError for an unknown ``model_type``.
+    """
+    model_type = base_config(config).get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise MinipuzzleError(
+            f"model_type {model_type!r} is not supported",
+            f"supported families: {', '.join(sorted(FAMILIES))}",
+        )
+    family = FAMILIES[model_type]
+    is_per_layer = config.get("model_type") == PER_LAYER_MODEL_TYPE
+    return per_layer_family(family, config) if is_per_layer else family
+
+
+def read_architecture(config: Config) -> Architecture:
+    """The architecture that a config.json describes."""
+    return family_of(config).read(config)

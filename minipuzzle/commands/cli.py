@@ -1,0 +1,69 @@
+"""The ``minipuzzle`` command: a group whose commands load only when they are called.
+
+Commands import torch inside their bodies, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from minipuzzle.errors import ExitCode, MinipuzzleError
+from minipuzzle.version import __version__
+
+COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "demo")
+
+
+class MinipuzzleGroup(click.Group):
+    """Finds each command in ``minipuzzle.commands`` and turns user errors into a message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Commands in the order of a working day, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"minipuzzle.commands.{cmd_name}"), cmd_name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a MinipuzzleError becomes problem, hint and exit code."""
+        try:
+            return super().invoke(ctx)
+        except MinipuzzleError as error:
+            if ctx.params["debug"]:
+                raise
+            _print_error(error)
+            ctx.exit(int(error.exit_code))
+        except KeyboardInterrupt:
+            if ctx.params["debug"]:
+                raise
+            click.echo("\ninterrupted; the same command continues where it can", err=True)
+            ctx.exit(int(ExitCode.INTERRUPTED))
+
+
+def _print_error(error: MinipuzzleError) -> None:
+    if "--json" in sys.argv:
+        click.echo(json.dumps({"error": error.problem, "hint": error.hint, "exit_code": int(error.exit_code)}))
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.problem}", err=True)
+    if error.hint:
+        click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {error.hint}", err=True)
+
+
+@click.group(cls=MinipuzzleGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="minipuzzle")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Make large language models smaller: measure, search, cut, distil, export.
+
+    A hybrid checkpoint and a memory budget go in; a Hugging Face checkpoint that fits comes out.
+    """
+    # On a CPU transformers would say of every Mamba kernel that it runs in plain torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,29 @@
+"""A cut checkpoint folder: the weights that stay, its config.json, its plan, and what comes along unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minipuzzle.architecture.configs.per_layer import write_config
+from minipuzzle.cut.plan import PLAN_FILE, Plan
+from minipuzzle.cut.surgery import cut_tensors
+from minipuzzle.files.checkpoint import Checkpoint, copy_companions
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.safetensors_files import ShardWriter
+from minipuzzle.progress import Advance, no_progress
+
+
+def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Advance = no_progress) -> None:
+    """Cut a checkpoint into an existing folder, shard by shard: weights, config.json, tokenizer and the plan.
+
+    ``advance`` is called once a tensor. Raises: MinipuzzleError for a plan of another model or broken weights.
+    """
+    writer = ShardWriter(folder)
+    for name, tensor in cut_tensors(checkpoint, plan):
+        writer.add(name, tensor)
+        advance(1)
+    writer.finish()
+    config = write_config(checkpoint.family, checkpoint.config, plan.apply(checkpoint.architecture))
+    write_json(folder / "config.json", config)
+    copy_companions(checkpoint.folder, folder)
+    (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")

@@ -1,0 +1,171 @@
+"""The score file: what was measured about each layer and unit, on which tokens, of which model.
+
+``scores.safetensors`` holds ``layer.<metric>`` [num_layers] float64 (NaN for layers that were not asked for),
+``variant.<metric>.<axis>.<width>`` [num_layers] float64 (the score of each layer at a smaller width of one of its
+axes, 0 where a layer has no such axis or is no wider), ``block.<metric>`` [num_layers] float64 (the score of leaving
+out a whole decoder block, at the place of its first layer, for families with several layers in a block),
+``unit.<axis>.<layer_idx>`` [num_units] float32 (``unit.hidden`` for the axis of the whole model),
+``energy.ssm.<layer_idx>`` and ``energy.hidden.<layer_idx|final>`` (mean squares of what each RMS norm averages, needed
+to correct the norms of a cut model), and ``token_ids`` [samples, length] int32. Layer scores measured elsewhere may
+come as JSON: ``{"layer": {"mse": [...]}}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.errors import MinipuzzleError
+
+SCHEMA_VERSION = "1"
+LAYER_METRICS: Mapping[str, str] = {
+    "mse": "mean squared change of the LM head's input (arXiv 2504.03624, section 3.2)",
+    "nmse": "that change's energy divided by the energy of the LM head's input",
+    "cosine": "one minus the cosine of the LM head's inputs, mean over tokens",
+    "kl": "forward KL of the next-token distributions, nats/token",
+    "delta_loss": "rise of the next-token loss, nats/token",
+}
+FINAL = "final"  # stands for the layer index of the final norm
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of one model. Keys of all but ``layer`` are tensor names without the first part."""
+
+    layer: Mapping[str, Array]
+    units: Mapping[str, Array] = field(default_factory=dict)
+    variants: Mapping[str, Array] = field(default_factory=dict)
+    blocks: Mapping[str, Array] = field(default_factory=dict)
+    energies: Mapping[str, Array] = field(default_factory=dict)
+    token_ids: NDArray[np.int32] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def unit_scores(self, axis: str, layer_idx: int) -> Array:
+        """Scores of the units of one axis in one layer, or of the whole model for ``hidden``.
+
+        Raises: MinipuzzleError if that axis was not measured.
+        """
+        key = axis if axis == "hidden" else f"{axis}.{layer_idx}"
+        if key not in self.units:
+            raise MinipuzzleError(
+                f"the scores hold nothing about {axis} of layer {layer_idx}",
+                "measure with `minipuzzle score`, or leave that axis uncut",
+            )
+        return self.units[key]
+
+    def energy(self, norm: str) -> Array:
+        """Mean squares under one RMS norm: ``ssm.<layer_idx>``, ``hidden.<layer_idx>`` or ``hidden.final``."""
+        if norm not in self.energies:
+            raise MinipuzzleError(
+                f"the scores hold no energies for {norm}, which the norm of a cut layer needs",
+                "measure with `minipuzzle score`",
+            )
+        return self.energies[norm]
+
+    def check_against(self, architecture: Architecture, fingerprint: str | None = None) -> None:
+        """Refuse scores of another model or with values that are not finite numbers.
+
+        Raises: MinipuzzleError naming what differs.
+        """
+        num_layers = len(architecture.layers)
+        for metric, values in (*self.layer.items(), *self.variants.items(), *self.blocks.items()):
+            if values.shape != (num_layers,):
+                raise MinipuzzleError(
+                    f"layer scores {metric!r} cover {values.size} layers; the model has {num_layers}",
+                    "measure this model with `minipuzzle score`",
+                )
+        missing = sorted({int(idx) for values in self.layer.values() for idx in np.flatnonzero(np.isnan(values))})
+        if missing and self.metadata.get("layers", "all") != "all":
+            raise MinipuzzleError(
+                f"the scores lack layers {', '.join(map(str, missing))}: they were measured with --layers",
+                "measure all layers to search or cut",
+            )
+        for name, values in _all_items(self):
+            if not np.isfinite(values).all():
+                raise MinipuzzleError(f"scores {name!r} hold NaN or infinite values", "measure again")
+        measured = self.metadata.get("model_fingerprint")
+        if fingerprint is not None and measured is not None and measured != fingerprint:
+            raise MinipuzzleError(
+                f"the scores belong to a model with fingerprint {measured}, not {fingerprint}",
+                "measure this model with `minipuzzle score`",
+            )
+
+    @property
+    def is_measured_here(self) -> bool:
+        """False for plain-JSON scores, whose origin cannot be verified."""
+        return "model_fingerprint" in self.metadata
+
+
+def _all_items(scores: Scores) -> Iterator[tuple[str, Array]]:
+    for mapping in (scores.layer, scores.variants, scores.blocks, scores.units, scores.energies):
+        yield from mapping.items()
+
+
+def write_scores(scores: Scores, path: Path) -> None:
+    """Write a score file. The caller stages it (``outputs.output_file``)."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, NDArray[Any]] = {f"layer.{name}": np.asarray(v, np.float64) for name, v in scores.layer.items()}
+    tensors |= {f"variant.{name}": np.asarray(v, np.float64) for name, v in scores.variants.items()}
+    tensors |= {f"block.{name}": np.asarray(v, np.float64) for name, v in scores.blocks.items()}
+    tensors |= {f"unit.{name}": np.asarray(v, np.float32) for name, v in scores.units.items()}
+    tensors |= {f"energy.{name}": np.asarray(v, np.float32) for name, v in scores.energies.items()}
+    if scores.token_ids is not None:
+        tensors["token_ids"] = np.asarray(scores.token_ids, np.int32)
+    save_file(tensors, path, metadata={"schema_version": SCHEMA_VERSION, **scores.metadata})
+
+
+def read_scores(path: Path) -> Scores:
+    """Read a score file, or plain JSON with layer scores.
+
+    Raises: MinipuzzleError for anything unreadable or of another schema.
+    """
+    if not path.is_file():
+        raise MinipuzzleError(f"score file {path} does not exist", "measure with `minipuzzle score`")
+    return _read_json_scores(path) if path.suffix == ".json" else _read_safetensors_scores(path)
+
+
+def _read_json_scores(path: Path) -> Scores:
+    try:
+        layer = {
+            str(metric): np.asarray(values, dtype=np.float64)
+            for metric, values in json.loads(path.read_text(encoding="utf-8"))["layer"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MinipuzzleError(f"{path} is not a score file: {error}", '{"layer": {"mse": [...]}} is expected') from None
+    return Scores(layer=layer)
+
+
+def _read_safetensors_scores(path: Path) -> Scores:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise MinipuzzleError(f"{path} is not a score file: {error}", "measure with `minipuzzle score`") from None
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        raise MinipuzzleError(f"{path} has another schema than version {SCHEMA_VERSION}", "measure again")
+
+    def under(prefix: str) -> dict[str, Array]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    return Scores(
+        layer=under("layer."),
+        units=under("unit."),
+        variants=under("variant."),
+        blocks=under("block."),
+        energies=under("energy."),
+        token_ids=tensors.get("token_ids"),
+        metadata=metadata,
+    )

@@ -1,0 +1,163 @@
+"""From rankings to a plan: which layers and units stay, once their numbers are given.
+
+Layers are ranked inside their kind, units inside their layer (and group). Ties go against the later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.model import UNIFORM, Architecture
+from minipuzzle.cut.plan import WHOLE_MODEL, Plan
+from minipuzzle.cut.scores import FINAL, Array, Scores
+from minipuzzle.errors import MinipuzzleError
+
+
+def rank_layers(
+    source: Architecture,
+    layer_scores: Array,
+    layout: str = UNIFORM,
+    keep_layers: frozenset[int] = frozenset(),
+) -> dict[str, list[tuple[int, ...]]]:
+    """For each kind, what of it stays or goes together, best first: what must stay, then by score.
+
+    Layers that can only go together (``Architecture.removable``) are of the kind of the first of them, and are worth
+    the sum of their scores. Of equals the later one comes last, and so goes first.
+    """
+    ranked: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in source.removable_counts(layout)}
+    for together in source.removable(layout):
+        ranked[source.layers[together[0]].kind].append(together)
+
+    def badness(together: tuple[int, ...]) -> tuple[bool, float, tuple[int, ...]]:
+        return not keep_layers & set(together), -float(layer_scores[list(together)].sum()), together
+
+    return {kind: sorted(found, key=badness) for kind, found in ranked.items()}
+
+
+def keep_best_layers(
+    source: Architecture, layer_scores: Array, counts: Mapping[str, int], layout: str = UNIFORM
+) -> tuple[int, ...]:
+    """Indices of the layers that stay: of each kind as many of the best as ``counts`` says, all where it is silent.
+
+    Raises: MinipuzzleError if more layers of a kind are asked for than there are.
+    """
+    kept: list[int] = []
+    for kind, best_first in rank_layers(source, layer_scores, layout).items():
+        wanted = counts.get(kind, len(best_first))
+        if not 0 <= wanted <= len(best_first):
+            raise MinipuzzleError(
+                f"cannot keep {wanted} {kind} layers: the model has {len(best_first)}", "lower --keep"
+            )
+        kept += [layer_idx for together in best_first[:wanted] for layer_idx in together]
+    return tuple(sorted(kept))
+
+
+def keep_best_units(unit_scores: Array, num_kept: int, num_groups: int = 1) -> tuple[int, ...]:
+    """Ascending indices of the best units, as many from each of ``num_groups`` equal groups.
+
+    Raises: MinipuzzleError if the units cannot be divided so.
+    """
+    if num_kept % num_groups or unit_scores.size % num_groups or not 0 < num_kept <= unit_scores.size:
+        raise MinipuzzleError(
+            f"cannot keep {num_kept} of {unit_scores.size} units in {num_groups} equal groups",
+            "choose a width that the groups divide",
+        )
+    by_group = unit_scores.reshape(num_groups, -1)
+    best_first = np.argsort(-by_group, axis=1, kind="stable")[:, : num_kept // num_groups]
+    offsets = np.arange(num_groups)[:, None] * by_group.shape[1]
+    return tuple(int(unit) for unit in np.sort((best_first + offsets).ravel()))
+
+
+def make_plan(
+    source: Architecture,
+    scores: Scores,
+    *,
+    kept_layers: Sequence[int],
+    widths: Mapping[int, Mapping[str, int]],
+    notes: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan that keeps these layers, and in each of them the best units for its widths (layer -> axis -> width).
+
+    Raises: MinipuzzleError if scores are missing or numbers impossible.
+    """
+    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    chosen_units: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
+    for layer_idx in kept_layers:
+        for axis, width in widths.get(layer_idx, {}).items():
+            if width != source.layers[layer_idx].sizes[axis]:
+                key = WHOLE_MODEL if axis == "hidden" else str(layer_idx)
+                by_layer = kept_units.setdefault(axis, {})
+                if axis in LAYER_KINDS[source.layers[layer_idx].kind].chosen_by_unit:
+                    of_each = scores.unit_scores(axis, layer_idx)
+                    chosen_units.setdefault(axis, {})[key] = tuple(keep_best_units(row, width) for row in of_each)
+                    by_layer[key] = tuple(range(width))
+                elif key not in by_layer:
+                    by_layer[key] = _keep_units(source, scores, axis, width, layer_idx)
+    without_scales = Plan(
+        source_fingerprint=source.fingerprint(),
+        kept_layers=tuple(kept_layers),
+        kept_units=kept_units,
+        chosen_units=chosen_units,
+        notes=notes or {},
+    )
+    return replace(without_scales, norm_scales=norm_scales(source, scores, without_scales))
+
+
+def layer_scores(scores: Scores, metric: str) -> Array:
+    """Layer scores by one metric.
+
+    Raises: MinipuzzleError if it was not measured.
+    """
+    if metric not in scores.layer:
+        raise MinipuzzleError(f"the scores hold no layer metric {metric!r}", f"they hold {', '.join(scores.layer)}")
+    return scores.layer[metric]
+
+
+def _keep_units(source: Architecture, scores: Scores, axis: str, width: int, layer_idx: int) -> tuple[int, ...]:
+    unit_groups = {} if axis == "hidden" else LAYER_KINDS[source.layers[layer_idx].kind].unit_groups
+    num_groups = source.layers[layer_idx].sizes[unit_groups[axis]] if axis in unit_groups else 1
+    return keep_best_units(scores.unit_scores(axis, layer_idx), width, num_groups)
+
+
+def norm_scales(source: Architecture, scores: Scores, plan: Plan) -> dict[str, tuple[float, ...]]:
+    """Factors for the weights of RMS norms whose channels are cut: sqrt of kept over all mean square, per group.
+
+    An RMS norm divides by the root of the mean square over its group; leaving channels out changes that mean, and
+    with it the scale of those that stay. With silent channels the factor is sqrt(old width / new width).
+    """
+    from minipuzzle.cut.surgery import kept_positions
+
+    scales = {}
+    for layer_idx in plan.kept_layers:
+        kind = source.layers[layer_idx].kind
+        for placed in source.layer_tensors(layer_idx):
+            if not placed.spec.rms_groups:
+                continue
+            axes = {axis for segment in placed.spec.dims[0] for axis in segment}
+            kept_units = {axis: units for axis in axes if (units := plan.units(axis, layer_idx)) is not None}
+            positions = kept_positions(placed.spec.dims[0], placed.sizes, kept_units)
+            if positions is not None:
+                owner = "hidden" if axes == {"hidden"} else LAYER_KINDS[kind].inner_norm_energy
+                energy = scores.energy(f"{owner}.{layer_idx}")
+                scales[placed.name] = _energy_scales(energy, positions, placed.spec.rms_groups)
+    hidden_units = plan.units("hidden", None)
+    if hidden_units is not None:
+        scales[source.names.final_norm] = _energy_scales(scores.energy(f"hidden.{FINAL}"), np.array(hidden_units), 1)
+    return scales
+
+
+def _energy_scales(energy: Array, kept: np.ndarray[Any, Any], num_groups: int) -> tuple[float, ...]:
+    group_size = energy.size // num_groups
+    all_mean = energy.astype(np.float64).reshape(num_groups, group_size).mean(axis=1)
+    factors = []
+    for group in range(num_groups):
+        in_group = kept[kept // group_size == group]
+        kept_mean = float(energy[in_group].astype(np.float64).mean())
+        # A group that was silent in calibration has nothing to restore.
+        factors.append(float(np.sqrt(kept_mean / all_mean[group])) if all_mean[group] > 0 else 1.0)
+    return tuple(factors)

@@ -1,0 +1,1 @@
+"""Text: documents, token windows and blends."""

@@ -1,0 +1,127 @@
+"""Text for measuring and training: documents from files, and token windows cut from them.
+
+Formats: ``.txt`` and ``.md`` (one document a file), ``.jsonl`` (one a line) and ``.parquet`` (one a row), and folders
+of these. A record has a ``text``, or a conversation in ``messages``, which the tokenizer's chat template spells out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.errors import MinipuzzleError
+
+TEXT_SUFFIXES = (".txt", ".md")
+JSONL_SUFFIX, PARQUET_SUFFIX = ".jsonl", ".parquet"
+SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX, PARQUET_SUFFIX)
+FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+RECORD_FIELDS = ("text", "messages")
+RECORD_HINT = 'a record is {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+
+
+def read_documents(paths: Sequence[Path], tokenizer: Any = None) -> list[str]:
+    """All documents of some files or folders, in the order given; folders in alphabetical order.
+
+    ``tokenizer``: its chat template turns ``messages`` into text; needed only for those.
+
+    Raises: MinipuzzleError for a missing or empty file, an unknown format, or a record without a non-empty ``text``
+    or ``messages``. No record is skipped silently.
+    """
+    return list(iterate_documents(paths, tokenizer))
+
+
+def iterate_documents(paths: Sequence[Path], tokenizer: Any = None) -> Iterator[str]:
+    """The documents of ``read_documents`` one by one; only plain text files are held whole."""
+    for path in paths:
+        for member in _members(path):
+            num_documents = 0
+            for text in _read_file(member, tokenizer):
+                num_documents += 1
+                yield text
+            if not num_documents:
+                raise MinipuzzleError(f"data file {member} is empty", "give a file with text")
+
+
+def _members(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if not path.is_file():
+            raise MinipuzzleError(f"data file {path} does not exist", "check --data")
+        return [path]
+    members = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    if not members:
+        raise MinipuzzleError(f"{path} holds no {FORMATS} files", "check the folder")
+    return members
+
+
+def _read_file(path: Path, tokenizer: Any) -> Iterator[str]:
+    if path.suffix not in SUFFIXES:
+        raise MinipuzzleError(f"{path} has an unknown format", f"use {FORMATS}, or a folder of them")
+    if path.suffix == PARQUET_SUFFIX:
+        yield from _read_parquet(path, tokenizer)
+        return
+    try:
+        if path.suffix == JSONL_SUFFIX:
+            yield from _read_jsonl(path, tokenizer)
+        elif content := path.read_text(encoding="utf-8"):
+            yield from [content] if content.strip() else []
+    except UnicodeDecodeError as error:
+        raise MinipuzzleError(f"{path} is not UTF-8 text: {error.reason}", "convert it to UTF-8") from None
+
+
+def _read_jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise MinipuzzleError(f"{where}: not JSON: {error.msg}", "mend or remove the line") from None
+            yield _document(record if isinstance(record, dict) else {}, tokenizer, where)
+
+
+def _read_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in RECORD_FIELDS if name in file.schema_arrow.names]
+            if not columns:
+                raise MinipuzzleError(
+                    f"{path} has no column text or messages", f"its columns: {file.schema_arrow.names}"
+                )
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=columns[:1]):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield _document(record, tokenizer, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        raise MinipuzzleError(f"{path} is not a readable Parquet file: {error}", "write or copy it again") from None
+
+
+def _document(record: dict[str, Any], tokenizer: Any, where: str) -> str:
+    """The text of a record, or its conversation in the words of the tokenizer's chat template."""
+    text, messages = (record.get(name) for name in RECORD_FIELDS)
+    if isinstance(text, str) and text:
+        return text
+    if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise MinipuzzleError(f"{where}: no text", RECORD_HINT)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise MinipuzzleError(
+            f"{where} is a conversation, and the tokenizer has no chat template to write it out",
+            "use a tokenizer with a chat template, or give records with a text",
+        )
+    from jinja2 import TemplateError
+
+    # Parquet gives every message all fields that any message has, empty ones as null.
+    present = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    try:
+        spelled = tokenizer.apply_chat_template(present, tokenize=False)
+    except (TemplateError, TypeError, KeyError) as error:
+        raise MinipuzzleError(f"{where}: the chat template refuses the messages: {error}", RECORD_HINT) from None
+    assert isinstance(spelled, str)
+    return spelled

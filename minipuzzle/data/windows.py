@@ -1,0 +1,98 @@
+"""Windows of tokens, cut from documents: random ones to measure and calibrate on, complete ones to evaluate on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minipuzzle.errors import MinipuzzleError
+
+IGNORE = -100  # label of a position that predicts nothing
+
+
+def document_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of one document, opened by the tokenizer's first token where it has one and the text, as chat
+    templates may, does not begin with it."""
+    opening: list[int] = [tokenizer.bos_token_id] if _needs_opening(tokenizer, text) else []
+    return [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _needs_opening(tokenizer: Any, text: str) -> bool:
+    return tokenizer.bos_token_id is not None and not text.startswith(tokenizer.bos_token)
+
+
+def sample_windows(
+    tokenizer: Any, documents: Sequence[str], *, num_samples: int, sequence_length: int, seed: int = 0
+) -> torch.Tensor:
+    """Random windows of packed documents, ``[samples, sequence_length]`` int64, without overlap.
+
+    Documents follow each other in shuffled order, as in pre-training; state is not reset between them.
+
+    Raises: MinipuzzleError if the text is shorter than asked for.
+    """
+    shuffler = random.Random(seed)
+    order = list(range(len(documents)))
+    shuffler.shuffle(order)
+    wanted_tokens = num_samples * sequence_length
+    stream: list[int] = []
+    for document_idx in order:
+        stream += document_tokens(tokenizer, documents[document_idx])
+    num_windows = len(stream) // sequence_length
+    if num_windows < num_samples:
+        raise MinipuzzleError(
+            f"the data has {len(stream):,} tokens, but {num_samples} samples of {sequence_length} need "
+            f"{wanted_tokens:,}",
+            "give more --data, or lower --samples or --sequence-length",
+        )
+    starts = sorted(shuffler.sample(range(num_windows), num_samples))
+    windows = [stream[start * sequence_length : (start + 1) * sequence_length] for start in starts]
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationWindows:
+    """Every token of every document predicted exactly once.
+
+    Shapes: ``token_ids`` and ``labels`` ``[windows, tokens]`` int64; a label is the next token, or IGNORE for padding.
+    ``num_bytes``: UTF-8 bytes of the text that the labels spell.
+    """
+
+    token_ids: torch.Tensor
+    labels: torch.Tensor
+    num_bytes: int
+
+    @property
+    def num_predictions(self) -> int:
+        """Labels that count."""
+        return int((self.labels != IGNORE).sum())
+
+
+def evaluation_windows(tokenizer: Any, documents: Sequence[str], *, sequence_length: int) -> EvaluationWindows:
+    """Cut documents into windows for evaluation; a window starts with the last token of the one before it.
+
+    Raises: MinipuzzleError if there is nothing to predict.
+    """
+    inputs, labels, num_bytes = [], [], 0
+    for text in documents:
+        tokens = document_tokens(tokenizer, text)
+        for start in range(0, len(tokens) - 1, sequence_length):
+            piece = tokens[start : start + sequence_length + 1]
+            padding = sequence_length + 1 - len(piece)
+            inputs.append((piece[:-1] + [0] * padding)[:sequence_length])
+            labels.append((piece[1:] + [IGNORE] * padding)[:sequence_length])
+        # Unless it is an opening of ours, the first token is part of the text but not predicted.
+        unpredicted = "" if _needs_opening(tokenizer, text) else tokenizer.decode(tokens[:1])
+        num_bytes += len(text.encode()) - len(unpredicted.encode())
+    if not inputs:
+        raise MinipuzzleError("the evaluation text has fewer than two tokens", "give more --data")
+    return EvaluationWindows(token_ids=torch.tensor(inputs), labels=torch.tensor(labels), num_bytes=num_bytes)
+
+
+def windows_of_tokens(tokenizer: Any, token_ids: torch.Tensor) -> EvaluationWindows:
+    """Evaluation windows from sampled ones, ``[samples, tokens]``: every token but the first is predicted."""
+    num_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in token_ids)
+    return EvaluationWindows(token_ids=token_ids[:, :-1], labels=token_ids[:, 1:], num_bytes=num_bytes)

@@ -1,0 +1,220 @@
+"""Hugging Face checkpoint folders: read lazily, checked from their headers, written in shards.
+
+Only safetensors are read. Everything that headers can tell (missing or truncated shards, names, shapes) is checked
+before any weight is read; NaN and infinite values are caught as each tensor is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from minipuzzle.architecture.configs.puzzle import without_blocks
+from minipuzzle.architecture.families import Family, family_of
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.json_files import read_json
+from minipuzzle.files.safetensors_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorEntry,
+    read_safetensors_header,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+DERIVED_TABLES = ".rotary_emb.inv_freq"  # in early Llama files; every reader computes them from config.json
+# Files that make a folder of weights usable and that no command of ours changes.
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+)
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """config.json of a folder, or a file of that kind; ``block_configs`` as our per-layer layout.
+
+    Raises: MinipuzzleError if it is missing or damaged.
+    """
+    return without_blocks(read_json(path / "config.json" if path.is_dir() else path))
+
+
+class Checkpoint:
+    """A checkpoint folder: its configuration, its architecture and, on demand, its tensors."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
+        self.folder = folder
+        self.config = config
+        self.entries = entries
+        self.family: Family = family_of(config)
+        self.architecture: Architecture = self.family.read(config)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read a folder's config.json and the headers of all its shards.
+
+        Raises: MinipuzzleError if anything is missing, truncated or outside the folder.
+        """
+        if not folder.is_dir():
+            raise MinipuzzleError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
+        config = dict(read_config(folder))
+        entries = {name: entry for name, entry in _read_entries(folder).items() if not name.endswith(DERIVED_TABLES)}
+        return cls(folder, MappingProxyType(config), MappingProxyType(entries))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are an FP8 or FP4 export rather than plain floating point."""
+        return "quantization_config" in self.config
+
+    def require_plain_weights(self) -> None:
+        """Check names and shapes of all tensors against the architecture; exports with scales are refused.
+
+        Raises: MinipuzzleError naming the first tensor that is missing, unexpected or misshapen.
+        """
+        if self.is_quantized:
+            raise MinipuzzleError(
+                f"{self.folder} is a quantised export (config.json has quantization_config), which cannot be measured, "
+                "cut or trained",
+                "use the checkpoint it was exported from; `minipuzzle evaluate` reads exports",
+            )
+        expected = {tensor.name: tensor.shape for tensor in self.architecture.tensors()}
+        hint = "config.json and the weights do not belong together"
+        for name in expected.keys() - self.entries.keys():
+            raise MinipuzzleError(f"{self.folder}: tensor {name} is missing", hint)
+        for name in self.entries.keys() - expected.keys():
+            raise MinipuzzleError(f"{self.folder}: tensor {name} is unexpected", hint)
+        for name, shape in expected.items():
+            found = self.entries[name].shape
+            if found != shape:
+                raise MinipuzzleError(f"{self.folder}: {name} has shape {list(found)}, not {list(shape)}", hint)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor in its stored precision.
+
+        Raises: MinipuzzleError if it holds NaN or infinite values.
+        """
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+        """Read part of one tensor along its first dimension, as a slice would; 0-d tensors are read whole.
+
+        Raises: MinipuzzleError if it holds NaN or infinite values.
+        """
+        return self.rows_and_amax(name, start, stop)[0]
+
+    def rows_and_amax(self, name: str, start: int, stop: int | None) -> tuple[torch.Tensor, float]:
+        """Rows of one tensor, and their largest absolute value; 0 for integers and FP8 codes, which are not looked at.
+
+        Raises: MinipuzzleError if they hold NaN or infinite values.
+        """
+        tensor = self.unchecked_rows(name, start, stop)
+        # FP8 has no kernel for it; readers of quantised exports check its codes.
+        if not (tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel()):
+            return tensor, 0.0
+        smallest, largest = tensor.aminmax()  # NaN if there is one; much faster than isfinite on every element
+        amax = max(-float(smallest), float(largest))
+        if not math.isfinite(amax):
+            shard = self.entries[name].shard
+            raise MinipuzzleError(f"{name} in {shard} holds NaN or infinite values", "restore the checkpoint")
+        return tensor, amax
+
+    def unchecked_rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+        """Rows of one tensor, whatever their values.
+
+        The bytes are read, not mapped: pages of a mapped file would stay counted as this process's memory.
+        """
+        import torch
+
+        entry = self.entries[name]
+        num_rows = entry.shape[0] if entry.shape else 1
+        start, stop, _ = slice(start, stop).indices(num_rows)
+        row_bytes = entry.num_bytes // max(num_rows, 1)
+        content = torch.empty(max(stop - start, 0) * row_bytes, dtype=torch.uint8)
+        _read_into(entry.shard, entry.offset + start * row_bytes, content.numpy())
+        shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
+        return content.view(torch_dtype(entry.dtype)).view(shape)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that changes with the configuration, with any header, and with sampled blocks of every shard.
+
+        Hashing 100 GB in full would take longer than many a command; 16 blocks of 64 KiB a shard do not.
+        """
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for shard in sorted({entry.shard for entry in self.entries.values()}):
+            _hash_sampled_blocks(shard, digest)
+        return digest.hexdigest()[:16]
+
+
+def _read_into(path: Path, offset: int, buffer: Any) -> None:
+    """Fill a byte buffer from a file, in whatever pieces the system gives."""
+    view = memoryview(buffer)
+    with FileIO(path) as file:
+        file.seek(offset)
+        while view:
+            num_read = file.readinto(view)
+            if not num_read:
+                raise MinipuzzleError(f"{path} ended early", "the file changed while it was read")
+            view = view[num_read:]
+
+
+def _read_entries(folder: Path) -> dict[str, TensorEntry]:
+    index_path = folder / INDEX_FILE
+    if not index_path.exists():
+        return read_safetensors_header(folder / SINGLE_FILE)
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise MinipuzzleError(f"{index_path} has no weight_map", "restore the file from its source")
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        path = folder / shard_name
+        if path.parent.resolve() != folder.resolve():
+            raise MinipuzzleError(
+                f"{index_path} points outside its folder: {shard_name!r}", "do not use this checkpoint"
+            )
+        shards[shard_name] = read_safetensors_header(path)
+    for name, shard_name in weight_map.items():
+        if name not in shards[shard_name]:
+            raise MinipuzzleError(f"{shard_name} does not hold {name}, which the index promises", "restore the shard")
+    return {name: shards[shard_name][name] for name, shard_name in weight_map.items()}
+
+
+def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_bytes: int = 65536) -> None:
+    file_bytes = path.stat().st_size
+    digest.update(f"{path.name}:{file_bytes}".encode())
+    with path.open("rb") as file:
+        for block_idx in range(num_blocks):
+            file.seek(max(0, (file_bytes - block_bytes) * block_idx // (num_blocks - 1)))
+            digest.update(file.read(block_bytes))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Carry the tokenizer, generation settings and licence along."""
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

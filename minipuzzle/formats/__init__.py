@@ -1,0 +1,1 @@
+"""Number formats, which module gets which, and how they are laid out on disk."""

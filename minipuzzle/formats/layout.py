@@ -1,0 +1,244 @@
+"""What of an architecture an export stores how: which modules are quantised, which share scales, what stays BF16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.architecture.model import Architecture, PlacedTensor
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.formats.flavours import FLAVOURS, DescribedLayout, Flavour, StoredTensor
+from minipuzzle.formats.schemes import SCHEMES, Scheme
+
+WEIGHT = ".weight"
+RECIPES: Mapping[str, str] = {
+    "default": "all linear layers inside the model's layers; the LM head stays BF16",
+    "mamba-safe": "linear layers of Mamba and MLP; attention and the LM head stay BF16",
+    "all": "all linear layers and the LM head",
+}
+_RECIPE_SKIPS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "mamba-safe": frozenset({"attention"}),
+    "all": frozenset(),
+}
+_RECIPE_ADDS: Mapping[str, frozenset[str]] = {"all": frozenset({"head"})}
+# Engines fuse these into one matrix with one scale; with unequal scales they would round the weights a second time.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Where an FP8 cache's scales are stored: with the module that computes what is cached.
+CACHE_SCALES: Mapping[str, str] = {"k_proj": "k_scale", "v_proj": "v_scale"}
+PLAIN = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportLayout:
+    """What of an architecture is quantised. Module names are those on disk, without ``.weight``.
+
+    ``ignored``: modules with a matrix that stay BF16. ``fp8_kv_cache``: whether scales for the cache are stored.
+    ``scheme`` and ``flavour`` are None where nothing is quantised.
+    """
+
+    scheme: Scheme | None = None
+    flavour: Flavour | None = None
+    quantized: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    fp8_kv_cache: bool = False
+
+    def __post_init__(self) -> None:
+        assert (self.scheme is None) == (self.flavour is None)
+        for entry in self.ignored:
+            assert entry.isprintable(), f"ignore list: {entry!r} holds unprintable characters"
+            # vLLM leaves out every module whose name contains an entry: "backbone.layers.1" would hit layers 10 to 19.
+            caught = next((module for module in self.quantized if entry in module), None)
+            assert caught is None, f"ignore list: {entry!r} would also catch {caught}"
+
+    @property
+    def described(self) -> DescribedLayout:
+        """What both config files say of it; only where something is quantised."""
+        assert self.scheme is not None
+        return DescribedLayout(scheme=self.scheme.name, ignore=self.ignored, fp8_kv_cache=self.fp8_kv_cache)
+
+    @property
+    def cached(self) -> tuple[str, ...]:
+        """Modules whose outputs an FP8 cache keeps; none without one."""
+        # Keys and values are cached in FP8 whether or not attention's own weights are.
+        modules = (*self.quantized, *self.ignored) if self.fp8_kv_cache else ()
+        return tuple(module for module in modules if last_name(module) in CACHE_SCALES)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some scale must be measured on text."""
+        return self.fp8_kv_cache or (self.scheme is not None and self.scheme.has_tensor_scale)
+
+    @property
+    def calibrated_inputs(self) -> tuple[str, ...]:
+        """Modules whose inputs have a stored scale."""
+        return self.quantized if self.scheme is not None and self.scheme.has_tensor_scale else ()
+
+    @property
+    def form(self) -> tuple[StoredTensor, ...]:
+        """How a quantised weight is stored; empty where nothing is quantised."""
+        return self.flavour.forms[self.scheme.name] if self.scheme is not None and self.flavour is not None else ()
+
+    def scale_group(self, module: str) -> tuple[str, ...]:
+        """The quantised modules that share scales with one, itself included."""
+        return tuple(name for name in fused_modules(module) if name in self._quantized_set)
+
+    @property
+    def _quantized_set(self) -> frozenset[str]:
+        found: frozenset[str] | None = self.__dict__.get("_quantized_names")
+        if found is None:
+            found = self.__dict__["_quantized_names"] = frozenset(self.quantized)
+        return found
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether a module is quantised."""
+        return module in self._quantized_set
+
+
+def export_layout(
+    architecture: Architecture,
+    *,
+    scheme: str = PLAIN,
+    flavour: str = "modelopt",
+    recipe: str = "default",
+    overrides: Sequence[tuple[str, str]] = (),
+    fp8_kv_cache: bool = False,
+) -> ExportLayout:
+    """The layout of an export. ``overrides``: (pattern of module names, the scheme or ``bf16``), later ones win.
+
+    Raises: MinipuzzleError for an unknown recipe, an override that matches nothing or splits what engines fuse, a width
+    that the format cannot hold, or an FP8 cache where there is none or the flavour has no place for its scales.
+    """
+    if scheme == PLAIN:
+        return ExportLayout(ignored=tuple(module_of(t) for t in _matrices(architecture)))
+    if recipe not in RECIPES:
+        raise MinipuzzleError(f"unknown recipe {recipe!r}", f"use one of {', '.join(RECIPES)}")
+    chosen_scheme, chosen_flavour = SCHEMES[scheme], FLAVOURS[flavour]
+    if fp8_kv_cache:
+        _check_cache(architecture, chosen_flavour)
+    is_quantized = {module_of(tensor): _by_recipe(tensor, recipe) for tensor in _matrices(architecture)}
+    linear = {module_of(t) for t in _matrices(architecture) if _is_linear(t)}
+    for pattern, wanted in overrides:
+        _apply_override(is_quantized, linear, pattern, wanted, scheme)
+    _check_fused(is_quantized)
+    _check_widths(architecture, is_quantized, chosen_scheme)
+    layout = ExportLayout(
+        scheme=chosen_scheme,
+        flavour=chosen_flavour,
+        quantized=tuple(module for module, quantized in is_quantized.items() if quantized),
+        ignored=tuple(module for module, quantized in is_quantized.items() if not quantized),
+        fp8_kv_cache=fp8_kv_cache,
+    )
+    if not layout.quantized:
+        raise MinipuzzleError("the overrides leave nothing to quantise", "use --bf16, or narrower patterns")
+    return layout
+
+
+def _is_linear(tensor: PlacedTensor) -> bool:
+    return tensor.spec.quantized or tensor.part == "head"
+
+
+def _by_recipe(tensor: PlacedTensor, recipe: str) -> bool:
+    if tensor.part in _RECIPE_ADDS.get(recipe, frozenset()):
+        return True
+    return tensor.spec.quantized and tensor.part not in _RECIPE_SKIPS[recipe]
+
+
+def _apply_override(is_quantized: dict[str, bool], linear: set[str], pattern: str, wanted: str, scheme: str) -> None:
+    if wanted not in (PLAIN, scheme):
+        raise MinipuzzleError(
+            f"override {pattern}={wanted}: one folder holds one format", f"use {PLAIN} or {scheme} after the ="
+        )
+    matched = [module for module in is_quantized if module in linear and fnmatchcase(module, pattern)]
+    if not matched:
+        raise MinipuzzleError(f"override {pattern!r} matches no linear layer", "names look like " + min(linear))
+    is_quantized.update(dict.fromkeys(matched, wanted != PLAIN))
+
+
+def _check_fused(is_quantized: Mapping[str, bool]) -> None:
+    for module in is_quantized:
+        group = [name for name in fused_modules(module) if name in is_quantized]
+        if len({is_quantized[name] for name in group}) > 1:
+            raise MinipuzzleError(
+                f"{' and '.join(last_name(name) for name in group)} of {module.rpartition('.')[0]} must be quantised "
+                "together: engines fuse them",
+                "widen or narrow the override",
+            )
+
+
+def _check_widths(architecture: Architecture, is_quantized: Mapping[str, bool], scheme: Scheme) -> None:
+    for tensor in _matrices(architecture):
+        if is_quantized[module_of(tensor)] and tensor.shape[-1] % scheme.columns_multiple:
+            raise MinipuzzleError(
+                f"{module_of(tensor)} has {tensor.shape[-1]} inputs; {scheme.name} needs a multiple of "
+                f"{scheme.columns_multiple}",
+                f"leave it out: --override '{module_of(tensor)}={PLAIN}'",
+            )
+
+
+def _check_cache(architecture: Architecture, flavour: Flavour) -> None:
+    if FAMILIES[architecture.model_type].modules.rotary:
+        # Engines cache keys after their rotation (and after a norm, where there is one), which is not measured here.
+        raise MinipuzzleError(
+            f"scales of an FP8 KV cache are not measured for {architecture.model_type}, whose keys are rotated",
+            "leave out --kv-cache fp8",
+        )
+    if not any(last_name(module_of(t)) in CACHE_SCALES for t in _matrices(architecture)):
+        raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out --kv-cache fp8")
+    if not flavour.has_cache_scales:
+        raise MinipuzzleError(
+            f"the {flavour.name} layout has no place for cache scales that engines read in hybrid models",
+            "use --flavour modelopt, or leave out --kv-cache fp8",
+        )
+
+
+def _matrices(architecture: Architecture) -> Iterator[PlacedTensor]:
+    return (tensor for tensor in architecture.tensors() if len(tensor.shape) > 1)
+
+
+def module_of(tensor: PlacedTensor) -> str:
+    """The module that a matrix belongs to, by its name on disk."""
+    return tensor.name.removesuffix(WEIGHT)
+
+
+def fused_modules(module: str) -> tuple[str, ...]:
+    """The names of modules that engines fuse with one, itself included."""
+    parent = module.removesuffix(last_name(module))
+    return tuple(parent + name for name in next((g for g in FUSED if last_name(module) in g), (last_name(module),)))
+
+
+def read_layout(architecture: Architecture, config: Mapping[str, object]) -> ExportLayout:
+    """The layout that a config.json's ``quantization_config`` describes.
+
+    Raises: MinipuzzleError for any other format, or an ignore list that fits no known engine.
+    """
+    method = config.get("quant_method")
+    flavour = next((flavour for flavour in FLAVOURS.values() if flavour.name == method), None)
+    described = flavour.read(config) if flavour is not None else None
+    if flavour is None or described is None:
+        raise MinipuzzleError(
+            f"weights quantised as {method!r}/{config.get('quant_algo', config.get('format'))!r} cannot be read",
+            "plain weights can, and FP8 and NVFP4 exports in the layouts " + " and ".join(FLAVOURS),
+        )
+    linear = [module_of(tensor) for tensor in _matrices(architecture) if _is_linear(tensor)]
+    other = [module_of(tensor) for tensor in _matrices(architecture) if not _is_linear(tensor)]
+    plain = {module for module in linear if any(flavour.matches(entry, module) for entry in described.ignore)}
+    return ExportLayout(
+        scheme=SCHEMES[described.scheme],
+        flavour=flavour,
+        quantized=tuple(module for module in linear if module not in plain),
+        ignored=(*(module for module in linear if module in plain), *other),
+        fp8_kv_cache=described.fp8_kv_cache,
+    )
+
+
+def cache_scale_name(module: str) -> str:
+    """The name on disk of the scale of what a module puts into an FP8 cache."""
+    return f"{module}.{CACHE_SCALES[last_name(module)]}"
+
+
+def last_name(module: str) -> str:
+    """The last part of a dotted name."""
+    return module.rpartition(".")[2]

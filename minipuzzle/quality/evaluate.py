@@ -1,0 +1,262 @@
+"""Quality of a model on text: loss, bits per byte, accuracy, and how far it is from a teacher.
+
+Shape suffixes: B windows of a batch, T tokens of a window, N tokens that count, C tokens of a chunk, H hidden,
+V vocabulary. ``[N, V]`` never exists whole: LM heads are applied to C tokens at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minipuzzle.architecture.families import Family
+from minipuzzle.data.windows import IGNORE, EvaluationWindows, document_tokens
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.progress import Advance, no_progress
+from minipuzzle.runtime.models import ModelParts, parts_of
+
+_CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
+_MAX_LOSS_NATS = 700.0  # exp of more overflows float64; no sane model is near
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Quality of one model on one set of windows.
+
+    Units: ``loss`` and ``kl`` nats per predicted token; ``bits_per_byte`` bits per UTF-8 byte of the predicted text;
+    ``next_token_accuracy`` and ``top1_agreement`` shares of 1; ``model_seconds`` without the teacher's.
+    ``kl`` is forward: sum of teacher * (log teacher - log model). It and ``top1_agreement`` are None without a teacher.
+    """
+
+    loss: float
+    bits_per_byte: float
+    next_token_accuracy: float
+    num_tokens: int
+    num_bytes: int
+    model_seconds: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(self.loss)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted tokens per second of the model's own time, measured."""
+        return self.num_tokens / self.model_seconds
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """All figures by name."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "next_token_accuracy": self.next_token_accuracy,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+class ReferenceLogits:
+    """The next-token distributions that models are compared with on a chunk of tokens, made once for all of them."""
+
+    def __init__(self, logits_CV: torch.Tensor) -> None:
+        """From the reference model's float32 logits."""
+        self.log_prob_CV = logits_CV.log_softmax(-1)
+        self.prob_CV = self.log_prob_CV.exp()
+        self.best_C = logits_CV.argmax(-1)
+
+
+@dataclass(kw_only=True)
+class TokenSums:
+    """Sums over tokens, float64: of the loss and the forward KL in nats, and counts."""
+
+    loss: float = 0.0
+    num_correct: int = 0
+    kl: float = 0.0
+    num_agreed: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, logits_CV: torch.Tensor, labels_C: torch.Tensor, reference: ReferenceLogits | None = None) -> None:
+        """Add a chunk of tokens, by float32 logits and next tokens."""
+        log_prob_CV, best_C = logits_CV.log_softmax(-1), logits_CV.argmax(-1)
+        self.loss -= float(_sum_float64(log_prob_CV.gather(-1, labels_C[:, None])[:, 0]))
+        self.num_correct += int((best_C == labels_C).sum())
+        self.num_tokens += len(labels_C)
+        if reference is not None:
+            rise_CV = reference.log_prob_CV - log_prob_CV
+            self.kl += float(_sum_float64(torch.linalg.vecdot(reference.prob_CV, rise_CV)))
+            self.num_agreed += int((best_C == reference.best_C).sum())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    family: Family,
+    windows: EvaluationWindows,
+    *,
+    against: nn.Module | None = None,
+    against_family: Family | None = None,
+    batch: int = 4,
+    device: str = "cpu",
+    advance: Advance = no_progress,
+) -> Evaluation:
+    """Measure a model on windows, and its distance from a teacher that shares its vocabulary if one is given.
+
+    Each trunk runs once a batch. Logits are float32, sums float64; padding counts nowhere. ``advance`` is called with
+    the number of windows done. ``against_family`` is needed only where the teacher is of another family.
+
+    Raises: MinipuzzleError if the model's loss is not a finite number.
+    """
+    student = _Scored(parts_of(model, family))
+    teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
+    sums = TokenSums()
+    for token_ids_BT, labels_BT in _batches_without_padding(windows, batch):
+        _add_batch(sums, student, teacher, token_ids_BT.to(device), labels_BT.to(device))
+        advance(len(token_ids_BT))
+    return _finish(sums, windows.num_bytes, has_teacher=teacher is not None)
+
+
+def _batches_without_padding(windows: EvaluationWindows, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and labels ``[B, T]`` of windows of about equal lengths, up to the last position that counts: causal
+    layers do not see what follows it, and short documents would be padding for the most part."""
+    positions_T = torch.arange(1, windows.labels.shape[1] + 1)
+    lengths_B = (positions_T * (windows.labels != IGNORE)).amax(1)
+    for rows in lengths_B.argsort(stable=True).split(batch):
+        end = int(lengths_B[rows].max())
+        yield windows.token_ids[rows, :end], windows.labels[rows, :end]
+
+
+def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of several sets of windows together, weighted by their tokens."""
+    sums = TokenSums()
+    for part in evaluations:
+        sums.loss += part.loss * part.num_tokens
+        sums.num_correct += round(part.next_token_accuracy * part.num_tokens)
+        sums.kl += (part.kl or 0.0) * part.num_tokens
+        sums.num_agreed += round((part.top1_agreement or 0.0) * part.num_tokens)
+        sums.num_tokens += part.num_tokens
+        sums.seconds += part.model_seconds
+    has_teacher = all(part.kl is not None for part in evaluations)
+    return _finish(sums, sum(part.num_bytes for part in evaluations), has_teacher=has_teacher)
+
+
+def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) -> list[str]:
+    """The first documents that hold about ``max_tokens`` tokens; the last is cut so that its bytes stay known."""
+    kept: list[str] = []
+    remaining_tokens = max_tokens
+    for text in documents:
+        num_tokens = len(document_tokens(tokenizer, text))
+        if num_tokens >= remaining_tokens:
+            return [*kept, text[: max(1, len(text) * remaining_tokens // num_tokens)]]
+        kept.append(text)
+        remaining_tokens -= num_tokens
+    return kept
+
+
+def head_chunks(num_tokens: int, vocabulary: int, max_logits: int = _CHUNK_LOGITS) -> Iterator[slice]:
+    """Consecutive slices of tokens, each with no more than so many logits."""
+    chunk_tokens = max(1, max_logits // vocabulary)
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+def divergence_sums(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Tensor) -> tuple[float, int]:
+    """Sum over tokens of KL(teacher || student) in nats, and the number of tokens on whose best next token they agree.
+
+    Shapes: both float32 [tokens, vocabulary].
+    """
+    sums = TokenSums()
+    sums.add(student_logits_CV, student_logits_CV.argmax(-1), ReferenceLogits(teacher_logits_CV))
+    return sums.kl, sums.num_agreed
+
+
+def _sum_float64(values: torch.Tensor) -> torch.Tensor:
+    # MPS has no float64; there the sum is finished on the host.
+    if values.device.type == "mps":
+        return values.sum(-1).cpu().double().sum()
+    return values.sum(dtype=torch.float64)
+
+
+class _Scored:
+    """A model's parts with its head in float32, made once: a bfloat16 product would bury small divergences."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        self.parts = parts
+        self.weight_VH = parts.head.weight.float()
+        self.bias_V = None if parts.head.bias is None else parts.head.bias.float()
+        # An export whose head is quantised rounds what the head sees.
+        self.round_inputs: Callable[[torch.Tensor], torch.Tensor] | None = getattr(parts.head, "round_inputs", None)
+
+    def hidden(self, token_ids_BT: torch.Tensor, counts_BT: torch.Tensor) -> torch.Tensor:
+        """What the head sees of the tokens that count, ``[N, H]``."""
+        return self.parts.logits_input(token_ids_BT)[counts_BT]
+
+    def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of some tokens."""
+        hidden_CH = hidden_CH.float()
+        if self.round_inputs is not None:
+            hidden_CH = self.round_inputs(hidden_CH)
+        return F.linear(hidden_CH, self.weight_VH, self.bias_V)
+
+
+def _add_batch(
+    sums: TokenSums, student: _Scored, teacher: _Scored | None, token_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+) -> None:
+    counts_BT = labels_BT != IGNORE
+    labels_N = labels_BT[counts_BT]
+    student_hidden_NH = _timed(sums, labels_N.device, lambda: student.hidden(token_ids_BT, counts_BT))
+    teacher_hidden_NH = teacher.hidden(token_ids_BT, counts_BT) if teacher else None
+    for chunk in head_chunks(len(labels_N), student.weight_VH.shape[0]):
+        labels_C = labels_N[chunk]
+        logits_CV = _timed(sums, labels_C.device, lambda chunk=chunk: student.logits(student_hidden_NH[chunk]))
+        reference = None
+        if teacher is not None and teacher_hidden_NH is not None:
+            reference = ReferenceLogits(teacher.logits(teacher_hidden_NH[chunk]))
+        sums.add(logits_CV, labels_C, reference)
+
+
+def _timed(sums: TokenSums, device: torch.device, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+    _wait_for(device)
+    start = time.perf_counter()
+    result = compute()
+    _wait_for(device)
+    sums.seconds += time.perf_counter() - start
+    return result
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Evaluation:
+    loss = sums.loss / sums.num_tokens
+    if not loss < _MAX_LOSS_NATS:  # also true for NaN
+        raise MinipuzzleError(
+            f"the model's loss is {loss} nats/token: it computes NaN, infinite or senseless values",
+            "check the weights, or try --dtype float32",
+        )
+    return Evaluation(
+        loss=loss,
+        bits_per_byte=sums.loss / math.log(2) / num_bytes,
+        next_token_accuracy=sums.num_correct / sums.num_tokens,
+        num_tokens=sums.num_tokens,
+        num_bytes=num_bytes,
+        model_seconds=sums.seconds,
+        kl=sums.kl / sums.num_tokens if has_teacher else None,
+        top1_agreement=sums.num_agreed / sums.num_tokens if has_teacher else None,
+    )

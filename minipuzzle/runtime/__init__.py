@@ -1,0 +1,1 @@
+"""Models that run: whole, layer by layer, narrowed, and on many processes."""

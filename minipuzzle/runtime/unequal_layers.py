@@ -1,0 +1,79 @@
+"""transformers models in the per-layer layout: complete ones, of which some layers are narrower and others missing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from minipuzzle.architecture.configs.per_layer import base_config
+from minipuzzle.architecture.families import family_of
+from minipuzzle.architecture.layer_kinds import LayerSpec
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.runtime.meta_models import uniform_on_meta
+
+
+class NoLayer(nn.Module):
+    """In the place of a layer that is missing: adds nothing to the hidden states."""
+
+    def __init__(self, *, is_attention: bool) -> None:
+        super().__init__()
+        self.is_attention = is_attention
+
+    def forward(self, hidden_states: torch.Tensor, **_arguments: Any) -> Any:
+        """Zeros; with the attention weights that nobody asked for, as transformers' attention returns them."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.is_attention else nothing
+
+
+def narrow_on_meta(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Give a complete model without weights the layers of a config.json in the per-layer layout."""
+    family, base = family_of(config), family_of(base_config(config))
+    target, whole = family.read(config), base.read(base_config(config))
+    kept = {(target.block_of(idx), layer.kind): layer for idx, layer in enumerate(target.layers)}
+    donors: dict[tuple[object, ...], nn.Module] = {}
+    for position, layer in enumerate(whole.layers):
+        block_idx, wanted = whole.block_of(position), kept.get((whole.block_of(position), layer.kind))
+        mixer, norm = (name.removesuffix(".weight").rstrip(".") for name in whole.names.mixers[layer.kind])
+        block = model.get_submodule(f"{base.modules.layers}.{block_idx}")
+        if wanted is None:
+            block.set_submodule(mixer, NoLayer(is_attention=layer.kind == "attention"))
+            block.set_submodule(norm, nn.Identity())
+            _generate_without_cache(model)
+        elif wanted.sizes != layer.sizes:
+            key = (layer.kind, *wanted.sizes.items())
+            if key not in donors:
+                donors[key] = _mixer_of_widths(config, whole, wanted, dtype)
+            narrow = copy.deepcopy(donors[key])
+            if hasattr(narrow, "layer_idx"):
+                narrow.__dict__["layer_idx"] = block_idx
+            block.set_submodule(mixer, narrow)
+
+
+def _mixer_of_widths(
+    config: Mapping[str, Any], whole: Architecture, wanted: LayerSpec, dtype: torch.dtype
+) -> nn.Module:
+    """transformers' module for a layer, from a model in which all layers of its kind are so wide."""
+    base = base_config(config)
+    family = family_of(base)
+    layers = tuple(
+        layer.resized(**{axis: wanted.sizes[axis] for axis in layer.sizes if axis != "window"})
+        if layer.kind == wanted.kind
+        else layer
+        for layer in whole.layers
+    )
+    model = uniform_on_meta(family.write(base, replace(whole, layers=layers)), dtype)
+    first = whole.block_of(whole.layer_indices(wanted.kind)[0])
+    mixer = whole.names.mixers[wanted.kind][0].rstrip(".")
+    return model.get_submodule(f"{family.modules.layers}.{first}.{mixer}")
+
+
+def _generate_without_cache(model: nn.Module) -> None:
+    """transformers counts the tokens in a cache by its first layer, which may be one that keeps none."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.use_cache = False  # type: ignore[union-attr]

@@ -1,0 +1,178 @@
+"""Results for people (rich tables) and for machines (plain dictionaries for --json), from the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import mean
+from typing import Any
+
+from minipuzzle.architecture.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.architecture.memory import Deployment, memory_breakdown
+from minipuzzle.architecture.model import UNIFORM, Architecture
+from minipuzzle.architecture.quantities import format_count, format_gib
+from minipuzzle.cut.plan import Plan
+from minipuzzle.search.candidates import Candidate
+
+PATTERN_COLUMNS = 60
+
+
+def architecture_summary(architecture: Architecture, deployment: Deployment) -> dict[str, Any]:
+    """Layers, widths, parameters and memory terms of an architecture."""
+    breakdown = memory_breakdown(architecture, deployment)
+    return {
+        "model_type": architecture.model_type,
+        "pattern": architecture.pattern,
+        "num_layers": len(architecture.layers),
+        "layers": architecture.layer_counts,
+        "widths": {axis: width for axis in PRUNABLE_AXES if (width := architecture.width(axis)) is not None},
+        "num_parameters": architecture.num_parameters,
+        "num_active_parameters": architecture.num_active_parameters,
+        "parameters": architecture.parameters_by_part(),
+        "deployment": asdict(deployment),
+        "memory_bytes": breakdown.total_bytes,
+        "memory_terms": [asdict(term) for term in breakdown.terms],
+        "estimates": [asdict(term) for term in breakdown.estimates],
+    }
+
+
+def print_architecture(architecture: Architecture, deployment: Deployment) -> None:
+    """Print what a model is made of and what it needs, with estimates below the exact sum."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{architecture.model_type}[/], {len(architecture.layers)} layers", highlight=False)
+    console.print(f"pattern  {colored_pattern(architecture)}", highlight=False)
+    widths = ((axis, architecture.width(axis)) for axis in PRUNABLE_AXES)
+    console.print("widths   " + ", ".join(f"{axis} {width}" for axis, width in widths if width), highlight=False)
+    parameters = Table("part", "layers", "parameters", "share", title="Parameters", title_justify="left")
+    counts, total = architecture.layer_counts, architecture.num_parameters
+    for part, count in architecture.parameters_by_part().items():
+        parameters.add_row(part, str(counts.get(part, "")), format_count(count), f"{count / total:.1%}")
+    parameters.add_row("[bold]total", str(len(architecture.layers)), f"[bold]{format_count(total)}", "100%")
+    if (active := architecture.num_active_parameters) != total:
+        parameters.add_row("active for a token", "", format_count(active), f"{active / total:.1%}")
+    breakdown = memory_breakdown(architecture, deployment)
+    memory = Table("term", "precision", "memory", title="Memory", title_justify="left")
+    for term in breakdown.terms:
+        memory.add_row(term.name, term.precision, format_gib(term.num_bytes))
+    memory.add_row("[bold]total", "", f"[bold]{format_gib(breakdown.total_bytes)}")
+    for term in breakdown.estimates:
+        memory.add_row(f"[dim]not counted: {term.name}", term.precision, f"[dim]{format_gib(term.num_bytes)}")
+    for table in (parameters, memory):
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+    console.print(f"[dim]at {deployment.describe()}; engines add activations and buffers of their own", highlight=False)
+
+
+def colored_pattern(architecture: Architecture, dropped: Sequence[int] = ()) -> str:
+    """The pattern string in rich markup, one colour a kind, dropped layers struck out."""
+    colors = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow", "moe": "green"}
+    pieces = []
+    for layer_idx, layer in enumerate(architecture.layers):
+        style = "dim strike" if layer_idx in dropped else colors.get(layer.kind, "white")
+        pieces.append(f"[{style}]{LAYER_KINDS[layer.kind].symbol}[/]")
+    return "".join(pieces)
+
+
+def plan_summary(source: Architecture, plan: Plan, deployment: Deployment) -> dict[str, Any]:
+    """A plan and what is left of the model, for --json."""
+    return {
+        "dropped_layers": list(plan.dropped_layers(source)),
+        "kept_layers": list(plan.kept_layers),
+        **architecture_summary(plan.apply(source), deployment),
+        "source_memory_bytes": memory_breakdown(source, deployment).total_bytes,
+        "source_num_parameters": source.num_parameters,
+    }
+
+
+def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int], deployment: Deployment) -> None:
+    """Print a cut as a difference against its source."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"source   {colored_pattern(source, dropped)}", highlight=False)
+    console.print(f"cut      {colored_pattern(target)}", highlight=False)
+    table = Table("", "source", "cut", "left")
+    for kind, count in source.layer_counts.items():
+        left = target.layer_counts.get(kind, 0)
+        table.add_row(f"{kind} layers", str(count), str(left), f"{left / count:.0%}")
+    for axis in PRUNABLE_AXES:
+        before, after = widths_of_axis(source, axis), widths_of_axis(target, axis)
+        if before and after:
+            table.add_row(axis, _range(before), _range(after), f"{mean(after) / mean(before):.0%}")
+    parameters = source.num_parameters, target.num_parameters
+    table.add_row("parameters", *(format_count(count) for count in parameters), f"{parameters[1] / parameters[0]:.1%}")
+    memory = [memory_breakdown(architecture, deployment) for architecture in (source, target)]
+    for before_term, after_term in zip(memory[0].terms, memory[1].terms, strict=True):
+        if before_bytes := before_term.num_bytes:
+            sizes = format_gib(before_bytes), format_gib(after_term.num_bytes)
+            table.add_row(before_term.name, *sizes, f"{after_term.num_bytes / before_bytes:.0%}")
+    total = [breakdown.total_bytes for breakdown in memory]
+    table.add_row("[bold]memory", *(format_gib(size) for size in total), f"[bold]{total[1] / total[0]:.1%}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    console.print(f"[dim]memory at {deployment.describe()}", highlight=False)
+
+
+def widths_of_axis(architecture: Architecture, axis: str) -> list[int]:
+    """The widths of an axis, one for each layer that has it."""
+    if axis == "hidden":
+        return [architecture.hidden]
+    return [layer.sizes[axis] for layer in architecture.layers if axis in layer.sizes]
+
+
+def _range(widths: Sequence[int]) -> str:
+    return str(widths[0]) if min(widths) == max(widths) else f"{min(widths)} to {max(widths)}"
+
+
+def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
+    """Print the best candidates of a search."""
+    from rich.console import Console
+    from rich.table import Table
+
+    is_timed = any(candidate.costs.step_nanoseconds for candidate in candidates)
+    columns = ("candidate", "parameters", "memory", *(("tokens/s",) if is_timed else ()), "predicted loss")
+    table = Table(*columns, title_justify="left")
+    if candidates[0].layout == UNIFORM:
+        table.title = f"{len(candidates)} best of {num_found} candidates that fit and that no other one dominates"
+    else:
+        table.title = f"The {len(candidates)} best of all"
+    for candidate in candidates:
+        throughput = candidate.pricing.throughput(candidate.costs)
+        table.add_row(
+            candidate.describe(),
+            format_count(candidate.num_parameters),
+            format_gib(candidate.memory_bytes),
+            *((f"{throughput:,.0f}",) if throughput else ()),
+            f"{candidate.predicted_loss:.4g}",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)
+
+
+def print_finalists(finalists: Sequence[Mapping[str, Any]]) -> None:
+    """Print a race: each finalist before, and after its last round."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("finalist", "parameters", "KL before", "tokens", "KL after", "loss after", title="Race")
+    table.title_justify = "left"
+    for finalist in finalists:
+        last = finalist["rounds"][-1]
+        table.add_row(
+            f"{'[bold]' if finalist['is_winner'] else ''}{finalist['pattern']}",
+            format_count(finalist["num_parameters"]),
+            f"{finalist['before']['kl']:.4f}",
+            format_count(last["tokens"]),
+            f"{last['kl']:.4f}",
+            f"{last['loss']:.4f}{' ◂' if finalist['is_winner'] else ''}",
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    Console().print(table)

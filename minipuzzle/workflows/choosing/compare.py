@@ -1,0 +1,158 @@
+"""Choosing a plan: the best predicted candidates are measured, the best measured one refined, finalists picked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
+
+import torch
+
+from distill.race import RaceSettings
+from importance.candidates import rank_plans
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.scores import Scores
+from minipuzzle.cut.selection import layer_scores
+from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best_first
+from minipuzzle.search.costs import Pricing
+from minipuzzle.search.engine import figures_of, find_candidates, plan_of
+from minipuzzle.search.finalists import pick_finalists
+from minipuzzle.search.refinement import neighbours_of, refine
+from minipuzzle.search.request import SearchRequest
+from minipuzzle.search.space import requested_space
+
+FINALIST_DIFFERENCE = 0.1  # of the layers; a user's --diversity may ask for more
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoosingSettings:
+    """How candidates are compared. ``num_candidates``: of the best predicted, how many are measured.
+
+    ``num_finalists``: of the best measured, how many race. ``device_memory_bytes``: for weights and working memory.
+    """
+
+    num_candidates: int = 8
+    rank_by: str = DEFAULT_RANK_BY
+    refine: bool = False
+    num_finalists: int = 1
+    race: RaceSettings | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    device_memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1 or self.num_finalists < 1 or self.rank_by not in RANK_BY:
+            raise MinipuzzleError("there must be a candidate and a finalist", "check --candidates and --finalists")
+        if (self.num_finalists > 1) != (self.race is not None):
+            raise MinipuzzleError(
+                f"{self.num_finalists} finalists and {'a' if self.race else 'no'} race",
+                "give both: --finalists 3 and --race-tokens 7B, for instance",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is cut, on which evidence, and to what."""
+
+    checkpoint: Checkpoint
+    scores: Scores
+    target: SearchRequest
+    deployment: Deployment
+
+    @property
+    def source(self) -> Architecture:
+        """The architecture that is cut."""
+        return self.checkpoint.architecture
+
+    def predicted_plans(self, number: int) -> list[Plan]:
+        """The plans of the best predicted candidates, best first."""
+        candidates = find_candidates(self.source, self.scores, self.target, self.deployment, max_candidates=number)
+        return [plan_of(self.source, self.scores, candidate, metric=self.target.metric) for candidate in candidates]
+
+    def fits(self, architecture: Architecture) -> bool:
+        """Whether an architecture is within all limits."""
+        pricing = Pricing(source=self.source, deployment=self.deployment, timings=self.target.timings)
+        return not self.target.limits(self.source, self.deployment).violated(pricing.model(architecture))
+
+    def neighbours(self, plan: Plan) -> list[Plan]:
+        """Plans with some layers added or exchanged, within all limits and bounds, best predicted first."""
+        space = requested_space(self.source, self.target)
+        found = neighbours_of(
+            self.source,
+            self.scores,
+            plan,
+            layer_scores=layer_scores(self.scores, self.target.metric),
+            removable=self.source.removable(self.target.layout),
+            allowed_counts=space.counts,
+            fits=self.fits,
+            fixed_layers=space.keep_layers,
+        )
+        return [self._noted(neighbour) for neighbour in found]
+
+    def _noted(self, plan: Plan) -> Plan:
+        """The plan with the figures that follow from its layers put right."""
+        architecture = plan.apply(self.source)
+        pricing = Pricing(source=self.source, deployment=self.deployment, timings=self.target.timings)
+        return replace(plan, notes={**plan.notes, **figures_of(architecture, pricing)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All measured plans, best first, the finalists among them, and what refinement did (empty if none was asked)."""
+
+    ranked: tuple[RankedPlan, ...]
+    finalists: tuple[RankedPlan, ...]
+    refinement: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table of all plans, and how far the order of predictions is from the measured one."""
+        predicted = sorted(float(item.plan.notes.get("predicted_loss", 0.0)) for item in self.ranked)
+        best = float(self.ranked[0].plan.notes.get("predicted_loss", 0.0))
+        return {
+            "candidates": [{**item.plan.notes, **item.quality.to_json()} for item in self.ranked],
+            "best_was_predicted": predicted.index(best) + 1,
+            **({"refinement": self.refinement} if self.refinement else {}),
+        }
+
+
+def compare(
+    problem: Problem, windows: EvaluationWindows, settings: ChoosingSettings, *, quiet: bool = False
+) -> Comparison:
+    """Measure the best predicted candidates on windows, refine the best, and pick finalists.
+
+    With three finalists or more, the best predicted candidate is one of them.
+
+    Raises: InfeasibleBudgetError; MinipuzzleError for scores that do not fit or too little memory.
+    """
+
+    def measured(plans: Sequence[Plan]) -> list[RankedPlan]:
+        return rank_plans(
+            problem.checkpoint,
+            plans,
+            windows,
+            dtype=getattr(torch, settings.dtype),
+            device=settings.device,
+            rank_by=settings.rank_by,
+            device_memory_bytes=settings.device_memory_bytes,
+            quiet=quiet,
+        )
+
+    plans = problem.predicted_plans(settings.num_candidates)
+    best_predicted, ranked = plans[0], measured(plans)
+    refinement: dict[str, Any] = {}
+    if settings.refine:
+        found = refine(ranked[0], neighbours=problem.neighbours, measure=measured, rank_by=settings.rank_by)
+        ranked = best_first([*ranked, *found.measured], settings.rank_by)
+        refinement = found.to_json(problem.source, problem.scores)
+    min_different = max(problem.target.diversity, ceil(FINALIST_DIFFERENCE * len(problem.source.layers)))
+    finalists = pick_finalists(problem.source, ranked, settings.num_finalists, min_different)
+    # Both opinions race: what was measured before distillation says little about what comes after it.
+    if len(finalists) > 2 and not any(item.plan == best_predicted for item in finalists):
+        finalists[-1] = next(item for item in ranked if item.plan == best_predicted)
+    return Comparison(ranked=tuple(ranked), finalists=tuple(finalists), refinement=refinement)

@@ -1,0 +1,266 @@
+"""From a checkpoint to a verified folder for deployment, in bounded memory; an interrupted run continues.
+
+No step needs the whole model in memory: tensors are written piece by piece, and calibration and verification run layer
+by layer where the memory holds no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.calibration import ActivationAmax, CalibrationMethod, measure_amax, open_stack
+from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
+from minipuzzle.export.verify import Verification, verification_slice, verify_export, verify_plain
+from minipuzzle.export.write import ExportTensors, portable_config, write_export
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.files.outputs import check_target_folder, output_folder
+from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
+from minipuzzle.formats.layout import PLAIN, RECIPES, ExportLayout, export_layout
+from minipuzzle.progress import Advance, no_progress
+
+CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
+_RANDOM_WINDOWS, _RANDOM_TOKENS = 4, 256  # of verification without text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to write and how.
+
+    ``scheme``: ``bf16`` or a name in SCHEMES; ``overrides``: (pattern of module names, the scheme or ``bf16``).
+    ``is_puzzle``: config.json with ``block_configs``, for a model whose layers differ in width.
+    ``device_memory_bytes`` limits weights and working memory of calibration and verification (default: most of what is
+    free). ``base_model``, ``quality`` (data name -> metric -> value) and ``command`` go into the model card.
+    """
+
+    scheme: str = PLAIN
+    flavour: str = "modelopt"
+    recipe: str = "default"
+    overrides: tuple[tuple[str, str], ...] = ()
+    fp8_kv_cache: bool = False
+    is_puzzle: bool = False
+    method: CalibrationMethod = field(default_factory=CalibrationMethod)
+    verifies: bool = True
+    device: str = "cpu"
+    device_memory_bytes: int | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    base_model: str | None = None
+    quality: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    command: str | None = None
+
+    def layout(self, checkpoint: Checkpoint) -> ExportLayout:
+        """What of a checkpoint is stored how.
+
+        Raises: MinipuzzleError for an unknown recipe, overrides that fit nothing, widths the format cannot hold, or a
+        model that ``block_configs`` cannot describe.
+        """
+        portable_config(checkpoint, is_puzzle=self.is_puzzle)
+        return export_layout(
+            checkpoint.architecture.deployed,
+            scheme=self.scheme,
+            flavour=self.flavour,
+            recipe=self.recipe,
+            overrides=self.overrides,
+            fp8_kv_cache=self.fp8_kv_cache,
+        )
+
+    def provenance(self, checkpoint: Checkpoint, token_ids: torch.Tensor | None) -> dict[str, Any]:
+        """Everything that the written tensors depend on."""
+        return {
+            "command": "export",
+            "format": self.scheme,
+            "source_fingerprint": checkpoint.fingerprint,
+            "flavour": self.flavour,
+            "recipe": self.recipe,
+            "overrides": [list(override) for override in self.overrides],
+            "fp8_kv_cache": self.fp8_kv_cache,
+            "is_puzzle": self.is_puzzle,
+            "method": asdict(self.method),
+            "max_shard_bytes": self.max_shard_bytes,
+            "calibration": None if token_ids is None else tokens_fingerprint(token_ids),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFolder:
+    """A finished export with what its verification measured."""
+
+    folder: Path
+    num_tensors: int
+    weight_bytes: int
+    verification: Verification | None
+    warnings: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        return {
+            "out": str(self.folder),
+            "num_tensors": self.num_tensors,
+            "weight_bytes": self.weight_bytes,
+            "verification": self.verification.to_json() if self.verification else None,
+            "warnings": list(self.warnings),
+        }
+
+
+def check_export_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Refuse a target folder that must not be replaced, among them the source itself.
+
+    Raises: MinipuzzleError saying why.
+    """
+    if out.resolve() == checkpoint.folder.resolve():
+        raise MinipuzzleError(f"{out} is the model itself", "choose another --out folder")
+    check_target_folder(out, overwrite=overwrite)
+
+
+def check_calibration(checkpoint: Checkpoint, token_ids: torch.Tensor) -> None:
+    """Refuse calibration tokens that the model does not know.
+
+    Raises: MinipuzzleError if a token id is not in the vocabulary.
+    """
+    largest = int(token_ids.max())
+    if largest >= checkpoint.architecture.vocabulary:
+        raise MinipuzzleError(
+            f"the tokenizer gives token {largest}, but the model knows {checkpoint.architecture.vocabulary:,}",
+            "the folder's tokenizer belongs to another model",
+        )
+
+
+def tokens_fingerprint(token_ids: torch.Tensor) -> str:
+    """A short hash of tokens."""
+    return hashlib.sha256(f"{list(token_ids.shape)}".encode() + token_ids.numpy().tobytes()).hexdigest()[:16]
+
+
+def random_tokens(checkpoint: Checkpoint) -> torch.Tensor:
+    """Seeded random token ids, ``[windows, tokens]``, for a check without text."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(checkpoint.architecture.vocabulary, (_RANDOM_WINDOWS, _RANDOM_TOKENS), generator=generator)
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    request: ExportRequest,
+    *,
+    calibration_token_ids: torch.Tensor | None = None,
+    overwrite: bool = False,
+    advance: Advance = no_progress,
+) -> ExportedFolder:
+    """Calibrate a checkpoint on tokens where its format needs it, write the folder, reload it and compare.
+
+    Shapes: ``calibration_token_ids`` [windows, tokens] int64; without them a format that needs none is verified on
+    random tokens. ``advance`` is called once a layer of the calibration and once a tensor written: ``total_steps``.
+
+    Raises: MinipuzzleError for a quantised or damaged source, a target that may not be replaced, activations that are
+    not finite, or a written folder that does not compute what was calibrated.
+    """
+    checkpoint.require_plain_weights()
+    layout = request.layout(checkpoint)
+    if calibration_token_ids is not None:
+        check_calibration(checkpoint, calibration_token_ids)
+    elif layout.needs_calibration:
+        raise MinipuzzleError(f"{request.scheme} needs text to calibrate on", "give --data")
+    check_export_target(checkpoint, out, overwrite=overwrite)
+    with output_folder(out, request.provenance(checkpoint, calibration_token_ids), overwrite=overwrite) as partial:
+        amax = _calibrate(checkpoint, layout, request, calibration_token_ids, partial, advance)
+        tensors = ExportTensors(checkpoint, layout, amax)
+        write_export(
+            tensors,
+            partial,
+            is_puzzle=request.is_puzzle,
+            max_shard_bytes=request.max_shard_bytes,
+            advance=advance,
+        )
+        verification = _verify(tensors, request, calibration_token_ids, partial) if request.verifies else None
+        facts = _card_facts(layout, request, calibration_token_ids, verification)
+        warnings = write_model_card(partial, checkpoint, facts)
+        (partial / CALIBRATION_FILE).unlink(missing_ok=True)
+        written = Checkpoint.open(partial)
+        return ExportedFolder(
+            folder=out,
+            num_tensors=len(written.entries),
+            weight_bytes=written.weight_bytes,
+            verification=verification,
+            warnings=warnings,
+        )
+
+
+def total_steps(checkpoint: Checkpoint, request: ExportRequest) -> int:
+    """How often ``export_checkpoint`` advances."""
+    num_tensors = sum(1 for _ in checkpoint.architecture.deployed.tensors())
+    num_layers = len(checkpoint.architecture.layers) if request.layout(checkpoint).needs_calibration else 0
+    return num_tensors + num_layers
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    layout: ExportLayout,
+    request: ExportRequest,
+    token_ids: torch.Tensor | None,
+    partial: Path,
+    advance: Advance,
+) -> ActivationAmax:
+    """What an interrupted run has measured, or a measurement; nothing where the layout needs none."""
+    if not layout.needs_calibration:
+        return ActivationAmax()
+    assert token_ids is not None
+    path = partial / CALIBRATION_FILE
+    if path.is_file():
+        advance(len(checkpoint.architecture.layers))
+        return ActivationAmax(**read_json(path))
+    stack = open_stack(checkpoint, token_ids, device=request.device, device_memory_bytes=request.device_memory_bytes)
+    amax = measure_amax(
+        stack,
+        token_ids,
+        input_modules=layout.calibrated_inputs,
+        output_modules=layout.cached,
+        method=request.method,
+        advance=advance,
+    )
+    write_json(path.with_name(path.name + ".new"), amax.to_json())
+    path.with_name(path.name + ".new").rename(path)
+    return amax
+
+
+def _verify(
+    tensors: ExportTensors, request: ExportRequest, token_ids: torch.Tensor | None, folder: Path
+) -> Verification | None:
+    if tensors.layout.scheme is None:
+        verify_plain(tensors, folder)
+        if token_ids is None:
+            return None
+    tokens_BT = random_tokens(tensors.checkpoint) if token_ids is None else verification_slice(token_ids)
+    return verify_export(
+        tensors, folder, tokens_BT, device=request.device, device_memory_bytes=request.device_memory_bytes
+    )
+
+
+def _card_facts(
+    layout: ExportLayout, request: ExportRequest, token_ids: torch.Tensor | None, verification: Verification | None
+) -> CardFacts:
+    precision = None
+    if layout.scheme is not None:
+        calibration = "none needed"
+        if token_ids is not None and layout.needs_calibration:
+            num_windows, num_tokens = token_ids.shape
+            calibration = f"{num_windows:,} windows of {num_tokens:,} tokens, {request.method.describe()}"
+        recipe = f"{request.recipe}: {RECIPES[request.recipe]}"
+        if request.overrides:
+            recipe += "; " + ", ".join(f"`{pattern}` {wanted}" for pattern, wanted in request.overrides)
+        precision = PrecisionFacts(layout=layout, recipe=recipe, calibration=calibration)
+    return CardFacts(
+        relation="finetune" if precision is None else "quantized",
+        is_puzzle=request.is_puzzle,
+        base_model=request.base_model,
+        precision=precision,
+        verification=verification,
+        verified_on="random tokens" if token_ids is None else "the calibration text",
+        quality=request.quality,
+        command=request.command,
+    )

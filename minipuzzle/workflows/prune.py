@@ -1,0 +1,263 @@
+"""Pruning as a whole: scores, candidates, the measured best plan, and the checkpoint folder cut by it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.race import Race, finalist_table
+from minipuzzle.architecture.memory import Deployment, memory_breakdown
+from minipuzzle.cut.folder import write_pruned
+from minipuzzle.cut.plan import PLAN_FILE, Plan, read_plan
+from minipuzzle.cut.scores import Scores, read_scores, write_scores
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sample_windows, windows_of_tokens
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.files.outputs import PROVENANCE_FILE, fingerprint_files, output_file, output_folder
+from minipuzzle.progress import progress_bar
+from minipuzzle.quality.evaluate import documents_within
+from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.search.candidates import Candidate
+from minipuzzle.search.engine import find_candidates
+from minipuzzle.search.request import SearchRequest
+from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem, compare
+
+SCORES_FILE = "scores.safetensors"
+UNFINISHED_SCORES_FILE = "scores.unfinished.json"
+CANDIDATES_FILE = "candidates.json"
+FINALISTS_FOLDER = "finalists"
+VALIDATION_TOKENS = 1_000_000  # at most, of each file; as published
+
+# Measures a checkpoint on some token windows; the file keeps what an interrupted measurement has done.
+Measure = Callable[[Checkpoint, torch.Tensor, Path], Scores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest:
+    """What to cut and how to find out: a plan, or a target with scores or with text to measure on.
+
+    ``validation``: text to compare candidates on; default: the tokens of the scores. ``race_data``: text that
+    finalists train on; default: ``data``.
+    """
+
+    checkpoint: Checkpoint
+    target: SearchRequest | None
+    deployment: Deployment
+    plan: Path | None = None
+    scores: Path | None = None
+    data: tuple[Path, ...] = ()
+    validation: tuple[Path, ...] = ()
+    race_data: tuple[Path, ...] = ()
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    choosing: ChoosingSettings = field(default_factory=ChoosingSettings)
+
+    def __post_init__(self) -> None:
+        if self.plan is not None:
+            if self.target is not None or self.scores is not None:
+                raise MinipuzzleError("--plan already says what to cut", "drop --scores, --memory, --keep and --width")
+        elif self.target is None:
+            raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+        elif self.scores is None and not self.data:
+            raise MinipuzzleError("there is nothing to measure on", "give --data, or --scores of an earlier run")
+        if self.choosing.race is not None and not self.training_data:
+            raise MinipuzzleError("finalists have nothing to train on", "give --race-data or --data")
+
+    @property
+    def training_data(self) -> tuple[Path, ...]:
+        """Text for the race."""
+        return self.race_data or self.data
+
+    def provenance(self) -> dict[str, Any]:
+        """What the output remembers: its teacher, for `distill`, and what was asked."""
+        texts = (*self.data, *self.validation, *self.race_data)
+        files = [path for path in (self.plan, self.scores, *texts) if path is not None]
+        choosing = asdict(self.choosing)
+        for where in ("device", "device_memory_bytes"):  # changes nothing but rounding
+            del choosing[where]
+        return {
+            "command": "prune",
+            "teacher": str(self.checkpoint.folder.resolve()),
+            "teacher_fingerprint": self.checkpoint.fingerprint,
+            "settings": {
+                "target": asdict(self.target) if self.target else None,
+                "deployment": asdict(self.deployment),
+                **{name: getattr(self, name) for name in ("samples", "sequence_length", "seed")},
+                **choosing,
+                "inputs_fingerprint": fingerprint_files(files),
+            },
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The plan that was cut by, and the table of all that was compared (see CANDIDATES_FILE; empty if nothing was).
+
+    ``is_trained``: the folder holds the winner of a race as its training left it.
+    """
+
+    plan: Plan
+    table: dict[str, Any] = field(default_factory=dict)
+    is_trained: bool = False
+
+
+def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: Deployment) -> list[Candidate]:
+    """Everything that fits, whatever the scores will be: known from config.json, before any weight is read.
+
+    Raises: InfeasibleBudgetError, or MinipuzzleError for impossible targets.
+    """
+    no_scores = np.zeros(len(checkpoint.architecture.layers))
+    return find_candidates(checkpoint.architecture, Scores(layer={target.metric: no_scores}), target, deployment)
+
+
+def prune(
+    request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool, quiet: bool, race: Race | None = None
+) -> Choice:
+    """Find the best plan and write the cut checkpoint to ``out``; with a race, the winner with its trained weights.
+
+    Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
+    """
+    checkpoint = request.checkpoint
+    if request.target is not None:
+        check_feasible(checkpoint, request.target, request.deployment)
+    # Read before the output folder is begun, so that a broken file leaves no trace.
+    tokenizer = load_tokenizer(checkpoint.folder) if request.data or request.validation else None
+    documents = read_documents(request.data, tokenizer) if request.data else []
+    validation = read_documents(request.validation, tokenizer) if request.validation else []
+    plan = read_plan(request.plan) if request.plan is not None else None
+    scores = read_scores(request.scores) if request.scores is not None else None
+    with output_folder(out, request.provenance(), overwrite=overwrite) as folder:
+        if plan is not None:
+            choice = Choice(plan=plan)
+        else:
+            scores = scores or measured_scores(request, documents, measure, folder)
+            choice = _choose(request, scores, validation, folder, race, quiet)
+        if not choice.is_trained:
+            num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
+            with progress_bar("cutting", num_tensors, quiet=quiet) as advance:
+                write_pruned(checkpoint, choice.plan, folder, advance)
+        if choice.table:
+            write_json(folder / CANDIDATES_FILE, choice.table)
+        shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
+    return choice
+
+
+def measured_scores(request: PruneRequest, documents: list[str], measure: Measure, folder: Path) -> Scores:
+    """Scores measured by an interrupted run of the same command, or measured now and kept in ``folder``."""
+    kept = folder / SCORES_FILE
+    if kept.is_file():
+        return read_scores(kept)
+    token_ids = sample_windows(
+        load_tokenizer(request.checkpoint.folder),
+        documents,
+        num_samples=request.samples,
+        sequence_length=request.sequence_length,
+        seed=request.seed,
+    )
+    scores = measure(request.checkpoint, token_ids, folder / UNFINISHED_SCORES_FILE)
+    with output_file(kept) as path:
+        write_scores(scores, path)
+    return scores
+
+
+def _choose(
+    request: PruneRequest, scores: Scores, validation: list[str], folder: Path, race: Race | None, quiet: bool
+) -> Choice:
+    """The best candidate: predicted if there is nothing to measure on, else measured, or the winner of a race."""
+    assert request.target is not None
+    checkpoint, choosing = request.checkpoint, request.choosing
+    scores.check_against(checkpoint.architecture, checkpoint.fingerprint)
+    problem = Problem(checkpoint=checkpoint, scores=scores, target=request.target, deployment=request.deployment)
+    windows = comparison_windows(request, scores, validation)
+    if choosing.race is not None:
+        if windows is None or race is None:
+            raise MinipuzzleError("a race needs text to measure finalists on", "give --validation")
+        return _race(problem, request, windows, folder, race, quiet)
+    if windows is None or (choosing.num_candidates == 1 and not choosing.refine):
+        return Choice(plan=problem.predicted_plans(1)[0])
+    found = compare(problem, windows, choosing, quiet=quiet)
+    return Choice(plan=found.ranked[0].plan, table=found.to_json())
+
+
+def comparison_windows(request: PruneRequest, scores: Scores, validation: list[str]) -> EvaluationWindows | None:
+    """The validation text, or the tokens of the scores; None if there is neither."""
+    if validation:
+        tokenizer = load_tokenizer(request.checkpoint.folder)
+        texts = documents_within(tokenizer, validation, VALIDATION_TOKENS)
+        return evaluation_windows(tokenizer, texts, sequence_length=request.sequence_length)
+    if scores.token_ids is None:
+        return None
+    token_ids = torch.from_numpy(scores.token_ids).long()
+    return windows_of_tokens(load_tokenizer(request.checkpoint.folder), token_ids)
+
+
+def _race(
+    problem: Problem, request: PruneRequest, windows: EvaluationWindows, folder: Path, race: Race, quiet: bool
+) -> Choice:
+    """Compare, cut the finalists, race them and put the winner's trained weights into ``folder``.
+
+    What is finished lies in ``folder/finalists/``: the table once all finalists are cut, then the race's own work.
+    """
+    work = folder / FINALISTS_FOLDER
+    table_file = work / CANDIDATES_FILE
+    if not table_file.is_file():
+        found = compare(problem, windows, request.choosing, quiet=quiet)
+        for number, item in enumerate(found.finalists):
+            shutil.rmtree(work / str(number), ignore_errors=True)
+            (work / str(number)).mkdir(parents=True)
+            write_pruned(problem.checkpoint, item.plan, work / str(number))
+        finalists = [{**item.plan.notes, "before": item.quality.to_json()} for item in found.finalists]
+        with output_file(table_file) as path:
+            write_json(path, {**found.to_json(), "finalists": finalists})
+    table = read_json(table_file)
+    folders = [work / str(number) for number in range(len(table["finalists"]))]
+    result = race(folders, windows, work / "race")
+    for path in result.winner_folder.iterdir():
+        if path.is_file() and path.name != PROVENANCE_FILE:
+            shutil.copyfile(path, folder / path.name)
+    shutil.copyfile(folders[result.winner] / PLAN_FILE, folder / PLAN_FILE)
+    table["finalists"] = finalist_table(table["finalists"], result)
+    return Choice(plan=read_plan(folder / PLAN_FILE), table=table, is_trained=True)
+
+
+def planned_work(request: PruneRequest) -> dict[str, int]:
+    """What a run would do apart from measuring, after checking all that can be checked without weights.
+
+    Units: as the names say; ``disk_at_most_bytes`` is the weights of the largest candidate.
+    """
+    checkpoint = request.checkpoint
+    source = checkpoint.architecture
+    facts = {"source_memory_bytes": memory_breakdown(source, request.deployment).total_bytes}
+    num_kept_parameters = source.num_parameters
+    if request.plan is not None:
+        plan = read_plan(request.plan)
+        plan.check_against(source)
+        num_kept_parameters = plan.apply(source).num_parameters
+    if request.target is not None:
+        candidates = check_feasible(checkpoint, request.target, request.deployment)
+        num_kept_parameters = max(candidate.num_parameters for candidate in candidates)
+        facts |= {
+            "budget_bytes": request.target.budget_bytes(facts["source_memory_bytes"]),
+            "candidates_that_fit": len(candidates),
+            "candidates_to_measure": min(len(candidates), request.choosing.num_candidates),
+        }
+    if (race := request.choosing.race) is not None:
+        facts |= {"finalists": request.choosing.num_finalists, "race_tokens_a_finalist": race.tokens}
+    if request.scores is not None:
+        read_scores(request.scores).check_against(source, checkpoint.fingerprint)
+    elif request.data:
+        facts |= {
+            "documents": len(read_documents(request.data, load_tokenizer(checkpoint.folder))),
+            "calibration_tokens": request.samples * request.sequence_length,
+        }
+    disk_bytes = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
+    return {**facts, "disk_at_most_bytes": disk_bytes}

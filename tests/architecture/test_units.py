@@ -1,0 +1,65 @@
+"""Guarantee: sizes and counts mean what they say, and ambiguous ones are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from minipuzzle.architecture.memory import PRECISIONS
+from minipuzzle.architecture.quantities import format_count, format_gib, parse_budget_bytes, parse_bytes, parse_count
+from minipuzzle.errors import MinipuzzleError
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("1GiB", 2**30), ("31.7GiB", int(31.7 * 2**30)), ("32GB", 32 * 10**9), ("500 MiB", 500 * 2**20), ("7B", 7)],
+)
+def test_a_size_is_read_in_its_own_unit(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["12", "12 potatoes", "GiB", "-3GiB", "1e9GiB", ""])
+def test_a_size_without_a_known_unit_is_refused(text: str) -> None:
+    with pytest.raises(MinipuzzleError):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4096", 4096), ("128k", 128_000), ("1M", 10**6), ("1Mi", 2**20), ("1.5k", 1500)]
+)
+def test_a_count_is_decimal_unless_it_says_binary(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["1.5", "k", "3 GiB", "1.0001k"])
+def test_a_count_that_is_not_whole_is_refused(text: str) -> None:
+    with pytest.raises(MinipuzzleError):
+        parse_count(text)
+
+
+def test_a_budget_may_be_a_share_of_the_source() -> None:
+    assert parse_budget_bytes("75%", 1000) == 750
+    assert parse_budget_bytes("1GiB", 1000) == 2**30
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "x%", "5MiB%"])
+def test_a_share_outside_one_to_a_hundred_is_refused(text: str) -> None:
+    with pytest.raises(MinipuzzleError):
+        parse_budget_bytes(text, 1000)
+
+
+def test_memory_prints_as_gib_with_enough_digits_for_small_models() -> None:
+    assert format_gib(2**30) == "1.00 GiB"
+    assert format_gib(8_000_000) == "0.0075 GiB"
+    assert format_count(8_888_000_000) == "8.89 B"
+
+
+def test_bytes_of_each_precision_follow_their_formats() -> None:
+    """NVFP4 stores 4 bits an element and an 8-bit scale for each 16 of a row, the last block however short."""
+    assert {name: precision.num_bytes((10, 16)) for name, precision in PRECISIONS.items()} == {
+        "fp32": 640,
+        "bf16": 320,
+        "fp16": 320,
+        "fp8": 160,
+        "nvfp4": 90,
+    }
+    assert PRECISIONS["nvfp4"].num_bytes((3, 18)) == 3 * (9 + 2)

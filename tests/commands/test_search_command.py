@@ -1,0 +1,106 @@
+"""Guarantee: `inspect` and `search` work from config.json and a score file alone, and say the same in JSON.
+
+The published case: Nemotron-H 56B, 118 layers, cut to the layer counts and FFN width of the 47B (arXiv 2504.03624).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from minipuzzle.commands.cli import main
+from minipuzzle.cut.plan import read_plan
+from tests.support.tiny_models import published_config
+
+CONFIG_56B = published_config()
+PATTERN_56B = CONFIG_56B["hybrid_override_pattern"]
+TARGETS_47B = ("--keep", "mamba=45", "--keep", "mlp=48", "--keep", "attention=5", "--width", "ffn=30720")
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG_56B))
+    return path
+
+
+@pytest.fixture
+def score_file(tmp_path: Path) -> Path:
+    """Layer scores that rise with the layer's index, so that it is plain which go."""
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"layer": {"mse": [1.0 + idx for idx in range(len(PATTERN_56B))]}}))
+    return path
+
+
+def run_json(*arguments: str | Path) -> dict[str, Any]:
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_inspect_finds_the_published_size_of_the_56b(config_file: Path) -> None:
+    found = run_json("inspect", config_file, "--weights", "nvfp4", "--context", "1M")
+    assert found["layers"] == {"mamba": 54, "attention": 10, "mlp": 54}
+    assert found["num_parameters"] == pytest.approx(56.32e9, rel=1e-3)
+    assert found["memory_bytes"] == sum(term["num_bytes"] for term in found["memory_terms"])
+    cache = next(term for term in found["memory_terms"] if term["name"] == "KV cache")
+    assert cache == {"name": "KV cache", "num_bytes": 10 * 2 * 8 * 128 * 1_000_000 * 2, "precision": "bf16"}
+
+
+def test_search_cuts_the_56b_to_the_counts_of_the_47b(config_file: Path, score_file: Path) -> None:
+    found = run_json("search", config_file, "--scores", score_file, *TARGETS_47B)
+    assert found["layers"] == {"mamba": 45, "attention": 5, "mlp": 48}
+    assert found["widths"]["ffn"] == 30720
+    dropped_counts = {"M": 9, "*": 5, "-": 6}
+    lowest = {s: [i for i, symbol in enumerate(PATTERN_56B) if symbol == s][:n] for s, n in dropped_counts.items()}
+    assert found["dropped_layers"] == sorted([*lowest["M"], *lowest["*"], *lowest["-"]])
+    kept = set(range(len(PATTERN_56B))) - set(found["dropped_layers"])
+    assert found["pattern"] == "".join(PATTERN_56B[idx] for idx in sorted(kept))
+    assert found["num_parameters"] == pytest.approx(46.8e9, rel=5e-3)
+
+
+def test_search_within_a_budget_lists_candidates_that_fit(config_file: Path, score_file: Path) -> None:
+    budget = ("--memory", "31.7GiB", "--context", "1M", "--granularity", "1024", "--min-kept", "0.3")
+    precisions = ("--weights", "nvfp4", "--kv-cache", "fp8")
+    found = run_json("search", config_file, "--scores", score_file, *budget, *precisions)
+    assert len(found["candidates"]) == 5
+    assert all(candidate["memory_bytes"] <= 31.7 * 2**30 for candidate in found["candidates"])
+    assert found["memory_bytes"] == found["candidates"][0]["memory_bytes"]
+
+
+def test_a_plan_written_by_search_is_the_plan_it_printed(config_file: Path, score_file: Path, tmp_path: Path) -> None:
+    plan_file = tmp_path / "plan.json"
+    targets = ("--keep", "mamba=45", "--keep", "attention=5")
+    found = run_json("search", config_file, "--scores", score_file, *targets, "-o", plan_file)
+    dropped = set(found["dropped_layers"])
+    assert read_plan(plan_file).kept_layers == tuple(idx for idx in range(118) if idx not in dropped)
+
+
+def test_a_width_cannot_be_planned_without_unit_scores(config_file: Path, score_file: Path, tmp_path: Path) -> None:
+    arguments = ["search", config_file, "--scores", score_file, *TARGETS_47B, "-o", tmp_path / "plan.json"]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 1
+    assert "the scores hold nothing about ffn" in result.output
+
+
+def test_people_see_the_cut_and_that_the_scores_are_unverified(config_file: Path, score_file: Path) -> None:
+    result = CliRunner().invoke(main, ["search", str(config_file), "--scores", str(score_file), *TARGETS_47B])
+    assert result.exit_code == 0
+    assert "unverified" in result.output
+    assert "46.79 B" in result.output
+
+
+def test_prune_says_what_search_says_about_budgets_too_large_and_too_small(tmp_path: Path) -> None:
+    model = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
+    text = model / "text" / "calibration.jsonl"
+    command = ["prune", str(model / "model"), "--data", str(text), "-o", str(tmp_path / "x")]
+    too_large = CliRunner().invoke(main, [*command, "--memory", "100%"])
+    assert too_large.exit_code == 1 and "nothing needs pruning" in too_large.output
+    too_small = CliRunner().invoke(main, [*command, "--memory", "10%"])
+    assert too_small.exit_code == 3 and "is the least" in too_small.output
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,411 @@
+"""Distillation brings a cut model back towards its teacher, and a run stopped anywhere ends as if it had not been.
+
+On a CPU "as if" means bit for bit: same batches, same optimiser states, same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from distill.engine import EngineSettings
+from distill.scale.estimate import estimate_memory
+from distill.settings import DistillSettings, StepRecord
+from distill.states.checkpointing import STATE_FOLDER, Progress
+from distill.states.records import METRICS_FILE
+from distill.training.data import PackedWindows
+from distill.training.loop import distill
+from distill.training.optimizers import make_optimizer
+from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import evaluate
+from minipuzzle.runtime.models import load_model, parts_of
+from tests.support.tiny_models import write_tiny_checkpoint
+
+FAMILY = FAMILIES["nemotron_h"]
+VOCABULARY, LENGTH = 272, 24
+SETTINGS = DistillSettings(
+    tokens=8 * 4 * LENGTH,  # 8 steps
+    sequence_length=LENGTH,
+    batch_sequences=4,
+    micro_batch_sequences=2,
+    learning_rate=3e-3,
+    save_every=3,
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, and a student cut from it: its last two layers are gone."""
+    root = tmp_path_factory.mktemp("models")
+    teacher = write_tiny_checkpoint(root / "teacher")
+    student = write_tiny_checkpoint(root / "student", pattern="M-M*-")
+    tensors = load_file(teacher / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers.5." not in name and ".layers.6." not in name}
+    save_file(kept, student / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+def documents(num_documents: int, seed: int) -> list[list[int]]:
+    """Random token documents with some order in them: each is a walk of small steps."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(0, 4, (num_documents, 61), generator=generator)
+    return ((steps.cumsum(1) * 7) % VOCABULARY).tolist()
+
+
+def windows(seed: int = 0) -> PackedWindows:
+    return PackedWindows(documents(6, seed=1), sequence_length=LENGTH, seed=seed)
+
+
+def held_out() -> EvaluationWindows:
+    token_ids, labels = PackedWindows(documents(8, seed=2), sequence_length=LENGTH).batch(0, 12)
+    return EvaluationWindows(token_ids=token_ids, labels=labels, num_bytes=1)
+
+
+def run(
+    models: Path,
+    folder: Path,
+    settings: DistillSettings = SETTINGS,
+    stop_after: int | None = None,
+    engine: EngineSettings | None = None,
+    spoil_after: int | None = None,
+) -> tuple[nn.Module, Progress]:
+    """Distil into ``folder``; fail as a crash would after ``stop_after`` steps, and harm the student after others."""
+    student_model = load_model(Checkpoint.open(models / "student"))
+
+    def on_step(record: StepRecord) -> None:
+        if record.step == stop_after:
+            raise RuntimeError("crash")
+        if record.step == spoil_after:
+            with torch.no_grad():
+                parts_of(student_model, FAMILY).head.weight.mul_(-3)
+
+    folder.mkdir(exist_ok=True)
+    progress = distill(
+        teacher_model=load_model(Checkpoint.open(models / "teacher")),
+        student_model=student_model,
+        family=FAMILY,
+        data=windows(),
+        settings=settings,
+        folder=folder,
+        validation=held_out(),
+        engine=engine,
+        on_step=on_step,
+    )
+    return student_model, progress
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    for record in records:
+        assert record.pop("tokens_per_second") > 0  # the only figure that depends on the clock
+    return records
+
+
+def saved_tensors(state_folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved state, read by PyTorch's own reader."""
+    reader = FileSystemReader(state_folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}  # type: ignore[union-attr]
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 5, 7])
+def test_a_crashed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    models: Path, tmp_path: Path, stop_after: int
+) -> None:
+    wanted_model, wanted = run(models, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        run(models, tmp_path / "crashed", stop_after=stop_after)
+    found_model, found = run(models, tmp_path / "crashed")
+    assert_same_tensors(found_model.state_dict(), wanted_model.state_dict())
+    states = [saved_tensors(tmp_path / side / STATE_FOLDER / "step-00000008") for side in ("crashed", "whole")]
+    assert {name.partition("/")[0] for name in states[0]} == {"model", "optimizer", "generator"}
+    assert_same_tensors(*states)
+    assert metrics(tmp_path / "crashed") == metrics(tmp_path / "whole")
+    assert replace(found, train_seconds=0) == replace(wanted, train_seconds=0)
+
+
+def test_only_the_last_state_is_kept_and_half_written_ones_are_ignored(models: Path, tmp_path: Path) -> None:
+    wanted_model, _ = run(models, tmp_path / "whole")
+    folder = tmp_path / "crashed"
+    with pytest.raises(RuntimeError, match="crash"):
+        run(models, folder, stop_after=7)
+    assert [path.name for path in (folder / STATE_FOLDER).iterdir()] == ["step-00000006"]
+    half_written = folder / STATE_FOLDER / "step-00000007.unfinished"
+    half_written.mkdir()
+    (half_written / "__0_0.distcp").write_bytes(b"half")
+    with (folder / METRICS_FILE).open("a") as file:
+        file.write('{"step": 8, "lo')
+    found_model, _ = run(models, folder)
+    assert_same_tensors(found_model.state_dict(), wanted_model.state_dict())
+    assert [path.name for path in (folder / STATE_FOLDER).iterdir()] == ["step-00000008"]
+
+
+RUN_IN_PROCESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import tests.test_distill_loop as test_distill_loop
+test_distill_loop.run(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def start_process(models: Path, folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", RUN_IN_PROCESS, str(Path(__file__).parents[2]), str(models), str(folder)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+
+
+def test_a_run_killed_from_outside_ends_bit_for_bit_like_an_uninterrupted_one(models: Path, tmp_path: Path) -> None:
+    wanted_model, _ = run(models, tmp_path / "whole")
+    process = start_process(models, tmp_path / "killed")
+    state = tmp_path / "killed" / STATE_FOLDER
+    while process.poll() is None and not list(state.glob("step-0000000?")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found_model, progress = run(models, tmp_path / "killed")
+    assert progress.step == 8
+    assert_same_tensors(found_model.state_dict(), wanted_model.state_dict())
+
+
+def test_ctrl_c_saves_the_step_in_progress(models: Path, tmp_path: Path) -> None:
+    folder, settings = tmp_path / "stopped", replace(SETTINGS, save_every=1000)
+
+    def press_ctrl_c(record: StepRecord) -> None:
+        if record.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            teacher_model=load_model(Checkpoint.open(models / "teacher")),
+            student_model=load_model(Checkpoint.open(models / "student")),
+            family=FAMILY,
+            data=windows(),
+            settings=settings,
+            folder=folder,
+            validation=held_out(),
+            on_step=press_ctrl_c,
+        )
+    assert [path.name for path in (folder / STATE_FOLDER).iterdir()] == ["step-00000005"]
+    wanted_model, _ = run(models, tmp_path / "whole")
+    found_model, _ = run(models, folder)
+    assert_same_tensors(found_model.state_dict(), wanted_model.state_dict())
+
+
+def test_distillation_lowers_the_distance_to_the_teacher_on_held_out_text(models: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tokens=60 * 4 * LENGTH, eval_every=30)
+    _, progress = run(models, tmp_path / "run", settings)
+    assert progress.validation_kl_before is not None and progress.validation_kl_after is not None
+    assert progress.validation_kl_after < 0.6 * progress.validation_kl_before
+    evaluated = {r["step"]: r["validation_kl"] for r in metrics(tmp_path / "run") if "validation_kl" in r}
+    assert list(evaluated) == [30, 60]
+    assert evaluated[60] == progress.validation_kl_after
+
+
+def test_the_weights_of_the_best_evaluation_are_kept(models: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tokens=12 * SETTINGS.tokens_per_step, eval_every=2, save_every=100)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(models, tmp_path / "run", settings, stop_after=11, spoil_after=5)
+    student_model, progress = run(models, tmp_path / "run", settings, spoil_after=5)
+    evaluated = {r["step"]: r["validation_kl"] for r in metrics(tmp_path / "run") if "validation_kl" in r}
+    assert list(evaluated) == [2, 4, 6, 8, 10, 12]
+    assert progress.best_step == 4 == min(evaluated, key=evaluated.__getitem__)
+    assert min(kl for step, kl in evaluated.items() if step > 5) > 1.5 * evaluated[4]  # what must not be kept
+    teacher_model = load_model(Checkpoint.open(models / "teacher"))
+    found = evaluate(student_model.eval(), FAMILY, held_out(), against=teacher_model)
+    assert found.kl == pytest.approx(progress.validation_kl_after, rel=1e-4)
+    assert found.kl == pytest.approx(min(evaluated.values()), rel=1e-4)
+    assert found.loss == pytest.approx(progress.validation_loss_after, rel=1e-4)
+
+
+def test_a_student_equal_to_its_teacher_is_at_distance_zero(models: Path, tmp_path: Path) -> None:
+    progress = distill(
+        teacher_model=load_model(Checkpoint.open(models / "teacher")),
+        student_model=load_model(Checkpoint.open(models / "teacher")),
+        family=FAMILY,
+        data=windows(),
+        settings=replace(SETTINGS, tokens=1, weight_decay=0.0),
+        folder=tmp_path,
+        validation=held_out(),
+    )
+    assert abs(progress.validation_kl_before or 0) < 1e-6
+
+
+def test_the_teacher_stays_as_it_was(models: Path, tmp_path: Path) -> None:
+    teacher_model = load_model(Checkpoint.open(models / "teacher"))
+    before = {name: tensor.clone() for name, tensor in teacher_model.state_dict().items()}
+    distill(
+        teacher_model=teacher_model,
+        student_model=load_model(Checkpoint.open(models / "student")),
+        family=FAMILY,
+        data=windows(),
+        settings=replace(SETTINGS, tokens=1),
+        folder=tmp_path,
+    )
+    assert_same_tensors(teacher_model.state_dict(), before)
+    assert all(parameter.grad is None for parameter in teacher_model.parameters())
+
+
+def test_micro_batches_do_not_change_the_step(models: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tokens=1)
+    whole, _ = run(models, tmp_path / "whole", replace(settings, micro_batch_sequences=4))
+    parts, _ = run(models, tmp_path / "parts", replace(settings, micro_batch_sequences=3))  # 3 and 1
+    loss = [metrics(tmp_path / name)[0] for name in ("whole", "parts")]
+    assert loss[0]["loss"] == pytest.approx(loss[1]["loss"], rel=1e-6)
+    assert loss[0]["grad_norm"] == pytest.approx(loss[1]["grad_norm"], rel=1e-4)
+    assert whole.state_dict().keys() == parts.state_dict().keys()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(models: Path, tmp_path: Path) -> None:
+    student_model = load_model(Checkpoint.open(models / "student"))
+    with torch.no_grad():
+        next(student_model.parameters()).fill_(float("inf"))
+    before = {name: tensor.clone() for name, tensor in student_model.state_dict().items()}
+    with pytest.raises(MinipuzzleError, match="in 21 of 21 steps"):
+        distill(
+            teacher_model=load_model(Checkpoint.open(models / "teacher")),
+            student_model=student_model,
+            family=FAMILY,
+            data=windows(),
+            settings=replace(SETTINGS, tokens=30 * SETTINGS.tokens_per_step, save_every=100),
+            folder=tmp_path,
+        )
+    assert_same_tensors(student_model.state_dict(), before)
+    assert [record["skipped"] for record in metrics(tmp_path)] == [True] * 20
+    assert metrics(tmp_path)[0]["loss"] is None
+
+
+def test_steps_whose_loss_rises_suddenly_are_skipped_and_do_not_count_as_usual(models: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tokens=44 * SETTINGS.tokens_per_step, learning_rate=1e-9, save_every=100)
+    _, progress = run(models, tmp_path / "run", settings, engine=EngineSettings(spike_factor=1.02))
+    records = metrics(tmp_path / "run")
+    usual: list[float] = []
+    for record in records:
+        is_spike = len(usual) >= 32 and record["loss"] > 1.02 * median(usual[-32:])
+        assert record["skipped"] == is_spike, record["step"]
+        if not is_spike:
+            usual.append(record["loss"])
+    assert progress.skipped_steps == sum(record["skipped"] for record in records) > 0
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_minimum() -> None:
+    settings = DistillSettings(tokens=100, sequence_length=1, batch_sequences=1, warmup_fraction=0.1, learning_rate=2.0)
+    rates = [settings.learning_rate_at(step_idx) for step_idx in range(settings.total_steps)]
+    assert len(rates) == 100
+    assert rates[:11] == sorted(rates[:11]) and rates[0] > 0
+    assert rates[10] == max(rates) == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_other_schedules_end_at_the_same_minimum(schedule: str) -> None:
+    settings = DistillSettings(
+        tokens=100,
+        sequence_length=1,
+        batch_sequences=1,
+        warmup_fraction=0.1,
+        learning_rate=2.0,
+        schedule=schedule,
+        decay_fraction=0.25,
+    )
+    rates = [settings.learning_rate_at(step_idx) for step_idx in range(100)]
+    falls = [before - after for before, after in pairwise(rates[10:])]
+    falling = [fall for fall in falls if fall > 0]
+    assert max(rates) == rates[10] == 2.0 and rates[-1] == pytest.approx(0.2)
+    assert max(falling) == pytest.approx(min(falling))  # along a line
+    assert len(falling) == (89 if schedule == "linear" else 25)
+    assert schedule == "linear" or max(falls[:64]) == 0  # first not at all
+
+
+def test_vectors_and_embeddings_do_not_decay(models: Path) -> None:
+    model = load_model(Checkpoint.open(models / "student"))
+    decayed, kept = make_optimizer(model, SETTINGS).param_groups
+    assert decayed["weight_decay"] == SETTINGS.weight_decay and kept["weight_decay"] == 0
+    assert {name.split(".")[-2] for name in decayed["param_names"]} == {
+        *("in_proj", "out_proj", "conv1d", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj", "lm_head")
+    }
+    assert {"embeddings", "norm_f"} <= {name.split(".")[1] for name in kept["param_names"]}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_the_memory_estimate_is_near_what_autograd_keeps(models: Path) -> None:
+    checkpoint = Checkpoint.open(models / "teacher")
+    model = load_model(checkpoint).requires_grad_(True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that its address stays taken
+        return tensor
+
+    token_ids, _ = windows().batch(0, 2)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        parts_of(model, FAMILY).logits_input(token_ids)
+    estimate = estimate_memory(checkpoint.architecture, checkpoint.architecture, SETTINGS, "cpu")
+    assert 0.5 < estimate.activation_bytes / sum(num_bytes for num_bytes, _ in kept.values()) < 2
+
+
+class TestPackedWindows:
+    """Windows are a pure function of documents, seed and number."""
+
+    def test_an_epoch_predicts_each_token_once(self) -> None:
+        tokens = list(range(5 * LENGTH + 1))
+        data = PackedWindows([tokens], sequence_length=LENGTH)
+        inputs, labels = data.batch(0, data.windows_per_epoch)
+        assert sorted(inputs.flatten().tolist()) == tokens[:-1]
+        assert sorted(labels.flatten().tolist()) == tokens[1:]
+        assert torch.equal(inputs + 1, labels)
+
+    def test_windows_do_not_depend_on_what_was_read_before(self) -> None:
+        per_epoch = windows().windows_per_epoch
+        in_order = torch.cat([windows().batch(0, per_epoch)[0], windows().batch(per_epoch, per_epoch)[0]])
+        data = windows()
+        for number in (2 * per_epoch - 1, 0, per_epoch, 1, per_epoch - 1):
+            assert torch.equal(data.batch(number, 1)[0][0], in_order[number])
+
+    def test_epochs_and_seeds_order_the_text_differently(self) -> None:
+        per_epoch = windows().windows_per_epoch
+        first, second = windows().batch(0, per_epoch)[0], windows().batch(per_epoch, per_epoch)[0]
+        assert not torch.equal(first, second)
+        assert not torch.equal(first, windows(seed=1).batch(0, per_epoch)[0])
+
+    def test_positions_and_epochs_are_told(self) -> None:
+        data = windows()
+        assert data.num_tokens == 6 * 61
+        assert data.windows_per_epoch == (6 * 61 - 1) // LENGTH
+        position = data.position(2 * data.windows_per_epoch + 3)
+        assert (position.epoch, position.index) == (2, 3)
+        assert data.epochs(3 * data.tokens_per_epoch) == 3
+
+    def test_too_little_text_is_refused(self) -> None:
+        with pytest.raises(MinipuzzleError, match="fewer than one sequence"):
+            PackedWindows([[1, 2, 3]], sequence_length=3)

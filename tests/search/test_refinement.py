@@ -1,0 +1,115 @@
+"""Guarantee: refinement ends where no allowed exchange of layers measures better, and stays within every limit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from importance.candidates import rank_plans
+from importance.measure import measure
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.cut.selection import make_plan
+from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.ranked import RankedPlan
+from minipuzzle.search.refinement import refine, with_layers
+from minipuzzle.search.request import SearchRequest
+from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem, compare
+from tests.importance.test_ranking import windows
+from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
+
+DEPLOYMENT = Deployment(context_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    """A random model of eleven layers with scores that say the opposite of what was measured."""
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path_factory.mktemp("eleven"), pattern="M-M*-M-M*-M"))
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+    target = SearchRequest(memory="75%", granularity=16, metric="kl", min_kept_fraction=0.3, keep_layers=(0,))
+    return Problem(
+        checkpoint=checkpoint, scores=measure(checkpoint, ids, quiet=True), target=target, deployment=DEPLOYMENT
+    )
+
+
+def divergence(problem: Problem, plans: list, texts: EvaluationWindows) -> list[float]:  # type: ignore[type-arg]
+    ranked = rank_plans(problem.checkpoint, plans, texts, dtype=torch.float32, device="cpu")
+    return [item.quality.kl for item in ranked]
+
+
+def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> None:
+    found = compare(problem, windows(), ChoosingSettings(num_candidates=2, refine=True), quiet=True)
+    best = found.ranked[0]
+    neighbours = problem.neighbours(best.plan)
+    assert neighbours
+    assert min(divergence(problem, neighbours, windows())) >= best.quality.kl * (1 - 1e-5)
+    start = compare(problem, windows(), ChoosingSettings(num_candidates=2), quiet=True).ranked[0]
+    assert found.refinement["before"]["kl"] == pytest.approx(start.quality.kl)
+    assert best.quality.kl <= start.quality.kl
+    exchanged = set(best.plan.kept_layers) ^ set(start.plan.kept_layers)
+    assert found.refinement["layers_exchanged"] == sorted(exchanged)
+    added_up = found.refinement["sum_of_dropped_layers_kl"]["after"]
+    dropped = best.plan.dropped_layers(problem.source)
+    assert added_up == pytest.approx(float(np.sum(problem.scores.layer["kl"][list(dropped)])))
+
+
+def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
+    def measured(plans: Sequence[Plan]) -> list[RankedPlan]:
+        return rank_plans(problem.checkpoint, plans, windows(), dtype=torch.float32, device="cpu")
+
+    whole = keep_everything(problem.source)
+    starts = [replace(whole, kept_layers=(0, 3, *rest)) for rest in itertools.combinations((1, 2, 4, 5, 6, 7), 3)]
+    worst = measured([plan for plan in starts if problem.fits(plan.apply(problem.source))])[-1]
+    found = refine(worst, neighbours=problem.neighbours, measure=measured, rank_by="kl")
+    steps = [item.quality.kl for item in found.path]
+    assert len(steps) > 1 and steps == sorted(steps, reverse=True)
+    layers = [item.plan.kept_layers for item in (worst, *found.measured)]
+    assert len(set(layers)) == len(layers)  # nothing is measured twice
+
+
+def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Problem) -> None:
+    plan = problem.predicted_plans(1)[0]
+    neighbours = problem.neighbours(plan)
+    found = {neighbour.kept_layers for neighbour in neighbours}
+    assert len(found) == len(neighbours)
+    kept, outside = set(plan.kept_layers), plan.dropped_layers(problem.source)
+    wanted = set()
+    for added in [{idx} for idx in outside] + [{a, b} for a in outside for b in outside if a < b]:
+        for dropped in [set[int](), *({idx} for idx in kept)] if len(added) == 1 else [{idx} for idx in kept]:
+            layers = tuple(sorted((kept - dropped) | added))
+            candidate = with_layers(problem.source, problem.scores, plan, layers)
+            if problem.fits(candidate.apply(problem.source)) and 0 in layers:
+                wanted.add(layers)
+    assert found <= wanted
+    # What is missing has fewer layers of a kind than --min-kept allows.
+    for layers in wanted - found:
+        kinds = [problem.source.layers[idx].kind for idx in layers]
+        assert any(
+            kinds.count(kind) < 0.5 * count
+            for kind, count in problem.source.layer_counts.items()
+            if kind != "attention"
+        )
+    predicted = [neighbour.notes["predicted_loss"] for neighbour in neighbours]
+    assert predicted == sorted(predicted)
+    for neighbour in neighbours:
+        architecture = neighbour.apply(problem.source)
+        assert neighbour.notes["pattern"] == architecture.pattern
+        assert neighbour.notes["num_parameters"] == architecture.num_parameters
+
+
+def test_a_layer_that_comes_in_is_as_narrow_as_the_others(tmp_path: Path, problem: Problem) -> None:
+    source, scores = problem.source, problem.scores
+    kept_layers = (0, 1, 2, 3, 4, 5)
+    plan = make_plan(source, scores, kept_layers=kept_layers, widths={1: {"ffn": 32}, 4: {"ffn": 32}})
+    changed = with_layers(source, scores, plan, (0, 1, 2, 3, 6))
+    wanted = make_plan(source, scores, kept_layers=(0, 1, 2, 3, 6), widths={1: {"ffn": 32}, 6: {"ffn": 32}})
+    assert changed == wanted
+    whole = replace(keep_everything(source), kept_layers=(0, 1))
+    assert with_layers(source, scores, whole, (0, 2)).kept_units == {}

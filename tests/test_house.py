@@ -1,0 +1,185 @@
+"""Guarantee: the layout stays as promised: arrows point inward, help is fast, docs match, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from minipuzzle.commands.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGES = ("minipuzzle", "importance", "distill")
+MAX_FOLDER_FILES = 12
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def source_files() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def table_of_arrows() -> dict[str, int]:
+    """Floors by package or file, from the one table there is."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", text, flags=re.MULTILINE)
+    return {name: int(floor) for floor, names in rows for name in re.findall(r"`([^`]+)`", names)}
+
+
+def file_of_module(module: str) -> str | None:
+    """The file of one of our modules, relative to the repository."""
+    path = Path(*module.split("."))
+    found = (candidate for candidate in (path.with_suffix(".py"), path / "__init__.py") if (ROOT / candidate).is_file())
+    return next((candidate.as_posix() for candidate in found), None)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Our files that a file imports anywhere: at its top, inside functions, or for types only."""
+    found: set[str | None] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {file_of_module(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = (alias.name for alias in node.names)
+            found |= {file_of_module(f"{node.module}.{name}") or file_of_module(node.module) for name in names}
+    return {name for name in found if name is not None}
+
+
+def all_imports() -> dict[str, set[str]]:
+    names = {path.relative_to(ROOT).as_posix(): path for path in source_files()}
+    return {name: imports_of(path) - {name} for name, path in names.items()}
+
+
+def test_arrows_point_down_the_table_only() -> None:
+    floors = table_of_arrows()
+
+    def place(file: str) -> str:
+        found = [name for name in floors if file == name or file.startswith(name + "/")]
+        assert found, f"{file} is on no floor of the table in CONTRIBUTING.md"
+        return max(found, key=len)
+
+    upward = [
+        f"{importer} imports {imported}"
+        for importer, imports in all_imports().items()
+        for imported in imports
+        if place(importer) != place(imported) and floors[place(importer)] <= floors[place(imported)]
+    ]
+    assert sorted(upward) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    with pytest.raises(StopIteration):
+        next(circles({"a.py": {"b.py"}, "b.py": set()}))
+    assert next(circles({"a.py": {"b.py"}, "b.py": {"a.py"}})) == ("a.py", "b.py")
+    assert list(circles(all_imports())) == []
+
+
+def circles(imports: dict[str, set[str]]) -> Iterator[tuple[str, ...]]:
+    """Files that reach themselves through their imports, after those that do not have been taken away."""
+    left = {name: set(imported) for name, imported in imports.items()}
+    while free := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in free:
+            del left[name]
+    if left:
+        yield tuple(sorted(left))
+
+
+def test_a_folder_holds_at_most_twelve_files() -> None:
+    folders = Counter(path.parent.relative_to(ROOT).as_posix() for path in source_files())
+    assert {name: number for name, number in folders.items() if number > MAX_FOLDER_FILES} == {}
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            body_start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno
+            assert body_start is not None
+            assert node.end_lineno - body_start < MAX_FUNCTION_LINES, f"{node.name} is too long"
+
+
+def test_help_comes_without_torch() -> None:
+    """Importing torch takes seconds; no module that --help needs may do it."""
+    code = (
+        "import sys; from click.testing import CliRunner; from minipuzzle.commands.cli import main, COMMANDS;"
+        "[CliRunner().invoke(main, [*c, '--help'], catch_exceptions=False) for c in ([], *([c] for c in COMMANDS))];"
+        "sys.exit(1 if {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules) else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_json_and_a_page_in_the_docs(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "--json" in result.output
+    assert f"## minipuzzle {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", ["score", "prune", "distill", "export", "evaluate", "demo"])
+def test_long_commands_have_a_dry_run(command: str) -> None:
+    assert "--dry-run" in CliRunner().invoke(main, [command, "--help"]).output
+
+
+@pytest.mark.parametrize("script", ["write_commands.py", "write_families.py"])
+def test_the_reference_pages_are_what_the_code_says(script: str) -> None:
+    result = subprocess.run([sys.executable, f"docs/{script}", "--check"], cwd=ROOT, check=False)
+    assert result.returncode == 0
+
+
+def tracked_files() -> set[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
+def test_the_folders_of_the_readme_are_those_of_the_repository() -> None:
+    """One line a folder, with one clause; folders of folders that are listed need no line of their own."""
+    tree = README.split("```tree\n")[1].split("```")[0]
+    listed: set[str] = set()
+    parents: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, clause = line.strip().partition("  ")
+        assert name.endswith("/") and clause.strip(), f"{line!r} is not a folder with a clause"
+        parents = [*parents[:depth], name.rstrip("/")]
+        listed.add("/".join(parents))
+    folders = {parent.as_posix() for file in tracked_files() for parent in Path(file).parents} - {".", ".ci"}
+    assert listed <= folders, listed - folders
+    top = {folder for folder in folders if "/" not in folder or folder.startswith("minipuzzle/")}
+    assert {folder for folder in top if folder.count("/") <= 1} <= listed
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_in_the_readme_parses(line: str) -> None:
+    program, *arguments = shlex.split(line)
+    if program == "torchrun":
+        assert arguments[1:3] == ["-m", "minipuzzle"]
+        program, arguments = "minipuzzle", arguments[3:]
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in arguments)
+    elif program == "minipuzzle":
+        command = main.get_command(click.Context(main), arguments[0])
+        assert command is not None, f"there is no command {arguments[0]!r}"
+        command.make_context(arguments[0], arguments[1:]).close()
+    else:
+        assert program in ("git", "cd", "pip"), f"nothing checks {line!r}"
