@@ -31,7 +31,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.ranked import RankedPlan
 from minipuzzle.runtime.models import load_model, load_tokenizer
-from minipuzzle.search.finalists import num_layers_different, pick_finalists
+from minipuzzle.workflows.choosing.finalists import num_layers_different, pick_finalists
 from tests.importance.test_ranking import quality
 from tests.runtime.test_narrowed_layers import plan_with
 

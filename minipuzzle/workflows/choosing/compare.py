@@ -22,10 +22,10 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best_first
 from minipuzzle.search.costs import Pricing
 from minipuzzle.search.engine import figures_of, find_candidates, plan_of
-from minipuzzle.search.finalists import pick_finalists
 from minipuzzle.search.refinement import neighbours_of, refine
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.space import requested_space
+from minipuzzle.workflows.choosing.finalists import pick_finalists
 
 FINALIST_DIFFERENCE = 0.1  # of the layers; a user's --diversity may ask for more
 
