@@ -227,12 +227,12 @@ def test_sixty_candidates_of_the_hybrid_measure_as_alone(hybrid: Checkpoint, hyb
 JOB = """
 import json, sys
 from pathlib import Path
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.plan import keep_everything
-from minipuzzle.prefix_tree import build_tree
-from minipuzzle.processes import joined_processes
-from minipuzzle.ranking import measure_plans, open_stack
-from tests.test_ranking import candidates, windows
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.cut.plan import keep_everything
+from importance.prefix_tree import build_tree
+from minipuzzle.runtime.processes import joined_processes
+from importance.candidates import measure_plans, open_stack
+from tests.importance.test_ranking import candidates, windows
 
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 plans = candidates(checkpoint)

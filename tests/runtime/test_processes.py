@@ -16,7 +16,7 @@ JOB = """
 import json, sys
 from pathlib import Path
 import torch
-from minipuzzle.processes import joined_processes
+from minipuzzle.runtime.processes import joined_processes
 
 with joined_processes("cpu") as processes:
     total = processes.sum_(torch.tensor([1.0, 10.0], dtype=torch.float64) * (processes.rank + 1))
