@@ -170,8 +170,8 @@ RUN_IN_PROCESS = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import tests.test_distill_loop as test_distill_loop
-test_distill_loop.run(Path(sys.argv[2]), Path(sys.argv[3]))
+from tests.distill.test_loop import run
+run(Path(sys.argv[2]), Path(sys.argv[3]))
 """
 
 

@@ -26,7 +26,7 @@ from minipuzzle.formats.layout import export_layout
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
-from tests.export.test_export_fp8 import e4m3_table, reference_codes
+from tests.export.test_fp8 import e4m3_table, reference_codes
 from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])

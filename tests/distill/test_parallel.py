@@ -27,7 +27,7 @@ from distill.states.records import METRICS_FILE
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.processes import Processes
-from tests.distill.test_distill_loop import models  # noqa: F401  the fixture
+from tests.distill.test_loop import models  # noqa: F401  the fixture
 from tests.support.distill_job import run
 from tests.support.tiny_models import write_family_checkpoint
 
