@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: golden golden-check demo smollm2 test test-slow test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -38,6 +38,9 @@ test: $(READY)  ## the default test suite, by two processes of one thread each: 
 
 test-slow: $(READY)  ## tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not engines'
+
+test-damage: $(READY)  ## every kind of damaged input, each command in a process of its own; some minutes
+	OMP_NUM_THREADS=1 DAMAGE_WORKERS=2 $(BIN)/python -m tests.damage
 
 test-engines: $(READY) $(ENGINES)/mlx/.ready $(ENGINES)/vllm/.ready  ## exports in mlx-lm and vLLM (4 GB, Linux)
 	$(BIN)/python -m pytest -m engines -s tests/engines
