@@ -25,11 +25,12 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
-from tests.runtime.test_families import EVERY_CONFIG, half_of_the_units, logits_of, plan_keeping, random_tokens, silence
-from tests.support.tiny_models import TINY_CONFIGS, write_family_checkpoint
+from tests.support.cuts import half_of_the_units, plan_keeping
+from tests.support.oracles import exact_logits_of, silence
+from tests.support.text import random_tokens
+from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, write_family_checkpoint
 
 PAIRED = [name for name in EVERY_CONFIG if "nemotron_h" not in name]
-EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 
 
 def cut_into(source: Checkpoint, plan: Plan, folder: Path) -> None:
@@ -52,7 +53,7 @@ def uneven_plan(source: Architecture) -> Plan:
 
 def silenced(folder: Path, name: str) -> Checkpoint:
     """A random model in which everything that ``uneven_plan`` drops is silent."""
-    epsilons: dict[str, Any] = {field: 1e-30 for field in EPSILONS if field in TINY_CONFIGS[name]}
+    epsilons: dict[str, Any] = {field: 1e-30 for field in NORM_EPSILONS if field in TINY_CONFIGS[name]}
     write_family_checkpoint(folder, name, dtype="float64", **epsilons)
     source = Checkpoint.open(folder).architecture
     tensors = load_file(folder / "model.safetensors")
@@ -74,8 +75,8 @@ def test_removing_a_silent_layer_and_silent_units_of_one_layer_keeps_the_logits(
     cut_into(checkpoint, plan, tmp_path / "pruned")
     written = Checkpoint.open(tmp_path / "pruned")
     assert written.architecture.fingerprint() == plan.apply(checkpoint.architecture).fingerprint()
-    before = logits_of(load_model(checkpoint, dtype=torch.float64))
-    after = logits_of(minipuzzle.load(tmp_path / "pruned", dtype=torch.float64))
+    before = exact_logits_of(load_model(checkpoint, dtype=torch.float64), random_tokens())
+    after = exact_logits_of(minipuzzle.load(tmp_path / "pruned", dtype=torch.float64), random_tokens())
     assert (before - after).abs().max() < 1e-9 * before.abs().max()
     assert before.std() > 0.1
 

@@ -30,8 +30,8 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import PROVENANCE_FILE
 from minipuzzle.runtime.models import load_model
-from tests.distill.test_loop import saved_tensors
-from tests.distill.test_parallel import losses, torchrun
+from tests.support.distilling import saved_tensors
+from tests.support.jobs import losses, torchrun
 from tests.support.tiny_models import write_family_checkpoint, write_tiny_checkpoint
 
 OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")

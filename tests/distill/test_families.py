@@ -16,8 +16,8 @@ from distill.scale.parallel import joined_placement
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import keep_everything
 from minipuzzle.files.checkpoint import Checkpoint
-from tests.distill.test_parallel import ROOT, STEPS, keep_only_step_10, losses, torchrun
 from tests.support.distill_job import run
+from tests.support.jobs import ROOT, STEPS, keep_only_step_10, losses, torchrun
 from tests.support.tiny_models import write_family_checkpoint
 
 

@@ -15,14 +15,13 @@ import torch
 
 from distill.states.checkpointing import STATE_FOLDER, saved_steps, step_folder
 from distill.states.records import METRICS_FILE
-from tests.distill.test_loop import SETTINGS, assert_same_tensors, metrics, run, saved_tensors
-from tests.distill.test_loop import models as models
+from tests.support.distilling import SETTINGS, assert_same_tensors, metrics, run, saved_tensors
 
 STEPS = 16
 KILLS = 5
 # A server that has imported everything forks each run, so that a run starts at once and is a process of its own.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.distill.test_loop"])
+PROCESSES.set_forkserver_preload(["tests.support.distilling"])
 
 
 def run_to_the_end(models: Path, folder: Path) -> None:

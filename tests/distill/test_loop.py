@@ -5,7 +5,6 @@ On a CPU "as if" means bit for bit: same batches, same optimiser states, same we
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,120 +17,30 @@ from statistics import median
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from distill.engine import EngineSettings
 from distill.scale.estimate import estimate_memory
 from distill.settings import DistillSettings, StepRecord
-from distill.states.checkpointing import STATE_FOLDER, Progress
+from distill.states.checkpointing import STATE_FOLDER
 from distill.states.records import METRICS_FILE
 from distill.training.data import PackedWindows
 from distill.training.loop import distill
 from distill.training.optimizers import make_optimizer
-from minipuzzle.architecture.families import FAMILIES
-from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.models import load_model, parts_of
-from tests.support.tiny_models import write_tiny_checkpoint
-
-FAMILY = FAMILIES["nemotron_h"]
-VOCABULARY, LENGTH = 272, 24
-SETTINGS = DistillSettings(
-    tokens=8 * 4 * LENGTH,  # 8 steps
-    sequence_length=LENGTH,
-    batch_sequences=4,
-    micro_batch_sequences=2,
-    learning_rate=3e-3,
-    save_every=3,
+from tests.support.distilling import (
+    FAMILY,
+    LENGTH,
+    SETTINGS,
+    assert_same_tensors,
+    held_out,
+    metrics,
+    run,
+    saved_tensors,
+    windows,
 )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, and a student cut from it: its last two layers are gone."""
-    root = tmp_path_factory.mktemp("models")
-    teacher = write_tiny_checkpoint(root / "teacher")
-    student = write_tiny_checkpoint(root / "student", pattern="M-M*-")
-    tensors = load_file(teacher / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if ".layers.5." not in name and ".layers.6." not in name}
-    save_file(kept, student / "model.safetensors", metadata={"format": "pt"})
-    return root
-
-
-def documents(num_documents: int, seed: int) -> list[list[int]]:
-    """Random token documents with some order in them: each is a walk of small steps."""
-    generator = torch.Generator().manual_seed(seed)
-    steps = torch.randint(0, 4, (num_documents, 61), generator=generator)
-    return ((steps.cumsum(1) * 7) % VOCABULARY).tolist()
-
-
-def windows(seed: int = 0) -> PackedWindows:
-    return PackedWindows(documents(6, seed=1), sequence_length=LENGTH, seed=seed)
-
-
-def held_out() -> EvaluationWindows:
-    token_ids, labels = PackedWindows(documents(8, seed=2), sequence_length=LENGTH).batch(0, 12)
-    return EvaluationWindows(token_ids=token_ids, labels=labels, num_bytes=1)
-
-
-def run(
-    models: Path,
-    folder: Path,
-    settings: DistillSettings = SETTINGS,
-    stop_after: int | None = None,
-    engine: EngineSettings | None = None,
-    spoil_after: int | None = None,
-) -> tuple[nn.Module, Progress]:
-    """Distil into ``folder``; fail as a crash would after ``stop_after`` steps, and harm the student after others."""
-    student_model = load_model(Checkpoint.open(models / "student"))
-
-    def on_step(record: StepRecord) -> None:
-        if record.step == stop_after:
-            raise RuntimeError("crash")
-        if record.step == spoil_after:
-            with torch.no_grad():
-                parts_of(student_model, FAMILY).head.weight.mul_(-3)
-
-    folder.mkdir(exist_ok=True)
-    progress = distill(
-        teacher_model=load_model(Checkpoint.open(models / "teacher")),
-        student_model=student_model,
-        family=FAMILY,
-        data=windows(),
-        settings=settings,
-        folder=folder,
-        validation=held_out(),
-        engine=engine,
-        on_step=on_step,
-    )
-    return student_model, progress
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    for record in records:
-        assert record.pop("tokens_per_second") > 0  # the only figure that depends on the clock
-    return records
-
-
-def saved_tensors(state_folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved state, read by PyTorch's own reader."""
-    reader = FileSystemReader(state_folder)
-    entries = reader.read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}  # type: ignore[union-attr]
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("stop_after", [2, 3, 5, 7])
@@ -170,7 +79,7 @@ RUN_IN_PROCESS = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.distill.test_loop import run
+from tests.support.distilling import run
 run(Path(sys.argv[2]), Path(sys.argv[3]))
 """
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,33 +20,17 @@ from safetensors.torch import load_file
 
 from distill.engine import EngineSettings
 from distill.scale.parallel import joined_placement, rows_of_process
-from distill.states.checkpointing import STATE_FOLDER
 from distill.states.records import METRICS_FILE
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.processes import Processes
-from tests.distill.test_loop import models  # noqa: F401  the fixture
 from tests.support.distill_job import run
+from tests.support.jobs import ROOT, STEPS, environment, keep_only_step_10, launcher, losses, torchrun
 from tests.support.tiny_models import write_family_checkpoint
 
-ROOT = Path(__file__).parents[2]
-STEPS, FEW_STEPS = 20, 5
-
-
+FEW_STEPS = 5
 OTHER_FAMILIES = {"llama": {"num_hidden_layers": 2}, "nemotron_h-moe": {}}
 Job = dict[str, Any]
-
-
-def launcher(num_processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(num_processes: int, *arguments: str) -> None:
-    subprocess.run([*launcher(num_processes), *arguments], check=True, timeout=900, env=environment())
 
 
 def family_of(pid: int) -> list[int]:
@@ -57,25 +39,15 @@ def family_of(pid: int) -> list[int]:
     return [pid, *(member for child in children for member in family_of(int(child)))]
 
 
-def losses(folder: Path) -> list[float]:
-    lines = (folder / METRICS_FILE).read_text().splitlines(keepends=True)
-    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
-
-
-def run_alone(models: Path, folder: Path, num_steps: int = STEPS) -> Job:  # noqa: F811
+def run_alone(models: Path, folder: Path, num_steps: int = STEPS) -> Job:
     engine = EngineSettings(keep_last=2)
     with joined_placement("cpu", engine) as placement:
         assert placement.mesh is None
         return run(models, folder, placement, engine, "float32", num_steps=num_steps, count=False)
 
 
-def keep_only_step_10(folder: Path, target: Path) -> None:
-    shutil.copytree(folder, target)
-    shutil.rmtree(target / STATE_FOLDER / "step-00000020")
-
-
 @pytest.fixture(scope="module")
-def jobs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def jobs(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``one``: a run of one process. ``two``: of two. ``one_two``: begun by one and continued by two processes.
 
     ``llama_one`` and ``llama_two``: the same with a family whose blocks are two layers, and whose head is tied;
@@ -125,7 +97,7 @@ def test_both_processes_end_with_the_weights_of_one(jobs: Path) -> None:
     assert first["weight_sums"] == second["weight_sums"]
 
 
-def test_models_are_really_split_and_each_process_reads_its_part_alone(jobs: Path, models: Path) -> None:  # noqa: F811
+def test_models_are_really_split_and_each_process_reads_its_part_alone(jobs: Path, models: Path) -> None:
     sizes = {part: Checkpoint.open(models / part).architecture.num_parameters for part in ("student", "teacher")}
     both = reports(jobs)
     for part, size in sizes.items():
@@ -143,7 +115,7 @@ def test_a_run_of_one_process_is_continued_by_two(jobs: Path) -> None:
     assert losses(jobs / "one_two")[:10] == losses(jobs / "one")[:10]
 
 
-def test_a_run_of_two_processes_is_continued_by_one(jobs: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_of_two_processes_is_continued_by_one(jobs: Path, models: Path, tmp_path: Path) -> None:
     keep_only_step_10(jobs / "two", tmp_path / "two_one")
     run_alone(models, tmp_path / "two_one")
     assert losses(tmp_path / "two_one") == pytest.approx(losses(jobs / "two"), abs=1e-5)
@@ -152,7 +124,7 @@ def test_a_run_of_two_processes_is_continued_by_one(jobs: Path, models: Path, tm
 
 def test_one_process_with_an_offloaded_teacher_splits_among_itself_alone(
     jobs: Path,
-    models: Path,  # noqa: F811
+    models: Path,
     tmp_path: Path,
 ) -> None:
     """The way a single GPU goes: the same hooks and gathers as with many, over a mesh of one."""
@@ -167,7 +139,7 @@ def test_one_process_with_an_offloaded_teacher_splits_among_itself_alone(
 
 
 @pytest.mark.slow
-def test_bfloat16_in_two_processes_stays_near_float32(jobs: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bfloat16_in_two_processes_stays_near_float32(jobs: Path, models: Path, tmp_path: Path) -> None:
     options = json.dumps({"dtype": "bfloat16"})
     torchrun(2, str(ROOT / "tests/support/distill_job.py"), options, str(models), str(tmp_path / "run"), str(STEPS))
     assert losses(tmp_path / "run") == pytest.approx(losses(jobs / "one"), rel=0.05)
@@ -175,7 +147,7 @@ def test_bfloat16_in_two_processes_stays_near_float32(jobs: Path, models: Path, 
 
 
 @pytest.mark.slow
-def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:
     found = []
     for name, engine in (("plain", EngineSettings()), ("compiled", EngineSettings(compile_layers=True))):
         with joined_placement("cpu", engine) as placement:
@@ -185,7 +157,7 @@ def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:  
 
 
 @pytest.mark.slow
-def test_two_processes_killed_at_any_moment_continue_bit_for_bit(jobs: Path, models: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_killed_at_any_moment_continue_bit_for_bit(jobs: Path, models: Path, tmp_path: Path) -> None:
     folder, dice = tmp_path / "killed", random.Random(0)
     arguments = ("{}", str(models), str(folder), str(STEPS))
     for num_lines in (4, 12, 17):  # before any state, and after the first

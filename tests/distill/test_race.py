@@ -32,8 +32,8 @@ from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.ranked import RankedPlan
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.choosing.finalists import num_layers_different, pick_finalists
-from tests.importance.test_ranking import quality
-from tests.runtime.test_narrowed_layers import plan_with
+from tests.support.cuts import plan_with
+from tests.support.ranking import quality_of
 
 SETTINGS = RaceSettings(tokens=96, sequence_length=16, batch_sequences=2)
 DISTILL = DistillSettings(tokens=1, sequence_length=16, batch_sequences=2, learning_rate=3e-3)
@@ -197,7 +197,7 @@ def test_finalists_differ_and_the_best_fill_up(tiny_checkpoint: Checkpoint) -> N
         plan_with(tiny_checkpoint, ffn=16),  # in layer 4 and the narrowed layers 1 and 6
     ]
     assert [num_layers_different(source, plans[0], plan) for plan in plans] == [0, 2, 1, 3]
-    ranked = [RankedPlan(plan=plan, quality=quality(number, 0, 0, 0)) for number, plan in enumerate(plans)]
+    ranked = [RankedPlan(plan=plan, quality=quality_of(number, 0, 0, 0)) for number, plan in enumerate(plans)]
 
     def picked(number: int, min_different: int) -> list[int]:
         found = pick_finalists(source, ranked, number, min_different)

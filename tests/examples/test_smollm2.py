@@ -30,7 +30,7 @@ from minipuzzle.cut.scores import LAYER_METRICS
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
-from tests.importance.test_layer_scores import Scores, assert_same_scores, plain_metrics
+from tests.support.oracles import Scores, assert_same_scores, plain_metrics
 
 NUM_BLOCKS = 30
 SENTENCES = (

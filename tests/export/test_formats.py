@@ -26,10 +26,9 @@ from minipuzzle.formats.layout import export_layout
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
-from tests.export.test_fp8 import e4m3_table, reference_codes
+from tests.support.oracles import e4m3_table, nearest, reference_codes, reference_nvfp4
 from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 PATTERN = "M-*-"
 EVERY_LAYOUT = [
     {"scheme": "fp8", "flavour": "modelopt"},
@@ -65,25 +64,6 @@ def exported(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> di
         assert found is not None and found.relative_difference == 0.0, settings
         folders[settings["scheme"], settings["flavour"]] = out
     return folders
-
-
-def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Positions of the nearest entries of an ascending table, ties to the even position, in float64."""
-    above = np.clip(np.searchsorted(table, values), 1, len(table) - 1)
-    to_above, to_below = table[above] - values, values - table[above - 1]
-    picked: np.ndarray[Any, Any] = above - 1 + ((to_above < to_below) | ((to_above == to_below) & (above % 2 == 0)))
-    return picked
-
-
-def reference_nvfp4(weight: np.ndarray, tensor_scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """(codes [rows, columns], values of block scales [rows, blocks]) by the published rule, in float64."""
-    blocks = weight.astype(np.float64).reshape(len(weight), -1, 16)
-    wanted = np.abs(blocks).max(-1) / (6 * tensor_scale)
-    wanted = np.clip(np.where(wanted == 0, 1.0, wanted), 2.0**-9, 448)
-    scales = e4m3_table()[nearest(wanted, e4m3_table())]
-    magnitudes = np.minimum(np.abs(blocks) / (scales[..., None] * tensor_scale), 6)
-    codes = nearest(magnitudes, E2M1) + 8 * np.signbit(blocks)
-    return codes.reshape(weight.shape), scales
 
 
 def unpack(packed: torch.Tensor) -> np.ndarray:

@@ -29,6 +29,7 @@ from minipuzzle.quality.evaluate import divergence_sums
 from minipuzzle.runtime.layer_stack import largest_part_bytes
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
+from tests.support.oracles import e4m3_table, reference_codes
 from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
 
 PATTERN = "M-M*-M-"
@@ -62,25 +63,6 @@ def copied(exported: Path, tmp_path: Path) -> Path:
     for file in exported.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
-
-
-def e4m3_table() -> np.ndarray:
-    """The 127 finite values of codes 0 to 126, ascending: 4 bits of exponent with bias 7, 3 bits of mantissa."""
-    exponent, mantissa = np.divmod(np.arange(127), 8)
-    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
-    return np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
-
-
-def reference_codes(values: np.ndarray, scale: float) -> np.ndarray:
-    """Codes of values / scale in float64, rounded once to nearest, ties to the even code."""
-    table = e4m3_table()
-    magnitudes = np.minimum(np.abs(values.astype(np.float64) / scale), 448.0)
-    above = np.clip(np.searchsorted(table, magnitudes), 1, 126)
-    below = above - 1
-    to_above, to_below = table[above] - magnitudes, magnitudes - table[below]
-    rounds_up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
-    codes: np.ndarray[Any, Any] = np.where(rounds_up, above, below) + 128 * np.signbit(values)
-    return codes
 
 
 def test_every_e4m3_value_encodes_to_its_own_code() -> None:

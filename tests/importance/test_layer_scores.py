@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from importance.layers import reserved_bytes, score_layers
 from importance.metrics import HeadInputMetrics, next_token_labels
@@ -25,9 +23,9 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, LayerStack, resident_weight_bytes
 from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
+from tests.support.oracles import Scores, assert_same_scores, plain_metrics
 from tests.support.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
 
-Scores = dict[str, NDArray[np.float64]]
 Tensors = dict[str, torch.Tensor]
 SAMPLES, TOKENS = 3, 37
 EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
@@ -59,29 +57,6 @@ def scores_by_naive_removal(
             plain_metrics(full, head_input(j), parts.head.weight.double(), token_ids) for j in range(len(parts.layers))
         ]
     return {metric: np.array([scores[metric] for scores in each]) for metric in LAYER_METRICS}
-
-
-def plain_metrics(full: torch.Tensor, altered: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
-    log_p, log_q = F.log_softmax(full @ head.T, -1), F.log_softmax(altered @ head.T, -1)
-
-    def loss(log_probabilities: torch.Tensor) -> torch.Tensor:
-        return F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-    return {
-        "mse": F.mse_loss(altered, full).item(),
-        "nmse": ((altered - full).square().sum() / full.square().sum()).item(),
-        "cosine": (1 - F.cosine_similarity(altered, full, dim=-1)).mean().item(),
-        "kl": F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean().item(),
-        "delta_loss": (loss(log_q) - loss(log_p)).item(),
-    }
-
-
-def assert_same_scores(found: Scores, wanted: Scores, relative: float) -> None:
-    assert found.keys() == wanted.keys() == LAYER_METRICS.keys()
-    for metric, values in wanted.items():
-        # A rise of the loss may be near zero while the losses are not; its error is relative to the typical rise.
-        absolute = relative * np.abs(values).mean() if metric == "delta_loss" else 0
-        np.testing.assert_allclose(found[metric], values, rtol=relative, atol=absolute, err_msg=metric)
 
 
 @pytest.fixture(scope="module")

@@ -22,45 +22,15 @@ from importance.prefix_tree import PrefixTree, build_tree
 from minipuzzle.commands import prune
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
-from minipuzzle.data.windows import IGNORE, EvaluationWindows
+from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.ranked import RANK_BY, PlanQuality, RankedPlan, best_first
 from minipuzzle.runtime.layer_stack import FINAL_NORM, LayerStack
 from minipuzzle.runtime.models import build_model, load_model
-from tests.runtime.test_narrowed_layers import plan_with
-from tests.support.tiny_models import VOCABULARY
-
-TOKENS = 19
-
-
-def windows() -> EvaluationWindows:
-    """Windows of random tokens, one of them with padding."""
-    ids = torch.randint(VOCABULARY, (5, TOKENS + 1), generator=torch.Generator().manual_seed(3))
-    labels = ids[:, 1:].clone()
-    labels[2, 7:] = IGNORE
-    return EvaluationWindows(token_ids=ids[:, :-1], labels=labels, num_bytes=1)
-
-
-def candidates(checkpoint: Checkpoint) -> list[Plan]:
-    """Plans that share prefixes, whole and narrowed layers, the hidden axis cut in two ways, and one that is twice."""
-    whole = keep_everything(checkpoint.architecture)
-    narrow = plan_with(checkpoint, ffn=20)
-    hidden, other_hidden = plan_with(checkpoint, hidden=24), plan_with(checkpoint, hidden=24, ffn=30, kv_group=1)
-    return [
-        replace(whole, kept_layers=(0, 1, 2, 3, 5, 6)),
-        replace(whole, kept_layers=(0, 1, 2, 4, 5, 6)),
-        replace(whole, kept_layers=(0, 2, 3, 5, 6)),
-        narrow,
-        replace(narrow, kept_layers=(0, 1, 2, 3, 6)),
-        replace(plan_with(checkpoint, ffn=30, kv_group=1), kept_layers=(0, 1, 2, 3, 6)),
-        plan_with(checkpoint, ssm_head=2, ssm_head_channel=5),
-        hidden,
-        replace(hidden, kept_layers=(0, 1, 2, 3)),
-        other_hidden,
-        replace(whole, kept_layers=(0, 1, 2, 3, 5, 6)),
-    ]
+from tests.support.cuts import plan_with
+from tests.support.ranking import candidates, padded_windows, quality_of
 
 
 def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationWindows) -> list[PlanQuality]:
@@ -82,18 +52,18 @@ def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationW
 def alone(tiny_folder: Path) -> list[PlanQuality]:
     """All candidates of the tiny model, each alone."""
     checkpoint = Checkpoint.open(tiny_folder)
-    return measured_alone(checkpoint, candidates(checkpoint), windows())
+    return measured_alone(checkpoint, candidates(checkpoint), padded_windows())
 
 
 def open_in(checkpoint: Checkpoint, tree: PrefixTree, *, fits: bool) -> LayerStack:
     """A stack that keeps the whole model, or one with about the least memory in which the work can be done."""
     if fits:
-        return open_stack(checkpoint, tree, windows())
+        return open_stack(checkpoint, tree, padded_windows())
     memory_bytes = 0
     while True:
         memory_bytes += 30_000
         with suppress(MinipuzzleError):
-            stack = open_stack(checkpoint, tree, windows(), device_memory_bytes=memory_bytes)
+            stack = open_stack(checkpoint, tree, padded_windows(), device_memory_bytes=memory_bytes)
             assert not stack.is_resident
             return stack
 
@@ -106,7 +76,7 @@ def test_measuring_together_equals_measuring_alone(
     plans = candidates(tiny_checkpoint)
     tree = build_tree(tiny_checkpoint.architecture, [keep_everything(tiny_checkpoint.architecture), *plans])
     stack = open_in(tiny_checkpoint, tree, fits=fits)
-    found = measure_plans(stack, tree, plans, windows(), slice_windows=slice_windows)
+    found = measure_plans(stack, tree, plans, padded_windows(), slice_windows=slice_windows)
     for quality, wanted in zip(found, alone, strict=True):
         assert quality.to_json() == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)
 
@@ -117,7 +87,7 @@ def test_each_stream_runs_once_and_weights_are_read_once_a_slice(tiny_checkpoint
     tree = build_tree(tiny_checkpoint.architecture, [keep_everything(tiny_checkpoint.architecture), *plans])
     stack = open_in(tiny_checkpoint, tree, fits=fits)
     steps: list[int] = []
-    measure_plans(stack, tree, plans, windows(), slice_windows=2, advance=steps.append)
+    measure_plans(stack, tree, plans, padded_windows(), slice_windows=2, advance=steps.append)
     # M-M*-M-: 0 runs once; 1 for all but one; then 2 twice; 3 and 4 by who keeps them; 5 and 6 for all four.
     assert tree.num_applications == 1 + 1 + 2 + 2 + 2 + 4 + 4
     assert stack.counters.layer_applications == 3 * tree.num_applications
@@ -135,21 +105,19 @@ def test_equal_plans_share_everything(tiny_checkpoint: Checkpoint) -> None:
 
 def test_slices_are_sized_to_the_memory(tiny_checkpoint: Checkpoint) -> None:
     tree = build_tree(tiny_checkpoint.architecture, candidates(tiny_checkpoint))
-    sizes = [windows_per_slice(open_in(tiny_checkpoint, tree, fits=fits), tree, windows()) for fits in (False, True)]
+    sizes = [
+        windows_per_slice(open_in(tiny_checkpoint, tree, fits=fits), tree, padded_windows()) for fits in (False, True)
+    ]
     assert 1 <= sizes[0] < sizes[1] == 5
-
-
-def quality(kl: float, loss: float, accuracy: float, agreement: float) -> PlanQuality:
-    return PlanQuality(kl=kl, loss=loss, next_token_accuracy=accuracy, agreement=agreement, num_tokens=1)
 
 
 def test_the_order_follows_the_criterion_and_ties_the_prediction() -> None:
     plan = Plan(source_fingerprint="", kept_layers=(0,))
     table = {
-        "a": (quality(1.0, 2.0, 0.3, 0.7), 3.0),
-        "b": (quality(2.0, 1.0, 0.4, 0.6), 2.0),
-        "c": (quality(3.0, 3.0, 0.2, 0.8), 1.0),
-        "d": (quality(3.0, 4.0, 0.1, 0.1), 0.5),
+        "a": (quality_of(1.0, 2.0, 0.3, 0.7), 3.0),
+        "b": (quality_of(2.0, 1.0, 0.4, 0.6), 2.0),
+        "c": (quality_of(3.0, 3.0, 0.2, 0.8), 1.0),
+        "d": (quality_of(3.0, 4.0, 0.1, 0.1), 0.5),
     }
     ranked = [
         RankedPlan(plan=replace(plan, notes={"name": name, "predicted_loss": predicted}), quality=measured)
@@ -171,7 +139,7 @@ def test_the_command_offers_every_criterion() -> None:
 
 def test_ranking_returns_the_best_first(tiny_checkpoint: Checkpoint) -> None:
     plans = candidates(tiny_checkpoint)[:3]
-    ranked = rank_plans(tiny_checkpoint, plans, windows(), dtype=torch.float32, device="cpu")
+    ranked = rank_plans(tiny_checkpoint, plans, padded_windows(), dtype=torch.float32, device="cpu")
     divergences = [item.quality.kl for item in ranked]
     assert divergences == sorted(divergences) and len(ranked) == len(plans)
 
@@ -232,14 +200,14 @@ from minipuzzle.cut.plan import keep_everything
 from importance.prefix_tree import build_tree
 from minipuzzle.runtime.processes import joined_processes
 from importance.candidates import measure_plans, open_stack
-from tests.importance.test_ranking import candidates, windows
+from tests.support.ranking import candidates, padded_windows
 
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 plans = candidates(checkpoint)
 tree = build_tree(checkpoint.architecture, [keep_everything(checkpoint.architecture), *plans])
-stack = open_stack(checkpoint, tree, windows())
+stack = open_stack(checkpoint, tree, padded_windows())
 with joined_processes("cpu") as processes:
-    found = measure_plans(stack, tree, plans, windows(), slice_windows=1, processes=processes)
+    found = measure_plans(stack, tree, plans, padded_windows(), slice_windows=1, processes=processes)
     record = {"found": [quality.to_json() for quality in found], "applications": stack.counters.layer_applications}
     Path(sys.argv[2], f"{processes.rank}.json").write_text(json.dumps(record))
 """

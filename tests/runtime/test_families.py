@@ -8,8 +8,6 @@ scores are what removing that layer does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,33 +19,28 @@ from safetensors.torch import load_file, save_file
 
 from importance.layers import score_layers
 from minipuzzle.architecture.families import FAMILIES, Config, Family, family_of, read_architecture
-from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES, kind_of_axis
-from minipuzzle.architecture.model import Architecture, PlacedTensor
+from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
-from minipuzzle.cut.scores import Scores
-from minipuzzle.cut.selection import norm_scales
-from minipuzzle.cut.surgery import cut_tensors, kept_positions
+from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
-from tests.support.tiny_models import TINY_CONFIGS, VOCABULARY, write_family_checkpoint
+from tests.support.cuts import half_of_the_units, plan_keeping
+from tests.support.oracles import exact_logits_of, silence
+from tests.support.text import random_tokens
+from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, write_family_checkpoint
 
 Tensors = dict[str, torch.Tensor]
-NORM_EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps")
-EVERY_CONFIG = sorted(TINY_CONFIGS)
 EVERY_AXIS = [
     (name, axis)
     for name in EVERY_CONFIG
     for axis in PRUNABLE_AXES
     if read_architecture(TINY_CONFIGS[name]).width(axis) is not None
 ]
-
-
-def random_tokens(samples: int = 2, tokens: int = 21) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +67,6 @@ def family(config: Config) -> Family:
 @pytest.fixture
 def checkpoint(name: str, folders: dict[str, Path]) -> Checkpoint:
     return Checkpoint.open(folders[name])
-
-
-@contextmanager
-def everything_in_float64() -> Iterator[None]:
-    """Turns the casts to float32 inside transformers' modules into casts to float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        yield
-
-
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad(), everything_in_float64():
-        logits_BTV: torch.Tensor = model(random_tokens(), use_cache=False).logits
-    return logits_BTV
 
 
 def test_names_and_shapes_equal_the_transformers_model(family: Family, config: Config) -> None:
@@ -186,52 +163,6 @@ def test_cutting_nothing_is_byte_identical(checkpoint: Checkpoint, tmp_path: Pat
         assert (tmp_path / name).read_bytes() == (checkpoint.folder / name).read_bytes()
 
 
-def half_of_the_units(source: Architecture, axis: str) -> tuple[int, ...]:
-    """The first half of the units of each group."""
-    size, kind = source.width(axis), kind_of_axis(axis)
-    assert size is not None
-    groups = source.width(kind.unit_groups[axis]) or 1 if kind and axis in kind.unit_groups else 1
-    per_group = size // groups
-    return tuple(unit for unit in range(size) if unit % per_group < per_group // 2)
-
-
-def plan_keeping(source: Architecture, axis: str, kept: tuple[int, ...]) -> Plan:
-    """A plan for one axis, with energies that are one where units stay and zero where they go."""
-    layers = [idx for idx, layer in enumerate(source.layers) if axis in layer.sizes]
-    keys = [WHOLE_MODEL] if axis == "hidden" else [str(idx) for idx in layers]
-    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(keys, kept)})
-    energies = {"hidden.final": energy(((axis,),), {"hidden": source.hidden}, axis, kept)} if axis == "hidden" else {}
-    for placed in source.tensors():
-        if placed.spec.rms_groups and placed.layer_idx is not None:
-            owner = "hidden" if placed.spec.dims == (HIDDEN,) else LAYER_KINDS[placed.part].inner_norm_energy
-            energies[f"{owner}.{placed.layer_idx}"] = energy(placed.spec.dims[0], placed.sizes, axis, kept)
-    return replace(plan, norm_scales=norm_scales(source, Scores(layer={}, energies=energies), plan))
-
-
-def energy(dimension: Any, sizes: Any, axis: str, kept: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    values = np.zeros(sum(int(np.prod([sizes[name] for name in segment])) for segment in dimension))
-    positions = kept_positions(dimension, sizes, {axis: kept})
-    values[slice(None) if positions is None else positions] = 1
-    return values
-
-
-def silence(tensor: torch.Tensor, placed: PlacedTensor, axis: str, kept: tuple[int, ...], *, to_mean: bool) -> None:
-    """Make the units that go silent: whatever writes them writes zeros, or the mean of the others."""
-    if placed.spec.rms_groups:
-        return
-    writes = 1 if placed.part == "embeddings" else 0
-    if axis == "expert" and placed.spec.dims == ((("expert",),),):  # what the router adds before it picks the best
-        tensor.index_fill_(0, torch.from_numpy(np.setdiff1d(np.arange(len(tensor)), kept)), -1e4)
-        return
-    positions = kept_positions(placed.spec.dims[writes], placed.sizes, {axis: kept})
-    if positions is not None:
-        silent = np.setdiff1d(np.arange(tensor.shape[writes]), positions)
-        others = tensor.index_select(writes, torch.from_numpy(positions))
-        quiet = others.mean(writes, keepdim=True) if to_mean else torch.zeros_like(others.narrow(writes, 0, 1))
-        shape = [len(silent) if dim_idx == writes else length for dim_idx, length in enumerate(tensor.shape)]
-        tensor.index_copy_(writes, torch.from_numpy(silent), quiet.expand(shape).contiguous())
-
-
 @pytest.fixture
 def silenced(tmp_path: Path) -> Any:
     def make(name: str, axis: str) -> tuple[Checkpoint, tuple[int, ...]]:
@@ -258,8 +189,8 @@ def test_removing_silent_units_keeps_the_logits(silenced: Any, name: str, axis: 
     checkpoint, kept = silenced(name, axis)
     plan = plan_keeping(checkpoint.architecture, axis, kept)
     config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
-    before = logits_of(load_model(checkpoint, dtype=torch.float64))
-    after = logits_of(build_model(config, cut_tensors(checkpoint, plan), dtype=torch.float64))
+    before = exact_logits_of(load_model(checkpoint, dtype=torch.float64), random_tokens())
+    after = exact_logits_of(build_model(config, cut_tensors(checkpoint, plan), dtype=torch.float64), random_tokens())
     assert (before - after).abs().max() < 1e-9 * before.abs().max()
     assert before.std() > 0.1
 

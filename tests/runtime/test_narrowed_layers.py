@@ -8,19 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from minipuzzle.architecture.layer_kinds import LayerSpec
-from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
-from minipuzzle.cut.selection import keep_best_units
+from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack, largest_part_bytes
 from minipuzzle.runtime.models import build_model, parts_of
 from minipuzzle.runtime.narrowed_layers import LayerCut, NarrowedLayers, layer_cut, unit_orders
+from tests.support.cuts import plan_with
 from tests.support.tiny_models import write_tiny_checkpoint
 
 MLP, ATTENTION = 1, 3  # of the pattern M-M*-M-
@@ -41,32 +40,6 @@ def stack(request: pytest.FixtureRequest, tiny_checkpoint: Checkpoint) -> LayerS
     streamed = LayerStack(tiny_checkpoint, device_memory_bytes=least_bytes)
     assert not streamed.is_resident
     return streamed
-
-
-def ranking(size: int, num_kept: int, num_groups: int = 1, seed: int = 0) -> tuple[int, ...]:
-    return keep_best_units(np.random.default_rng(seed).random(size), num_kept, num_groups)
-
-
-def plan_with(checkpoint: Checkpoint, **widths: int) -> Plan:
-    """Every layer that has an axis cut to its width, and arbitrary factors for the norms that this touches."""
-    source = checkpoint.architecture
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
-    scales = {}
-    for axis, width in widths.items():
-        if axis == "hidden":
-            kept_units[axis] = {WHOLE_MODEL: ranking(source.hidden, width)}
-            continue
-        groups = 2 if axis == "ssm_head" else 1
-        kept_units[axis] = {
-            str(idx): ranking(layer.sizes[axis], width, groups, seed=idx)
-            for idx, layer in enumerate(source.layers)
-            if axis in layer.sizes
-        }
-    for placed in source.tensors():
-        cut_axes = {axis for dim in placed.spec.dims for segment in dim for axis in segment} & widths.keys()
-        if placed.spec.rms_groups and cut_axes:
-            scales[placed.name] = tuple(1.5 - 0.1 * group for group in range(placed.spec.rms_groups))
-    return replace(keep_everything(source), kept_units=kept_units, norm_scales=scales)
 
 
 def pruned_layers(checkpoint: Checkpoint, plan: Plan) -> nn.ModuleList:

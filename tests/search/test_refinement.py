@@ -22,7 +22,7 @@ from minipuzzle.quality.ranked import RankedPlan
 from minipuzzle.search.refinement import refine, with_layers
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem, compare
-from tests.importance.test_ranking import windows
+from tests.support.ranking import padded_windows
 from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
 
 DEPLOYMENT = Deployment(context_tokens=64)
@@ -45,12 +45,12 @@ def divergence(problem: Problem, plans: list, texts: EvaluationWindows) -> list[
 
 
 def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> None:
-    found = compare(problem, windows(), ChoosingSettings(num_candidates=2, refine=True), quiet=True)
+    found = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2, refine=True), quiet=True)
     best = found.ranked[0]
     neighbours = problem.neighbours(best.plan)
     assert neighbours
-    assert min(divergence(problem, neighbours, windows())) >= best.quality.kl * (1 - 1e-5)
-    start = compare(problem, windows(), ChoosingSettings(num_candidates=2), quiet=True).ranked[0]
+    assert min(divergence(problem, neighbours, padded_windows())) >= best.quality.kl * (1 - 1e-5)
+    start = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2), quiet=True).ranked[0]
     assert found.refinement["before"]["kl"] == pytest.approx(start.quality.kl)
     assert best.quality.kl <= start.quality.kl
     exchanged = set(best.plan.kept_layers) ^ set(start.plan.kept_layers)
@@ -62,7 +62,7 @@ def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> N
 
 def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
     def measured(plans: Sequence[Plan]) -> list[RankedPlan]:
-        return rank_plans(problem.checkpoint, plans, windows(), dtype=torch.float32, device="cpu")
+        return rank_plans(problem.checkpoint, plans, padded_windows(), dtype=torch.float32, device="cpu")
 
     whole = keep_everything(problem.source)
     starts = [replace(whole, kept_layers=(0, 3, *rest)) for rest in itertools.combinations((1, 2, 4, 5, 6, 7), 3)]

@@ -21,7 +21,7 @@ from distill.settings import DistillSettings
 from distill.states.results import write_result
 from distill.training.loop import distill_pair
 from minipuzzle.files.checkpoint import Checkpoint
-from tests.distill.test_loop import SETTINGS, held_out, windows
+from tests.support.distilling import SETTINGS, held_out, windows
 
 
 def settings_of(num_steps: int, dtype: str) -> DistillSettings:

@@ -49,6 +49,8 @@ def _write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
 
 
 TINY_CONFIGS = {name: config for family in FAMILIES.values() for name, config in family.tiny_configs.items()}
+EVERY_CONFIG = sorted(TINY_CONFIGS)
+NORM_EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 
 
 def write_family_checkpoint(folder: Path, name: str, *, seed: int = 0, **config_changes: Any) -> Path:

@@ -1,0 +1,71 @@
+"""Plans that tests cut models by: every layer to a width, or one axis to half of its units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, kind_of_axis
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
+from minipuzzle.cut.scores import Scores
+from minipuzzle.cut.selection import keep_best_units, norm_scales
+from minipuzzle.cut.surgery import kept_positions
+from minipuzzle.files.checkpoint import Checkpoint
+
+
+def ranking(size: int, num_kept: int, num_groups: int = 1, seed: int = 0) -> tuple[int, ...]:
+    return keep_best_units(np.random.default_rng(seed).random(size), num_kept, num_groups)
+
+
+def plan_with(checkpoint: Checkpoint, **widths: int) -> Plan:
+    """Every layer that has an axis cut to its width, and arbitrary factors for the norms that this touches."""
+    source = checkpoint.architecture
+    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    scales = {}
+    for axis, width in widths.items():
+        if axis == "hidden":
+            kept_units[axis] = {WHOLE_MODEL: ranking(source.hidden, width)}
+            continue
+        groups = 2 if axis == "ssm_head" else 1
+        kept_units[axis] = {
+            str(idx): ranking(layer.sizes[axis], width, groups, seed=idx)
+            for idx, layer in enumerate(source.layers)
+            if axis in layer.sizes
+        }
+    for placed in source.tensors():
+        cut_axes = {axis for dim in placed.spec.dims for segment in dim for axis in segment} & widths.keys()
+        if placed.spec.rms_groups and cut_axes:
+            scales[placed.name] = tuple(1.5 - 0.1 * group for group in range(placed.spec.rms_groups))
+    return replace(keep_everything(source), kept_units=kept_units, norm_scales=scales)
+
+
+def half_of_the_units(source: Architecture, axis: str) -> tuple[int, ...]:
+    """The first half of the units of each group."""
+    size, kind = source.width(axis), kind_of_axis(axis)
+    assert size is not None
+    groups = source.width(kind.unit_groups[axis]) or 1 if kind and axis in kind.unit_groups else 1
+    per_group = size // groups
+    return tuple(unit for unit in range(size) if unit % per_group < per_group // 2)
+
+
+def plan_keeping(source: Architecture, axis: str, kept: tuple[int, ...]) -> Plan:
+    """A plan for one axis, with energies that are one where units stay and zero where they go."""
+    layers = [idx for idx, layer in enumerate(source.layers) if axis in layer.sizes]
+    keys = [WHOLE_MODEL] if axis == "hidden" else [str(idx) for idx in layers]
+    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(keys, kept)})
+    energies = {"hidden.final": energy(((axis,),), {"hidden": source.hidden}, axis, kept)} if axis == "hidden" else {}
+    for placed in source.tensors():
+        if placed.spec.rms_groups and placed.layer_idx is not None:
+            owner = "hidden" if placed.spec.dims == (HIDDEN,) else LAYER_KINDS[placed.part].inner_norm_energy
+            energies[f"{owner}.{placed.layer_idx}"] = energy(placed.spec.dims[0], placed.sizes, axis, kept)
+    return replace(plan, norm_scales=norm_scales(source, Scores(layer={}, energies=energies), plan))
+
+
+def energy(dimension: Any, sizes: Any, axis: str, kept: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    values = np.zeros(sum(int(np.prod([sizes[name] for name in segment])) for segment in dimension))
+    positions = kept_positions(dimension, sizes, {axis: kept})
+    values[slice(None) if positions is None else positions] = 1
+    return values
