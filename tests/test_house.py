@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -23,6 +23,36 @@ PACKAGES = ("minipuzzle", "importance", "distill")
 MAX_FOLDER_FILES = 12
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8
+MAX_PACKAGE_LINES = 18_500
+# What does not hold yet. Whoever mends one takes it off; nothing is added.
+UPWARD = {
+    "minipuzzle/architecture/configs/paired.py imports minipuzzle/runtime/sublayers.py",
+    "minipuzzle/architecture/families/granitemoehybrid.py imports minipuzzle/runtime/sublayers.py",
+    "minipuzzle/architecture/families/nemotron_h.py imports minipuzzle/runtime/experts.py",
+    "minipuzzle/architecture/families/nemotron_h.py imports minipuzzle/runtime/mamba_scan.py",
+}
+LONG_FILES = {"tests/commands/test_distill.py", "tests/search/test_search.py"}
+LONG_FUNCTIONS = {
+    "importance/measure.py:measure",
+    "minipuzzle/commands/distill.py:distill",
+    "minipuzzle/commands/prune.py:prune",
+    "minipuzzle/commands/score.py:score",
+}
+MANY_PARAMETERS = {
+    "distill/race.py:run_race",
+    "distill/run.py:distill_checkpoint",
+    "distill/training/loop.py:distill",
+    "importance/candidates.py:rank_plans",
+    "importance/measure.py:measure",
+    "minipuzzle/search/refinement.py:neighbours_of",
+}
+PRIVATE_NAMES = {
+    "tests/quality/test_evaluate.py:_CHUNK_LOGITS",
+    "tests/export/test_recovery.py:_PIECE_ELEMENTS",
+    "tests/runtime/test_mamba_scan.py:_chunks",
+    "tests/runtime/test_mamba_scan.py:_forward",
+}
 
 
 def source_files() -> list[Path]:
@@ -74,7 +104,7 @@ def test_arrows_point_down_the_table_only() -> None:
         for imported in imports
         if place(importer) != place(imported) and floors[place(importer)] <= floors[place(imported)]
     ]
-    assert sorted(upward) == []
+    assert_only(upward, UPWARD)
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -99,16 +129,108 @@ def test_a_folder_holds_at_most_twelve_files() -> None:
     assert {name: number for name, number in folders.items() if number > MAX_FOLDER_FILES} == {}
 
 
-@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_short(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            body_start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno
-            assert body_start is not None
-            assert node.end_lineno - body_start < MAX_FUNCTION_LINES, f"{node.name} is too long"
+def syntax_trees(*folders: str) -> dict[str, ast.Module]:
+    """All files of some folders, by their names relative to the repository."""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def assert_only(found: Iterable[str], known: set[str]) -> None:
+    """What offends is known, and what is known still offends: such a list can only become shorter."""
+    offenders = set(found)
+    assert sorted(offenders - known) == [], "new"
+    assert sorted(known - offenders) == [], "no longer true: take it off the list"
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for file, tree in syntax_trees(*PACKAGES).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{file}:{node.name}", node
+
+
+def test_files_stay_short() -> None:
+    files = {name: (ROOT / name).read_text(encoding="utf-8") for name in syntax_trees(*PACKAGES, "tests")}
+    assert_only((name for name, text in files.items() if len(text.splitlines()) > MAX_FILE_LINES), LONG_FILES)
+
+
+def test_functions_stay_short_counted_from_their_def() -> None:
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions()}
+    assert_only((name for name, length in lengths.items() if length > MAX_FUNCTION_LINES), LONG_FUNCTIONS)
+
+
+def test_functions_have_few_parameters() -> None:
+    """Click hands every option to a command by its name, however many there are."""
+
+    def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+        arguments = node.args
+        names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        return [name for name in names if name not in ("self", "cls")]
+
+    def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        return any(ast.unparse(decorator).startswith("click.command") for decorator in node.decorator_list)
+
+    many = (name for name, node in functions() if not is_command(node) and len(parameters(node)) > MAX_PARAMETERS)
+    assert_only(many, MANY_PARAMETERS)
+
+
+@pytest.mark.xfail(strict=True, reason="on the way; this mark goes when the house is that small")
+def test_the_packages_stay_small() -> None:
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in source_files()) < MAX_PACKAGE_LINES
+
+
+def test_no_test_imports_another() -> None:
+    """Neither do the programs that tests write, nor the names of modules to load before a fork."""
+    own = re.compile(r"\btests(?:\.\w+)*\.test_\w+|^(?:from|import) (?:\.|test_)", flags=re.MULTILINE)
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in syntax_trees("tests")}
+    found = {name: set(own.findall(text)) - {module_of(name)} for name, text in texts.items()}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def module_of(file: str) -> str:
+    return file.removesuffix(".py").replace("/", ".")
+
+
+def test_tests_mirror_the_house() -> None:
+    """A folder of tests for each package and each room of minipuzzle, and few others."""
+    rooms = {Path(name).parts[1] for name in syntax_trees("minipuzzle") if name.count("/") > 1}
+    folders = {Path(name).parts[1] for name in syntax_trees("tests") if name.count("/") > 1}
+    assert_only(folders - rooms, {"importance", "distill", "damage", "engines", "examples", "golden", "support"})
+    assert_only(rooms - folders, {"files", "formats", "show"})
+
+
+def private_names() -> set[str]:
+    """Names with a leading underscore that modules and classes of the packages define."""
+    found: set[str] = set()
+    for tree in syntax_trees(*PACKAGES).values():
+        bodies = [tree.body, *(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+        for node in (node for body in bodies for node in body):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        found |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def names_used(tree: ast.Module) -> Iterator[str]:
+    """What a file takes from our packages, reads as an attribute, or replaces by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            strings = (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+            yield from (string.rpartition(".")[2] for string in strings)
+
+
+def test_tests_use_no_private_name_of_the_packages() -> None:
+    private = private_names()
+    trees = syntax_trees("tests")
+    found = {f"{file}:{name}" for file, tree in trees.items() for name in names_used(tree) if name in private}
+    assert_only(found, PRIVATE_NAMES)
 
 
 def test_help_comes_without_torch() -> None:
