@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def described(option: click.Parameter) -> dict[str, Any]:
     """What a script can rely on; how the value is called inside is not part of it."""
-    kind: dict[str, Any] = option.type.to_info_dict()
+    kind: Any = option.type.to_info_dict()
     facts = {
         "type": option.type.name,
         "choices": list(kind.get("choices", ())),
