@@ -5,14 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from distill.schedules import SCHEDULES
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.runtime.compute import DTYPES
+from minipuzzle.table import Table
 
-DTYPES = ("float32", "bfloat16")
-FORMS = ("forward", "reverse", "jsd", "skewed", "reverse-skewed")
-SCHEDULES = ("cosine", "linear", "wsd")
-LAYOUTS = ("packed", "separate")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill.objective.divergences import Form
+
+# How the distributions of teacher and student are compared.
+FORMS: Table[Form] = Table(
+    "loss form",
+    "losses",
+    lazy={
+        "forward": "distill.objective.divergences:FORWARD",
+        "reverse": "distill.objective.divergences:REVERSE",
+        "jsd": "distill.objective.divergences:JSD",
+        "skewed": "distill.objective.divergences:SKEWED",
+        "reverse-skewed": "distill.objective.divergences:REVERSE_SKEWED",
+    },
+)
+# How documents are laid out: from their tokens and the length of a window to inputs and labels.
+DOCUMENTS: Table[Callable[[list[Tensor], int], tuple[Tensor, Tensor]]] = Table(
+    "layout of documents",
+    "document_layouts",
+    lazy={
+        "packed": "distill.training.data:cut_packed",
+        "separate": "distill.training.data:cut_separately",
+    },
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +51,9 @@ class DistillSettings:
     ``form``: how the distributions are compared, ``mixture_share`` as in LossSettings; ``top_k``: of the teacher, this
     many likeliest tokens and one outcome for all others (0: all tokens); ``hidden_weight``: weight of the cosine
     distance between what the two LM heads see.
-    ``schedule``: the learning rate after the warm-up falls along half a cosine, along a line, or stays and falls along
-    a line in the last ``decay_fraction`` of the run (``wsd``, warm-up, stable, decay).
-    ``documents``: how they are laid out in windows (see training.data); ``held_out``: their share for validation.
+    ``schedule``: how the learning rate falls after the warm-up; ``wsd`` does so in the last ``decay_fraction`` of the
+    run only. ``documents``: how they are laid out in windows (see training.data); ``held_out``: their share for
+    validation.
 
     Raises: MinipuzzleError for a value out of range.
     Source of the defaults: NVIDIA's recipe for pruned Nemotron models (forward KL at temperature 1, rate 1e-4 falling
@@ -70,9 +95,10 @@ class DistillSettings:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         share = self.mixture_share
         _require(share is None or 0 < share < 1, "mixture_share", share, "a number between 0 and 1")
-        choices = {"dtype": DTYPES, "form": FORMS, "schedule": SCHEDULES, "documents": LAYOUTS}
-        for name, known in choices.items():
-            _require(getattr(self, name) in known, name, getattr(self, name), " or ".join(known))
+        DTYPES.check(self.dtype)
+        FORMS.check(self.form)
+        SCHEDULES.check(self.schedule)
+        DOCUMENTS.check(self.documents)
 
     @property
     def tokens_per_step(self) -> int:
@@ -88,16 +114,12 @@ class DistillSettings:
         """Learning rate of a step from 0: linear warm-up, then down to the minimum in the last step by the schedule.
 
         A pure function of the step, so that a resumed run needs no scheduler state.
-        Source: Loshchilov and Hutter (arXiv 1608.03983) for the cosine, MiniCPM (arXiv 2404.06395) for wsd.
         """
         warmup_steps = math.ceil(self.warmup_fraction * self.total_steps)
         if step_idx < warmup_steps:
             return self.learning_rate * (step_idx + 1) / (warmup_steps + 1)
-        first_falling = warmup_steps
-        if self.schedule == "wsd":
-            first_falling = max(warmup_steps, self.total_steps - 1 - math.ceil(self.decay_fraction * self.total_steps))
-        progress = max(0, step_idx - first_falling) / max(1, self.total_steps - 1 - first_falling)
-        left = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
+        last_step_idx, decay_steps = self.total_steps - 1, math.ceil(self.decay_fraction * self.total_steps)
+        left = SCHEDULES[self.schedule](step_idx - warmup_steps, last_step_idx - warmup_steps, decay_steps)
         floor = self.min_learning_rate_fraction
         return self.learning_rate * (floor + (1 - floor) * left)
 

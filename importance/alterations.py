@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
 from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import Plan
-from minipuzzle.cut.scores import LAYER_METRICS, Scores
+from minipuzzle.cut.scores import Scores
 from minipuzzle.cut.selection import make_plan
 from minipuzzle.errors import MinipuzzleError
 
@@ -28,7 +29,8 @@ class LayerRequest:
     metric: str = "mse"
 
     def __post_init__(self) -> None:
-        assert self.metric in LAYER_METRICS and self.removals >= 0
+        LAYER_METRICS.check(self.metric)
+        assert self.removals >= 0
 
     def candidates(self, source: Architecture) -> tuple[int, ...]:
         """Indices of the layers to leave out.

@@ -19,8 +19,9 @@ from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
 from importance.stream_cache import StreamCache
 from importance.work import cache_bytes, open_stack
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import Plan
-from minipuzzle.cut.scores import LAYER_METRICS, Scores
+from minipuzzle.cut.scores import Scores
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import progress_bar
@@ -208,7 +209,8 @@ def _check_token_ids(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> None
 def _metadata(
     checkpoint: Checkpoint, token_ids_BT: torch.Tensor, layer_samples: int, channel_samples: int, dtype: str
 ) -> dict[str, str]:
-    definitions = {"layer": LAYER_METRICS, "unit": channels.UNIT_DEFINITIONS, "energy": channels.ENERGY_DEFINITIONS}
+    of_layers = {name: metric.definition for name, metric in LAYER_METRICS.items()}
+    definitions = {"layer": of_layers, "unit": channels.UNIT_DEFINITIONS, "energy": channels.ENERGY_DEFINITIONS}
     versions = {"minipuzzle": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "model_fingerprint": checkpoint.fingerprint,

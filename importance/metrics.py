@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.cut.layer_metrics import LAYER_METRICS, LayerSums
 from minipuzzle.data.windows import IGNORE
 from minipuzzle.runtime.processes import Processes
 
@@ -127,16 +127,14 @@ class HeadInputMetrics:
 
     def result(self) -> dict[str, NDArray[np.float64]]:
         """Every metric of LAYER_METRICS for each stream."""
-        sums = dict(zip(SUMS, self._sums_MS.numpy(), strict=True))
-        metrics = {
-            "mse": sums["squared_difference"] / self._num_elements,
-            "nmse": sums["squared_difference"] / self._full_energy,
-            "cosine": sums["cosine_distance"] / self.num_tokens,
-            "kl": sums["kl"] / self.num_tokens,
-            "delta_loss": sums["loss_rise"] / max(1, self._num_labels),
-        }
-        assert metrics.keys() == LAYER_METRICS.keys()
-        return metrics
+        sums = LayerSums(
+            **dict(zip(SUMS, self._sums_MS.numpy(), strict=True)),
+            num_tokens=self.num_tokens,
+            num_labels=self._num_labels,
+            num_elements=self._num_elements,
+            full_energy=self._full_energy,
+        )
+        return {name: metric.of(sums) for name, metric in LAYER_METRICS.items()}
 
 
 class _LogitChanges:

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from minipuzzle.errors import MinipuzzleError
 
 Entry = TypeVar("Entry")
+
+
+class UnknownNameError(MinipuzzleError, KeyError):
+    """A name that a table does not hold; to ``Mapping.get`` a missing key like any other."""
+
+    __str__ = Exception.__str__  # KeyError would quote the message
+
+
+_entry_points = cache(entry_points)  # of all packages, found once: it takes as long as the rest of a command's help
 
 
 class Table(Mapping[str, Entry], Generic[Entry]):
@@ -35,21 +45,17 @@ class Table(Mapping[str, Entry], Generic[Entry]):
     ) -> None:
         self.sort, self.plural = sort, plural
         self._entries: dict[str, Entry] = dict(entries or {})
-        self._own_places = dict(lazy or {})
+        self._places = dict(lazy or {})
+        self._loaded: dict[str, Entry] = {}
 
     @cached_property
-    def _places(self) -> dict[str, str]:
-        """Where entries lie that are not loaded yet; no package can replace a name that is taken."""
-        from importlib.metadata import entry_points
-
-        found = sorted(entry_points(group=f"minipuzzle.{self.plural}"), key=lambda point: point.name)
-        others = {point.name: point.value for point in found if point.name not in self._entries}
-        return {**others, **self._own_places}
+    def _places_of_others(self) -> dict[str, str]:
+        points = _entry_points().select(group=f"minipuzzle.{self.plural}")
+        return {point.name: point.value for point in sorted(points, key=lambda point: point.name)}
 
     def names(self) -> tuple[str, ...]:
         """All names; nothing is imported for it."""
-        own = dict.fromkeys((*self._own_places, *self._entries))
-        return (*own, *(name for name in self._places if name not in own))
+        return tuple(dict.fromkeys((*self._places, *self._entries, *self._places_of_others)))
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
         """A decorator that adds an entry.
@@ -68,23 +74,34 @@ class Table(Mapping[str, Entry], Generic[Entry]):
     def __getitem__(self, name: str) -> Entry:
         """The entry of a name.
 
-        Raises: MinipuzzleError for an unknown name, with the nearest ones.
+        Raises: UnknownNameError with the nearest names.
         """
-        if name not in self._entries:
-            if name not in self._places:
+        if name in self._entries:
+            return self._entries[name]
+        if name not in self._loaded:
+            place = self._places.get(name) or self._places_of_others.get(name)  # nobody can replace what is ours
+            if place is None:
                 raise self.unknown(name)
-            module, _, attribute = self._places[name].partition(":")
-            self._entries[name] = getattr(import_module(module), attribute)
-        return self._entries[name]
+            module, _, attribute = place.partition(":")
+            self._loaded[name] = getattr(import_module(module), attribute)
+        return self._loaded[name]
 
-    def unknown(self, name: object) -> MinipuzzleError:
+    def check(self, name: object) -> None:
+        """Refuse a name that is not in the table; nothing is imported for it.
+
+        Raises: UnknownNameError with the nearest names.
+        """
+        if name not in self:
+            raise self.unknown(name)
+
+    def unknown(self, name: object) -> UnknownNameError:
         """The error for a name that is not in the table."""
         near = get_close_matches(str(name), self.names(), n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        return MinipuzzleError(f"unknown {self.sort} {name!r}", f"{hint}there are {', '.join(self.names())}")
+        return UnknownNameError(f"unknown {self.sort} {name!r}", f"{hint}there are {', '.join(self.names())}")
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._places
+        return name in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -116,13 +116,11 @@ class Form(NamedTuple):
     num_buffers: int
 
 
-FORMS: dict[str, Form] = {
-    "forward": Form(forward_kl, 0.0, 4),
-    "reverse": Form(reverse_kl, 0.0, 4),
-    "jsd": Form(jensen_shannon, 0.5, 5),
-    "skewed": Form(skewed_kl, 0.1, 5),
-    "reverse-skewed": Form(reverse_skewed_kl, 0.1, 5),
-}
+FORWARD = Form(forward_kl, 0.0, 4)
+REVERSE = Form(reverse_kl, 0.0, 4)
+JSD = Form(jensen_shannon, 0.5, 5)
+SKEWED = Form(skewed_kl, 0.1, 5)
+REVERSE_SKEWED = Form(reverse_skewed_kl, 0.1, 5)
 
 
 def _log_mixture(first: Distribution, second: Distribution, share: float) -> Tensor:

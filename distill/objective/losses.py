@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.objective.divergences import FORMS, ChunkBuffers, Distribution, coarsen, refine_gradient, softmax_
+from distill.objective.divergences import ChunkBuffers, Distribution, coarsen, refine_gradient, softmax_
+from distill.settings import FORMS
 from minipuzzle.architecture.quantities import MIB
 from minipuzzle.data.windows import IGNORE
 
@@ -50,7 +51,7 @@ class LossSettings:
     matmul_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        assert self.form in FORMS, self.form
+        FORMS.check(self.form)
         assert self.temperature > 0 and 0 <= self.ce_weight <= 1 and self.hidden_weight >= 0
         assert self.mixture_share is None or 0 < self.mixture_share < 1
         assert self.top_k is None or self.top_k > 0

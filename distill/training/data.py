@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.settings import DistillSettings
+from distill.settings import DOCUMENTS, DistillSettings
 from minipuzzle.data.blend import BLEND_SUFFIX, Blend, PlannedShare, plain_blend, plan_blend, read_blend
 from minipuzzle.data.documents import iterate_documents
 from minipuzzle.data.windows import IGNORE, document_tokens
@@ -50,7 +50,7 @@ class PackedWindows:
     """
 
     def __init__(
-        self, documents: Sequence[Sequence[int]], *, sequence_length: int, seed: int = 0, separate: bool = False
+        self, documents: Sequence[Sequence[int]], *, sequence_length: int, seed: int = 0, layout: str = "packed"
     ) -> None:
         self.sequence_length = sequence_length
         self.seed = seed
@@ -59,8 +59,7 @@ class PackedWindows:
         order = list(range(len(documents)))
         random.Random(f"{seed}/documents").shuffle(order)
         shuffled = [torch.tensor(documents[idx], dtype=torch.int32) for idx in order if len(documents[idx])]
-        cut = _cut_separately if separate else _cut_packed
-        self._windows, self._labels = cut(shuffled, sequence_length)
+        self._windows, self._labels = DOCUMENTS[layout](shuffled, sequence_length)
         self.windows_per_epoch = len(self._windows)
         self.labels_per_epoch = int((self._labels != IGNORE).sum())
         self._cached_order: tuple[int, list[int]] | None = None
@@ -98,7 +97,7 @@ class PackedWindows:
         return self._cached_order[1][position.index]
 
 
-def _cut_packed(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
+def cut_packed(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels ``[windows, sequence_length]`` int32 of documents without gaps between them."""
     stream = torch.cat([*documents, torch.empty(0, dtype=torch.int32)])
     labels = stream.clone()
@@ -109,7 +108,7 @@ def _cut_packed(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, 
     return stream[:end].view(-1, sequence_length), labels[1 : end + 1].view(-1, sequence_length)
 
 
-def _cut_separately(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
+def cut_separately(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels ``[windows, sequence_length]`` int32, no window of more than one document."""
     inputs, labels = [], []
     for tokens in documents:
@@ -245,7 +244,7 @@ def read_training_text(tokenizer: Any, blend: Blend, settings: DistillSettings) 
                 documents,
                 sequence_length=settings.sequence_length,
                 seed=settings.seed,
-                separate=settings.documents == "separate",
+                layout=settings.documents,
             )
         except MinipuzzleError as error:
             raise MinipuzzleError(f"source {source.name}: {error.problem}", error.hint) from None

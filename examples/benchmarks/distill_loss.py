@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.objective.divergences import FORMS
 from distill.objective.losses import CPU_CHUNK_ROWS, LossSettings, chunked_kl
+from distill.settings import FORMS
 
 MIB = 2**20
 TOKENS, VOCABULARY, HIDDEN = 2048, 32768, 256  # for the time, and for memory where whole logits are cheap

@@ -28,7 +28,7 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, sample_windows, windows_of_tokens
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
-from minipuzzle.quality.ranked import PlanQuality, RankedPlan, best_first
+from minipuzzle.quality.ranked import RANK_BY, PlanQuality, RankedPlan, best_first
 from minipuzzle.runtime.models import build_model, load_model, load_tokenizer
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.workflows.choosing.compare import Problem
@@ -156,10 +156,7 @@ def write_page(checkpoint: Checkpoint, scores: Scores, num_windows: int) -> None
             f"| {name} | {len(candidates)} | {shared:,} | {separate:,} | {shared / separate:.0%} "
             f"| {of_candidates:,} | {shared / of_candidates:.0%} |"
         )
-    noise_rows = [
-        f"| {rank_by} | {order_agreement(together, other_half, rank_by):.3f} |"
-        for rank_by in ("kl", "loss", "mean-rank")
-    ]
+    noise_rows = [f"| {rank_by} | {order_agreement(together, other_half, rank_by):.3f} |" for rank_by in RANK_BY]
     PAGE.write_text(
         f"""# Ranking candidates with shared prefixes
 

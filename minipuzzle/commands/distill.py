@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill.engine import EngineSettings
-from distill.settings import DTYPES, FORMS, LAYOUTS, SCHEDULES, DistillSettings
+from distill.schedules import SCHEDULES
+from distill.settings import DOCUMENTS, FORMS, DistillSettings
 from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.commands.options.engine import (
     engine_options,
@@ -31,6 +32,7 @@ from minipuzzle.commands.options.shared import (
     out_option,
     overwrite_option,
 )
+from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.runtime.processes import processes_from_environment
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 )
 @click.option(
     "--form",
-    type=click.Choice(FORMS),
+    type=click.Choice(FORMS.names()),
     default=DEFAULTS.form,
     show_default=True,
     help="How the distributions are compared: KL from teacher to student, the reverse, or with a mixture of both.",
@@ -99,7 +101,6 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 @click.option(
     "--mixture-share",
     type=float,
-    default=None,
     help="Share of the first distribution in that mixture; default: 0.5 for jsd, 0.1 for skewed forms.",
 )
 @click.option(
@@ -111,7 +112,6 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 @click.option(
     "--teacher-cache",
     type=click.Path(path_type=Path, file_okay=False),
-    default=None,
     help="Keep the teacher's top-k targets in this folder, for further epochs and students; several runs may share it.",
 )
 @click.option(
@@ -123,7 +123,7 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 )
 @click.option(
     "--schedule",
-    type=click.Choice(SCHEDULES),
+    type=click.Choice(SCHEDULES.names()),
     default=DEFAULTS.schedule,
     show_default=True,
     help="How the learning rate falls after the warm-up; wsd stays high and falls at the end.",
@@ -140,7 +140,7 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 )
 @click.option(
     "--documents",
-    type=click.Choice(LAYOUTS),
+    type=click.Choice(DOCUMENTS.names()),
     default=DEFAULTS.documents,
     show_default=True,
     help="packed: without gaps or resets, as in pre-training; separate: a sequence holds one document, padded.",
@@ -155,7 +155,6 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 @click.option(
     "--tensorboard",
     type=click.Path(path_type=Path, file_okay=False),
-    default=None,
     help="Write the figures of each step for TensorBoard into this folder.",
 )
 @click.option("--save-every", type=COUNT, default=0, help="Save the state every N steps; default: every 5 minutes.")
@@ -164,7 +163,7 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 )
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(DTYPES.names()),
     default=None,
     help="Precision of the computation; default: bfloat16 on a GPU, float32 on a CPU. Weights are trained in float32.",
 )

@@ -18,6 +18,7 @@ from minipuzzle.commands.options.shared import (
     json_option,
     model_argument,
 )
+from minipuzzle.runtime.compute import DTYPES
 
 if TYPE_CHECKING:
     from minipuzzle.data.windows import EvaluationWindows
@@ -39,7 +40,7 @@ TOTAL = "total"
 @device_option
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(DTYPES.names()),
     help="Precision of the computation; default: float32 on a CPU, bfloat16 elsewhere.",
 )
 @json_option

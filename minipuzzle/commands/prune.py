@@ -23,6 +23,8 @@ from minipuzzle.commands.options.shared import (
     overwrite_option,
 )
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY
+from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.search.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from minipuzzle.files.checkpoint import Checkpoint
     from minipuzzle.workflows.choosing.compare import ChoosingSettings
     from minipuzzle.workflows.prune import Choice, Measure, PruneRequest
-
-RANK_BY = ("kl", "loss", "mean-rank")  # as in ranking.py, which needs torch
 
 
 @click.command(short_help="Cut a model to a memory budget.")
@@ -63,8 +63,8 @@ RANK_BY = ("kl", "loss", "mean-rank")  # as in ranking.py, which needs torch
 )
 @click.option(
     "--rank-by",
-    type=click.Choice(RANK_BY),
-    default=RANK_BY[0],
+    type=click.Choice(RANK_BY.names()),
+    default=DEFAULT_RANK_BY,
     help="kl: to the source, the least noisy; loss; mean-rank: of next-token accuracy and agreement, as published.",
     show_default=True,
 )
@@ -88,7 +88,7 @@ RANK_BY = ("kl", "loss", "mean-rank")  # as in ranking.py, which needs torch
 @click.option(
     "--device-memory", default=None, help="Memory for comparing candidates, e.g. 16GiB; default: what is free."
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES.names()), default="float32", show_default=True)
 @device_option
 @out_option()
 @overwrite_option

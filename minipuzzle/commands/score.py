@@ -22,9 +22,10 @@ from minipuzzle.commands.options.shared import (
     model_argument,
     out_option,
 )
-from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.outputs import check_target_file, fingerprint_files, output_file
+from minipuzzle.runtime.compute import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class ScoreSettings:
 @click.option("--seed", type=int, default=0, help="Seed of the sampling.", show_default=True)
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(DTYPES.names()),
     default="float32",
     help="Precision of the computation; bfloat16 is much faster on GPUs and loses digits of small scores.",
     show_default=True,
@@ -94,7 +95,7 @@ class ScoreSettings:
 )
 @click.option(
     "--remove-by",
-    type=click.Choice(list(LAYER_METRICS)),
+    type=click.Choice(LAYER_METRICS.names()),
     default="mse",
     help="Score by which --iterative removes.",
     show_default=True,

@@ -25,13 +25,6 @@ from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
 
 SCHEMA_VERSION = "1"
-LAYER_METRICS: Mapping[str, str] = {
-    "mse": "mean squared change of the LM head's input (arXiv 2504.03624, section 3.2)",
-    "nmse": "that change's energy divided by the energy of the LM head's input",
-    "cosine": "one minus the cosine of the LM head's inputs, mean over tokens",
-    "kl": "forward KL of the next-token distributions, nats/token",
-    "delta_loss": "rise of the next-token loss, nats/token",
-}
 FINAL = "final"  # stands for the layer index of the final norm
 
 Array = NDArray[np.floating[Any]]

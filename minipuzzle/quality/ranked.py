@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 
 from minipuzzle.cut.plan import Plan
+from minipuzzle.table import Table
 
-RANK_BY = ("kl", "loss", "mean-rank")
 DEFAULT_RANK_BY = "kl"
 
 
@@ -39,25 +39,37 @@ class RankedPlan:
     quality: PlanQuality
 
 
-def best_first(ranked: Sequence[RankedPlan], rank_by: str = DEFAULT_RANK_BY) -> list[RankedPlan]:
-    """Candidates in order of quality.
+def _mean_rank(qualities: Sequence[PlanQuality]) -> list[float]:
+    """Ranks by next-token accuracy and by agreement, added up.
 
-    ``kl`` and ``loss``: lowest first. ``mean-rank``: the mean of the ranks by next-token accuracy and by agreement,
-    the two criteria of the published search (arXiv 2504.03624, section 3.3), which does not say how it combines them.
-    Equal candidates keep the order of their predicted losses.
+    Source: the two criteria of the published search (arXiv 2504.03624, section 3.3), which does not say how it combines
+    them.
     """
-    if rank_by == "mean-rank":
-        accuracy = _ranks([-item.quality.next_token_accuracy for item in ranked])
-        agreement = _ranks([-item.quality.agreement for item in ranked])
-        keys = [a + b for a, b in zip(accuracy, agreement, strict=True)]
-    else:
-        assert rank_by in RANK_BY, rank_by
-        keys = [float(getattr(item.quality, rank_by)) for item in ranked]
-    predicted = [float(item.plan.notes.get("predicted_loss", inf)) for item in ranked]
-    order = sorted(range(len(ranked)), key=lambda idx: (keys[idx], predicted[idx], idx))
-    return [ranked[idx] for idx in order]
+    accuracy = _ranks([-quality.next_token_accuracy for quality in qualities])
+    agreement = _ranks([-quality.agreement for quality in qualities])
+    return [a + b for a, b in zip(accuracy, agreement, strict=True)]
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 0 for the lowest; equal values share the mean of their ranks."""
     return [sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]
+
+
+# A criterion gives one number for each of several candidates; the lowest is best.
+RANK_BY: Table[Callable[[Sequence[PlanQuality]], list[float]]] = Table(
+    "ranking criterion",
+    "ranking_criteria",
+    entries={
+        "kl": lambda qualities: [quality.kl for quality in qualities],
+        "loss": lambda qualities: [quality.loss for quality in qualities],
+        "mean-rank": _mean_rank,
+    },
+)
+
+
+def best_first(ranked: Sequence[RankedPlan], rank_by: str = DEFAULT_RANK_BY) -> list[RankedPlan]:
+    """Candidates in order of quality; equal ones keep the order of their predicted losses."""
+    keys = RANK_BY[rank_by]([item.quality for item in ranked])
+    predicted = [float(item.plan.notes.get("predicted_loss", inf)) for item in ranked]
+    order = sorted(range(len(ranked)), key=lambda idx: (keys[idx], predicted[idx], idx))
+    return [ranked[idx] for idx in order]

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Progress, silent
 from minipuzzle.runtime.processes import Processes
+from minipuzzle.table import Table
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: Table[torch.dtype] = Table("dtype", "dtypes", lazy={"float32": "torch:float32", "bfloat16": "torch:bfloat16"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +33,14 @@ class Compute:
     progress: Progress = field(default=silent, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise MinipuzzleError(f"dtype is {self.dtype!r}", f"use {' or '.join(DTYPES)}")
+        DTYPES.check(self.dtype)
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise MinipuzzleError(f"device memory is {self.memory_bytes} bytes", "give a positive amount")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The precision as torch has it."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return DTYPES[self.dtype]
 
     @property
     def device_of_process(self) -> str:

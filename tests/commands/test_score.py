@@ -23,7 +23,8 @@ from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
 from importance.work import open_stack, predict_work
 from minipuzzle.commands.cli import main
-from minipuzzle.cut.scores import LAYER_METRICS, Scores, read_scores
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
+from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.errors import InputChangedError
@@ -63,7 +64,8 @@ def test_the_file_holds_finite_scores_of_every_layer_and_how_they_were_made(
     assert scores.token_ids is not None and scores.token_ids.shape == (7, 40)
     assert scores.metadata["architecture_fingerprint"] == tiny_checkpoint.architecture.fingerprint()
     assert (scores.metadata["samples"], scores.metadata["channel_samples"]) == ("5", "7")
-    assert json.loads(scores.metadata["metric_definitions"])["layer"] == dict(LAYER_METRICS)
+    definitions = {name: metric.definition for name, metric in LAYER_METRICS.items()}
+    assert json.loads(scores.metadata["metric_definitions"])["layer"] == definitions
     assert json.loads(scores.metadata["tool_versions"])["torch"] == torch.__version__
     assert len(scores.metadata["data_fingerprint"]) == 16
     assert_no_files(tmp_path, ["s.safetensors"])

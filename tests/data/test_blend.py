@@ -158,7 +158,7 @@ def test_packed_labels_do_not_cross_boundaries() -> None:
 
 def test_separate_documents_do_not_reach_each_other(tiny_checkpoint: Checkpoint) -> None:
     documents = [list(range(5, 5 + size)) for size in (4, 11, 7)]
-    data = PackedWindows(documents, sequence_length=LENGTH, separate=True)
+    data = PackedWindows(documents, sequence_length=LENGTH, layout="separate")
     inputs, labels = data.batch(0, data.windows_per_epoch)
     assert data.windows_per_epoch == 4  # the second document fills two windows
     assert data.labels_per_epoch == int((labels != IGNORE).sum()) == 3 + 10 + 6

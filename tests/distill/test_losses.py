@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.objective.divergences import FORMS
 from distill.objective.losses import (
     LossSettings,
     LossTerms,
@@ -23,6 +22,7 @@ from distill.objective.losses import (
     hidden_cosine_distance,
     topk_targets,
 )
+from distill.settings import FORMS
 from minipuzzle.data.windows import IGNORE
 
 ROWS, VOCABULARY, STUDENT_HIDDEN, TEACHER_HIDDEN = 23, 41, 8, 12

@@ -25,8 +25,8 @@ from importance.alterations import LayerRequest
 from importance.measure import measure
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.cut.folder import write_pruned
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import keep_everything
-from minipuzzle.cut.scores import LAYER_METRICS
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint

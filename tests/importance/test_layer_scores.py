@@ -16,7 +16,7 @@ import torch
 
 from importance.layers import reserved_bytes, score_layers
 from importance.metrics import HeadInputMetrics, next_token_labels
-from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.errors import MinipuzzleError

@@ -19,14 +19,13 @@ import torch
 
 from importance.candidates import measure_plans, num_steps, open_stack, rank_plans, windows_per_slice
 from importance.prefix_tree import PrefixTree, build_tree
-from minipuzzle.commands import prune
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
-from minipuzzle.quality.ranked import RANK_BY, PlanQuality, RankedPlan, best_first
+from minipuzzle.quality.ranked import PlanQuality, RankedPlan, best_first
 from minipuzzle.runtime.layer_stack import FINAL_NORM, LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from tests.support.cuts import plan_with
@@ -131,10 +130,6 @@ def test_the_order_follows_the_criterion_and_ties_the_prediction() -> None:
     assert names("loss") == "bacd"
     # ranks by accuracy b a c d, by agreement c a b d: a 1 + 1, b 0 + 2, c 2 + 0 are equal, then by prediction
     assert names("mean-rank") == "cbad"
-
-
-def test_the_command_offers_every_criterion() -> None:
-    assert prune.RANK_BY == RANK_BY
 
 
 def test_ranking_returns_the_best_first(tiny_checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from minipuzzle.commands.options.shared import (
     pop_deployment,
     with_options,
 )
-from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.search.request import DEFAULT_GRANULARITY, LAYOUTS, SearchRequest
 
@@ -101,7 +101,7 @@ _BOUNDS = (
         help="Step of widths of ffn and hidden; FP8 kernels and tensor parallelism like 128.",
         show_default=True,
     ),
-    click.option("--metric", type=click.Choice(list(LAYER_METRICS)), default="mse", show_default=True),
+    click.option("--metric", type=click.Choice(LAYER_METRICS.names()), default="mse", show_default=True),
     click.option(
         "--layout",
         type=click.Choice(LAYOUTS),

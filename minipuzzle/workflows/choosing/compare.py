@@ -47,7 +47,8 @@ class ChoosingSettings:
     device_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 1 or self.num_finalists < 1 or self.rank_by not in RANK_BY:
+        RANK_BY.check(self.rank_by)
+        if self.num_candidates < 1 or self.num_finalists < 1:
             raise MinipuzzleError("there must be a candidate and a finalist", "check --candidates and --finalists")
         if (self.num_finalists > 1) != (self.race is not None):
             raise MinipuzzleError(
