@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from minipuzzle.architecture.model import PlacedTensor
-from minipuzzle.cut.scores import LAYER_METRICS
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.surgery import kept_positions
 
 
