@@ -14,8 +14,8 @@ from distill.objective.pair import DistillPair
 from distill.scale.parallel import whole
 from distill.states.checkpointing import STATE_FOLDER, weight_reader
 from minipuzzle.errors import InputChangedError, MinipuzzleError
-from minipuzzle.files.checkpoint import Checkpoint, copy_companions
-from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, output_folder
 from minipuzzle.files.safetensors_files import ShardWriter
 from minipuzzle.runtime.processes import Processes
@@ -77,7 +77,7 @@ def convert_state(*, student: Checkpoint, out: Path, step: int, overwrite: bool 
 
 def _write_student(read: ReadWeight, student: Checkpoint, folder: Path) -> None:
     architecture = student.architecture.deployed
-    write_json(folder / "config.json", student.family.write(student.config, architecture))
+    save_config(folder, student.family.write(student.config, architecture))
     copy_companions(student.folder, folder)
     writer = ShardWriter(folder)
     for tensor in architecture.tensors():

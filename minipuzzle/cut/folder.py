@@ -7,8 +7,7 @@ from pathlib import Path
 from minipuzzle.architecture.configs.per_layer import write_config
 from minipuzzle.cut.plan import PLAN_FILE, Plan
 from minipuzzle.cut.surgery import cut_tensors
-from minipuzzle.files.checkpoint import Checkpoint, copy_companions
-from minipuzzle.files.json_files import write_json
+from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.safetensors_files import ShardWriter
 from minipuzzle.progress import Advance, no_progress
 
@@ -24,6 +23,6 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Adva
         advance(1)
     writer.finish()
     config = write_config(checkpoint.family, checkpoint.config, plan.apply(checkpoint.architecture))
-    write_json(folder / "config.json", config)
+    save_config(folder, config)
     copy_companions(checkpoint.folder, folder)
     (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")

@@ -6,18 +6,19 @@ of these. A record has a ``text``, or a conversation in ``messages``, which the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.json_files import parse_json, require_regular_file
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSONL_SUFFIX, PARQUET_SUFFIX = ".jsonl", ".parquet"
 SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX, PARQUET_SUFFIX)
 FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 RECORD_FIELDS = ("text", "messages")
+MAX_LINE_BYTES = 32 * 2**20  # of JSONL; a longer one is another kind of file, and would have to be held whole
 RECORD_HINT = 'a record is {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
@@ -46,8 +47,7 @@ def iterate_documents(paths: Sequence[Path], tokenizer: Any = None) -> Iterator[
 
 def _members(path: Path) -> list[Path]:
     if not path.is_dir():
-        if not path.is_file():
-            raise MinipuzzleError(f"data file {path} does not exist", "check --data")
+        require_regular_file(path, "check --data")
         return [path]
     members = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     if not members:
@@ -64,23 +64,24 @@ def _read_file(path: Path, tokenizer: Any) -> Iterator[str]:
     try:
         if path.suffix == JSONL_SUFFIX:
             yield from _read_jsonl(path, tokenizer)
-        elif content := path.read_text(encoding="utf-8"):
-            yield from [content] if content.strip() else []
+        elif (content := path.read_text(encoding="utf-8-sig")) and content.strip():
+            if "\0" in content:
+                raise MinipuzzleError(f"{path} holds NUL bytes and is no text", "give the text it came from")
+            yield content
     except UnicodeDecodeError as error:
         raise MinipuzzleError(f"{path} is not UTF-8 text: {error.reason}", "convert it to UTF-8") from None
 
 
 def _read_jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise MinipuzzleError(f"{where}: not JSON: {error.msg}", "mend or remove the line") from None
-            yield _document(record if isinstance(record, dict) else {}, tokenizer, where)
+            if len(line) > MAX_LINE_BYTES:
+                raise MinipuzzleError(f"{where} is longer than {MAX_LINE_BYTES >> 20} MiB", "give one document a line")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
+                record = parse_json(text, where, "mend or remove the line")
+                yield _document(record if isinstance(record, dict) else {}, tokenizer, where)
 
 
 def _read_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
@@ -99,7 +100,7 @@ def _read_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
                 for record in batch.to_pylist():
                     number += 1
                     yield _document(record, tokenizer, f"{path}, row {number}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise MinipuzzleError(f"{path} is not a readable Parquet file: {error}", "write or copy it again") from None
 
 
@@ -107,7 +108,7 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> str:
     """The text of a record, or its conversation in the words of the tokenizer's chat template."""
     text, messages = (record.get(name) for name in RECORD_FIELDS)
     if isinstance(text, str) and text:
-        return text
+        return _whole(text, where)
     if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise MinipuzzleError(f"{where}: no text", RECORD_HINT)
     if getattr(tokenizer, "chat_template", None) is None:
@@ -121,7 +122,20 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> str:
     present = [{name: value for name, value in message.items() if value is not None} for message in messages]
     try:
         spelled = tokenizer.apply_chat_template(present, tokenize=False)
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, OverflowError) as error:
         raise MinipuzzleError(f"{where}: the chat template refuses the messages: {error}", RECORD_HINT) from None
     assert isinstance(spelled, str)
-    return spelled
+    return _whole(spelled, where)
+
+
+def _whole(text: str, where: str) -> str:
+    """The text, unless it holds half of a character, which no tokenizer takes.
+
+    Raises: MinipuzzleError saying where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        problem = f"{where}: the text holds half of a surrogate pair"
+        raise MinipuzzleError(problem, "mend or remove the record") from None
+    return text

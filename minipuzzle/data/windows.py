@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,32 @@ import torch
 
 from minipuzzle.errors import MinipuzzleError
 
+PIECE_CHARACTERS = 2**20
 IGNORE = -100  # label of a position that predicts nothing
 
 
 def document_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of one document, opened by the tokenizer's first token where it has one and the text, as chat
     templates may, does not begin with it."""
-    opening: list[int] = [tokenizer.bos_token_id] if _needs_opening(tokenizer, text) else []
-    return [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    tokens: list[int] = [tokenizer.bos_token_id] if _needs_opening(tokenizer, text) else []
+    for piece in _pieces(text):
+        tokens += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces that end with a line or a word: a tokenizer takes a hundred times the memory of its text.
+
+    Texts of usual length are one piece.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        stop = start + PIECE_CHARACTERS
+        cut = max(text.rfind("\n", start, stop), text.rfind(" ", start, stop)) if stop < len(text) else -1
+        stop = cut if cut > start else stop  # the space begins the next word
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _needs_opening(tokenizer: Any, text: str) -> bool:

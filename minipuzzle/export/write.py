@@ -19,7 +19,7 @@ from minipuzzle.architecture.configs.puzzle import CONFIG_MODULE, write_puzzle_c
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.export.calibration import ActivationAmax
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
-from minipuzzle.files.checkpoint import Checkpoint, copy_companions
+from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype
 from minipuzzle.formats.e4m3 import scale_of
@@ -209,7 +209,7 @@ def write_export(
         config["quantization_config"] = layout.flavour.config(layout.described)
         for name, content in layout.flavour.side_files(layout.described).items():
             write_json(folder / name, content)
-    write_json(folder / "config.json", config)
+    save_config(folder, config)
     copy_companions(checkpoint.folder, folder)
     shards = plan_shards(folder, [tensors.headers(tensor) for tensor in tensors.tensors], max_shard_bytes)
     shard_of = {name: shard for shard in shards for name in shard.headers}

@@ -21,9 +21,10 @@ from minipuzzle.architecture.configs.puzzle import without_blocks
 from minipuzzle.architecture.families import Family, family_of
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.json_files import read_json
+from minipuzzle.files.json_files import read_json, tagged, untagged, write_json
 from minipuzzle.files.safetensors_files import (
     INDEX_FILE,
+    PLAIN_DTYPES,
     SINGLE_FILE,
     TensorEntry,
     read_safetensors_header,
@@ -56,7 +57,12 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
     Raises: MinipuzzleError if it is missing or damaged.
     """
-    return without_blocks(read_json(path / "config.json" if path.is_dir() else path))
+    return without_blocks(untagged(read_json(path / "config.json" if path.is_dir() else path)))
+
+
+def save_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a folder's config.json; numbers that JSON does not have are written as transformers writes them."""
+    write_json(folder / "config.json", tagged(config))
 
 
 class Checkpoint:
@@ -104,9 +110,14 @@ class Checkpoint:
         for name in self.entries.keys() - expected.keys():
             raise MinipuzzleError(f"{self.folder}: tensor {name} is unexpected", hint)
         for name, shape in expected.items():
-            found = self.entries[name].shape
-            if found != shape:
-                raise MinipuzzleError(f"{self.folder}: {name} has shape {list(found)}, not {list(shape)}", hint)
+            entry = self.entries[name]
+            if entry.shape != shape:
+                raise MinipuzzleError(f"{self.folder}: {name} has shape {list(entry.shape)}, not {list(shape)}", hint)
+            if entry.dtype not in PLAIN_DTYPES:
+                raise MinipuzzleError(
+                    f"{self.folder}: {name} is stored as {entry.dtype}, and config.json does not say how to decode it",
+                    f"use weights stored as one of {', '.join(PLAIN_DTYPES)}",
+                )
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor in its stored precision.
@@ -188,8 +199,14 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     if not index_path.exists():
         return read_safetensors_header(folder / SINGLE_FILE)
     weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise MinipuzzleError(f"{index_path} has no weight_map", "restore the file from its source")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise MinipuzzleError(f"{index_path} has no weight_map of names of files", "restore the file from its source")
+    if (folder / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
+        raise MinipuzzleError(
+            f"{folder} holds {SINGLE_FILE} beside {INDEX_FILE}, which names other files: readers differ in which they "
+            "take",
+            "remove the one that is stale",
+        )
     shards: dict[str, dict[str, TensorEntry]] = {}
     for shard_name in sorted(set(weight_map.values())):
         path = folder / shard_name
@@ -201,7 +218,12 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     for name, shard_name in weight_map.items():
         if name not in shards[shard_name]:
             raise MinipuzzleError(f"{shard_name} does not hold {name}, which the index promises", "restore the shard")
-    return {name: shards[shard_name][name] for name, shard_name in weight_map.items()}
+    found: dict[str, TensorEntry] = {}
+    for shard_name, entries in shards.items():
+        for name in entries.keys() & found.keys():
+            raise MinipuzzleError(f"{name} is in {shard_name} and in {found[name].shard.name}", "restore the shards")
+        found |= entries
+    return found
 
 
 def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_bytes: int = 65536) -> None:

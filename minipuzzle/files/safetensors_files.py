@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.json_files import write_json
+from minipuzzle.files.json_files import parse_json, require_regular_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -38,34 +38,51 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     Raises: MinipuzzleError for a missing, truncated or malformed file.
     """
     hint = "download or copy the file again"
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-            if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, file_bytes):
-                raise MinipuzzleError(f"{path} is truncated or not a safetensors file", hint)
-            header = json.loads(file.read(header_bytes))
-    except FileNotFoundError:
-        raise MinipuzzleError(f"{path} does not exist", "a shard of the checkpoint is missing: " + hint) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise MinipuzzleError(f"{path} has an unreadable safetensors header", hint) from None
-    entries, end = {}, 0
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end_of_tensor = fields["data_offsets"]
-        entries[name] = TensorEntry(
-            shard=path,
-            dtype=fields["dtype"],
-            shape=tuple(fields["shape"]),
-            num_bytes=end_of_tensor - begin,
-            offset=_HEADER_LENGTH_BYTES + header_bytes + begin,
-        )
-        end = max(end, end_of_tensor)
-    expected_bytes = _HEADER_LENGTH_BYTES + header_bytes + end
-    if file_bytes != expected_bytes:
-        raise MinipuzzleError(f"{path} is truncated: {file_bytes:,} bytes of {expected_bytes:,}", hint)
+    file_bytes = require_regular_file(path, "a file of the checkpoint is missing: " + hint)
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+        if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, file_bytes):
+            raise MinipuzzleError(f"{path} is truncated or not a safetensors file", hint)
+        header = parse_json(file.read(header_bytes), f"the safetensors header of {path}", hint)
+    if not isinstance(header, dict):
+        raise MinipuzzleError(f"{path} has an unreadable safetensors header", hint)
+    begin_of_data = _HEADER_LENGTH_BYTES + header_bytes
+    entries = {
+        name: _entry(path, name, fields, begin_of_data) for name, fields in header.items() if name != "__metadata__"
+    }
+    end = begin_of_data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if entry.offset != end:
+            raise MinipuzzleError(f"{path}: the bytes of {name} overlap others, or leave a hole before it", hint)
+        end += entry.num_bytes
+    if file_bytes != end:
+        raise MinipuzzleError(f"{path} is truncated or too long: {file_bytes:,} bytes of {end:,}", hint)
     return entries
+
+
+def _entry(path: Path, name: str, fields: Any, begin_of_data: int) -> TensorEntry:
+    """One entry of a header, by the rules of the format.
+
+    Raises: MinipuzzleError naming the tensor.
+    """
+    fields = fields if isinstance(fields, dict) else {}
+    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    is_whole = isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2
+    if not is_whole or offsets[1] < offsets[0]:
+        raise MinipuzzleError(f"{path}: the header's entry of {name} is damaged", "download or copy the file again")
+    num_bytes = offsets[1] - offsets[0]
+    if (size := _DTYPE_BYTES.get(dtype)) is not None and prod(shape) * size != num_bytes:
+        raise MinipuzzleError(
+            f"{path}: {name} of shape {shape} in {dtype} has {num_bytes:,} bytes, not {prod(shape) * size:,}",
+            "download or copy the file again",
+        )
+    return TensorEntry(
+        shard=path, dtype=dtype, shape=tuple(shape), num_bytes=num_bytes, offset=begin_of_data + offsets[0]
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 _TORCH_DTYPES = {
@@ -82,6 +99,13 @@ _TORCH_DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+_DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64"), 8),
+    **dict.fromkeys(("F32", "I32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+}
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")  # of weights that can be measured, cut and trained as they are
 
 
 def torch_dtype(name: str) -> torch.dtype:

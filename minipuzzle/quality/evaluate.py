@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from minipuzzle.architecture.families import Family
-from minipuzzle.data.windows import IGNORE, EvaluationWindows, document_tokens
+from minipuzzle.data.windows import IGNORE, PIECE_CHARACTERS, EvaluationWindows, document_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.runtime.models import ModelParts, parts_of
 
+_CHARACTERS_OF_TOKEN = 64  # at most, on average over a text
 _CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
 _MAX_LOSS_NATS = 700.0  # exp of more overflows float64; no sane model is near
 
@@ -158,7 +159,9 @@ def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) 
     """The first documents that hold about ``max_tokens`` tokens; the last is cut so that its bytes stay known."""
     kept: list[str] = []
     remaining_tokens = max_tokens
-    for text in documents:
+    for whole in documents:
+        # No need to tokenise all of a long text for its beginning.
+        text = whole[: _CHARACTERS_OF_TOKEN * remaining_tokens] if len(whole) > PIECE_CHARACTERS else whole
         num_tokens = len(document_tokens(tokenizer, text))
         if num_tokens >= remaining_tokens:
             return [*kept, text[: max(1, len(text) * remaining_tokens // num_tokens)]]

@@ -10,6 +10,27 @@ from torch import nn
 
 from minipuzzle.architecture.configs.per_layer import base_config
 from minipuzzle.architecture.families import family_of
+from minipuzzle.errors import MinipuzzleError
+
+
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json, by its own rules for every field. The one place that makes it.
+
+    Raises: MinipuzzleError with the field that transformers refuses.
+    """
+    from transformers import AutoConfig
+
+    base = base_config(config)
+    settings = {key: value for key, value in base.items() if key not in ("model_type", "quantization_config")}
+    try:
+        return AutoConfig.for_model(base["model_type"], **settings)
+    except Exception as error:  # its checks raise classes of several libraries
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> MinipuzzleError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return MinipuzzleError(f"config.json: transformers refuses it: {' '.join(lines)[:400]}", "correct the file")
 
 
 def uniform_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -17,14 +38,15 @@ def uniform_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
     Its tables of positions are there: they come from the config, not from weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    base = base_config(config)
-    settings = {key: value for key, value in base.items() if key not in ("model_type", "quantization_config")}
-    hf_config = AutoConfig.for_model(base["model_type"], **settings)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+    hf_config = transformers_config(config)
     family = family_of(config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise _refused(error) from error
     family.unpack(model)
     rotary = dict(model.named_modules()).get(family.modules.rotary)
     if family.modules.rotary and rotary is not None:

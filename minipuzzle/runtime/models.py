@@ -97,10 +97,20 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, de
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder.
 
-    Raises: MinipuzzleError if there is none.
+    Raises: MinipuzzleError if there is none, if it is damaged, or if only code in the folder could read it.
     """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise MinipuzzleError(f"{folder} has no tokenizer", "copy tokenizer.json from the model's source")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of many kinds: the file is read by three libraries
+        raise MinipuzzleError(
+            f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {str(error)[:300]}",
+            "copy the tokenizer's files from the model's source; code in the folder is never run",
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise MinipuzzleError(f"the tokenizer of {folder} gives several tokens one number", "copy it from the source")
+    return tokenizer

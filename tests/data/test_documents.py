@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from minipuzzle.data.documents import read_documents
-from minipuzzle.data.windows import document_tokens, evaluation_windows
+from minipuzzle.data.windows import PIECE_CHARACTERS, document_tokens, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.runtime.models import load_tokenizer
 
@@ -105,3 +105,41 @@ def test_a_conversation_needs_a_template_that_accepts_it(tokenizer: Any, tmp_pat
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(MinipuzzleError, match=r"a\.jsonl, line 1: the chat template refuses .* roles must alternate"):
         read_documents([path], tokenizer)
+
+
+def test_a_long_text_is_tokenised_in_pieces_to_the_same_tokens(tiny_folder: Path) -> None:
+    """A byte-level tokenizer without merges shows every character; pieces must neither lose nor repeat any."""
+    tokenizer = load_tokenizer(tiny_folder)
+    text = "some words\nand more " * (3 * PIECE_CHARACTERS // 20)
+    tokens = document_tokens(tokenizer, text)
+    assert tokenizer.decode(tokens[1:]) == text
+    word = "x" * (PIECE_CHARACTERS + 5)
+    assert document_tokens(tokenizer, word)[1:] == tokenizer(word)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "' + b"word " * 7_000_000 + b'"}\n',
+        b'{"text": "\\ud83d and half a character"}\n',
+        b'{"text": ' + b"[" * 200_000 + b"}\n",
+        b"\0" * 99,
+    ],
+)
+def test_lines_that_no_reader_should_hold_are_refused_with_their_number(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(b'{"text": "a good line"}\n' + content)
+    with pytest.raises(MinipuzzleError, match="line 2"):
+        read_documents([path])
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwords")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "more"}\n')
+    assert read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["words", "more"]
+
+
+def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\0" * 50)
+    with pytest.raises(MinipuzzleError, match="NUL"):
+        read_documents([tmp_path / "a.txt"])
