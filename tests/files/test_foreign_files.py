@@ -33,7 +33,7 @@ def two_shards(folder: Path) -> dict[str, str]:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard, members in {"a.safetensors": names[::2], "b.safetensors": names[1::2]}.items():
         save_file({name: tensors[name] for name in members}, folder / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(members, shard)
