@@ -45,12 +45,20 @@ test-damage: $(READY)  ## every kind of damaged input, each command in a process
 test-engines: $(READY) $(ENGINES)/mlx/.ready $(ENGINES)/vllm/.ready  ## exports in mlx-lm and vLLM (4 GB, Linux)
 	$(BIN)/python -m pytest -m engines -s tests/engines
 
-check: $(READY)  ## style, types and generated documentation
+coverage: $(READY)  ## the default test suite, and the lines that no test runs, in any process
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+check: $(READY)  ## style, types, generated documentation, and the coverage that was last measured
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/write_commands.py --check
 	$(BIN)/python docs/write_families.py --check
+	@test -f .coverage && echo "tests run $$($(BIN)/coverage report --ignore-errors --format=total) % of the lines" \
+		"(measured on $$(date -r .coverage +%F))" || echo "no coverage was measured here yet: make coverage"
 
 golden: $(READY)  ## fingerprints of all that is computed, on this machine, before a change that may change no number
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.make

@@ -44,6 +44,8 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "hypothesis>=6",
+            "coverage>=7.10",
             "ruff>=0.15",
             "mypy>=2",
             "types-setuptools",

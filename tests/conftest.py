@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from minipuzzle.files.checkpoint import Checkpoint
 from tests.support.tiny_models import write_tiny_checkpoint
+
+# The same few examples in every run: a test that fails, fails for everyone.
+hypothesis.settings.register_profile("tests", derandomize=True, max_examples=60, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minipuzzle.architecture.memory import PRECISIONS
-from minipuzzle.architecture.quantities import format_count, format_gib, parse_budget_bytes, parse_bytes, parse_count
+from minipuzzle.architecture.quantities import (
+    format_count,
+    format_gib,
+    parse_budget_bytes,
+    parse_bytes,
+    parse_count,
+    parse_share_or_count,
+)
 from minipuzzle.errors import MinipuzzleError
 
 
@@ -63,3 +75,45 @@ def test_bytes_of_each_precision_follow_their_formats() -> None:
         "nvfp4": 90,
     }
     assert PRECISIONS["nvfp4"].num_bytes((3, 18)) == 3 * (9 + 2)
+
+
+SUFFIXES = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4} | {
+    f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)
+}
+DECIMALS = st.tuples(st.integers(0, 10**6), st.integers(0, 999)).map(lambda parts: f"{parts[0]}.{parts[1]:03}")
+
+
+@given(DECIMALS, st.sampled_from(sorted(SUFFIXES)), st.sampled_from(["", " "]), st.booleans())
+def test_sizes_are_exact_whatever_their_digits(number: str, suffix: str, space: str, is_lower: bool) -> None:
+    """In binary fractions 0.1 GB would not be 100,000,000 bytes."""
+    text = number + space + (suffix.lower() if is_lower else suffix)
+    assert parse_bytes(text) == math.floor(Fraction(number) * SUFFIXES[suffix])
+
+
+@given(st.integers(0, 10**15), DECIMALS, st.sampled_from(["k", "M", "B", "T", "Ki", "Mi", "Gi"]))
+def test_counts_are_whole_or_refused(whole: int, number: str, suffix: str) -> None:
+    assert parse_count(str(whole)) == whole
+    factor = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[suffix]
+    wanted = Fraction(number) * factor
+    if wanted.denominator == 1:
+        assert parse_count(number + suffix) == wanted
+    else:
+        with pytest.raises(MinipuzzleError, match="not a whole number"):
+            parse_count(number + suffix)
+
+
+@given(st.integers(1, 10**15), st.integers(1, 10_000))
+def test_a_budget_is_never_above_its_share_and_a_count_never_below(whole: int, hundredths: int) -> None:
+    share = Fraction(hundredths, 10_000) * whole
+    text = f"{hundredths // 100}.{hundredths % 100:02}%"
+    assert parse_budget_bytes(text, whole) == math.floor(share)
+    assert parse_share_or_count(text, whole) == math.ceil(share)
+
+
+@given(st.text(max_size=8))
+def test_any_text_is_a_size_or_a_mistake_with_a_hint(text: str) -> None:
+    for parse in (parse_bytes, parse_count):
+        try:
+            assert parse(text) >= 0
+        except MinipuzzleError as error:
+            assert error.hint

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distill.settings import DistillSettings
 from distill.training.data import BlendedWindows, PackedWindows, blend_of, is_held_out, read_training_text
@@ -196,3 +198,22 @@ def test_a_source_that_is_too_short_is_named(tmp_path: Path, tiny_folder: Path, 
         read_training_text(load_tokenizer(tiny_folder), blend, settings)
     with pytest.raises(MinipuzzleError, match="stands alone"):
         blend_of((tmp_path / "blend.toml", text_file))
+
+
+@given(st.integers(0, 10**7), st.lists(st.lists(st.integers(0, 1000), min_size=2, max_size=2).filter(any), min_size=1))
+def test_windows_are_divided_without_loss_each_share_to_the_nearest(total: int, weights: list[list[int]]) -> None:
+    """Whole numbers that add up exactly, none of them a whole window from its share."""
+    names = ("web", "maths")
+    sums = [sum(pair) for pair in weights]
+    phases = []
+    for number, pair in enumerate(weights):
+        shares = {name: weight / sums[number] for name, weight in zip(names, pair, strict=True)}
+        phases.append(Phase(name=str(number), share=sums[number] / sum(sums), weights=shares))
+    blend = Blend(sources=tuple(Source(name=name, paths=(), max_epochs=1e9) for name in names), phases=tuple(phases))
+    plan = plan_blend(blend, dict.fromkeys(names, 10), total_windows=total, sequence_length=LENGTH)
+    assert sum(share.num_windows for share in plan) == total
+    for number, phase in enumerate(phases):
+        counts = {share.source: share.num_windows for share in plan if share.phase == phase.name}
+        of_phase = sum(counts.values())
+        assert abs(of_phase - total * sums[number] / sum(sums)) < 1 + 1e-6
+        assert all(abs(counts[name] - of_phase * phase.weights[name]) < 1 + 1e-6 for name in names)

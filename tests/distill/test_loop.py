@@ -23,7 +23,6 @@ from distill.scale.estimate import estimate_memory
 from distill.settings import DistillSettings, StepRecord
 from distill.states.checkpointing import STATE_FOLDER
 from distill.states.records import METRICS_FILE
-from distill.training.data import PackedWindows
 from distill.training.loop import distill
 from distill.training.optimizers import make_optimizer
 from minipuzzle.errors import MinipuzzleError
@@ -281,40 +280,3 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(models: Path) -> None:
         parts_of(model, FAMILY).logits_input(token_ids)
     estimate = estimate_memory(checkpoint.architecture, checkpoint.architecture, SETTINGS, "cpu")
     assert 0.5 < estimate.activation_bytes / sum(num_bytes for num_bytes, _ in kept.values()) < 2
-
-
-class TestPackedWindows:
-    """Windows are a pure function of documents, seed and number."""
-
-    def test_an_epoch_predicts_each_token_once(self) -> None:
-        tokens = list(range(5 * LENGTH + 1))
-        data = PackedWindows([tokens], sequence_length=LENGTH)
-        inputs, labels = data.batch(0, data.windows_per_epoch)
-        assert sorted(inputs.flatten().tolist()) == tokens[:-1]
-        assert sorted(labels.flatten().tolist()) == tokens[1:]
-        assert torch.equal(inputs + 1, labels)
-
-    def test_windows_do_not_depend_on_what_was_read_before(self) -> None:
-        per_epoch = windows().windows_per_epoch
-        in_order = torch.cat([windows().batch(0, per_epoch)[0], windows().batch(per_epoch, per_epoch)[0]])
-        data = windows()
-        for number in (2 * per_epoch - 1, 0, per_epoch, 1, per_epoch - 1):
-            assert torch.equal(data.batch(number, 1)[0][0], in_order[number])
-
-    def test_epochs_and_seeds_order_the_text_differently(self) -> None:
-        per_epoch = windows().windows_per_epoch
-        first, second = windows().batch(0, per_epoch)[0], windows().batch(per_epoch, per_epoch)[0]
-        assert not torch.equal(first, second)
-        assert not torch.equal(first, windows(seed=1).batch(0, per_epoch)[0])
-
-    def test_positions_and_epochs_are_told(self) -> None:
-        data = windows()
-        assert data.num_tokens == 6 * 61
-        assert data.windows_per_epoch == (6 * 61 - 1) // LENGTH
-        position = data.position(2 * data.windows_per_epoch + 3)
-        assert (position.epoch, position.index) == (2, 3)
-        assert data.epochs(3 * data.tokens_per_epoch) == 3
-
-    def test_too_little_text_is_refused(self) -> None:
-        with pytest.raises(MinipuzzleError, match="fewer than one sequence"):
-            PackedWindows([[1, 2, 3]], sequence_length=3)

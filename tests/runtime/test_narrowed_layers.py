@@ -5,11 +5,14 @@ Widths of one ranking share the layer's own weights; what the stack computes is 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from minipuzzle.architecture.layer_kinds import LayerSpec
@@ -141,3 +144,17 @@ def test_the_final_norm_is_cut_with_the_hidden_axis(tmp_path: Path) -> None:
     wanted = parts_of(build_model(config, cut_tensors(checkpoint, plan)), checkpoint.family).final_norm
     found = NarrowedLayers(LayerStack(checkpoint)).final_norm(plan)
     torch.testing.assert_close(found(random_hidden(20)), wanted(random_hidden(20)))
+
+
+@given(st.lists(st.sets(st.integers(0, 7), min_size=1).map(lambda units: tuple(sorted(units))), max_size=6))
+def test_an_order_holds_every_unit_once_and_begins_with_those_of_nested_cuts(cuts: list[tuple[int, ...]]) -> None:
+    layer = LayerSpec(kind="mlp", sizes={"hidden": 4, "ffn": 8})
+    orders = unit_orders(layer, [LayerCut(layer_idx=0, kept_units=(("ffn", units),)) for units in cuts])
+    assert orders.keys() == ({"ffn"} if cuts else set())
+    if cuts:
+        order = orders["ffn"]
+        assert sorted(order) == list(range(8))
+        widest_first = sorted({*cuts}, key=len, reverse=True)
+        assert set(order[: len(widest_first[0])]) == set(widest_first[0])
+        if all(set(inner) <= set(outer) for outer, inner in itertools.pairwise(widest_first)):
+            assert all(set(order[: len(units)]) == set(units) for units in cuts)

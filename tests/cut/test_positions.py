@@ -1,0 +1,42 @@
+"""Guarantee: positions along a dimension are those whose every unit stays, in order, however axes are laid out."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipuzzle.architecture.layer_kinds import Dimension
+from minipuzzle.cut.surgery import kept_positions
+
+AXES = ("a", "b", "c")
+DIMENSIONS = st.lists(
+    st.lists(st.sampled_from(AXES), min_size=1, max_size=2, unique=True).map(tuple), min_size=1, max_size=3
+).map(tuple)
+SIZES = st.fixed_dictionaries({axis: st.integers(1, 5) for axis in AXES})
+
+
+@given(DIMENSIONS, SIZES, st.data())
+def test_an_element_stays_where_all_its_units_do(
+    dimension: Dimension, sizes: dict[str, int], data: st.DataObject
+) -> None:
+    subsets = {axis: st.sets(st.integers(0, size - 1), min_size=1) for axis, size in sizes.items()}
+    cut = data.draw(st.sets(st.sampled_from(AXES)))
+    kept = {axis: tuple(sorted(data.draw(subsets[axis]))) for axis in sorted(cut)}
+    elements = [
+        dict(zip(segment, units, strict=True))
+        for segment in dimension
+        for units in itertools.product(*(range(sizes[axis]) for axis in segment))
+    ]
+    wanted = [
+        position
+        for position, units in enumerate(elements)
+        if all(unit in kept.get(axis, range(sizes[axis])) for axis, unit in units.items())
+    ]
+    found = kept_positions(dimension, sizes, kept)
+    if found is None:
+        assert wanted == list(range(len(elements))) and not cut & {axis for segment in dimension for axis in segment}
+    else:
+        np.testing.assert_array_equal(found, wanted)
