@@ -12,8 +12,8 @@ from minipuzzle.architecture.families import FAMILIES, Family
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.formats.layout import PLAIN, export_layout
-from minipuzzle.formats.schemes import SCHEMES
+from minipuzzle.formats.choices import PLAIN, SCHEMES
+from minipuzzle.formats.layout import export_layout
 
 PAGE = Path(__file__).parent / "families.md"
 BEGIN, END = "<!-- written by docs/write_families.py -->\n", "<!-- end -->\n"

@@ -11,10 +11,11 @@ import torch
 
 from distill.engine import EngineSettings
 from distill.objective.losses import LossSettings
+from distill.scale.gpus import Hardware
 from distill.settings import DistillSettings
 from minipuzzle.architecture.layer_kinds import HIDDEN
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.architecture.quantities import GIB, format_gib
+from minipuzzle.architecture.quantities import format_gib
 
 _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
@@ -28,28 +29,6 @@ _NODE_BYTES_PER_SECOND = 300e9  # collectives over NVLink, each GPU
 _NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gbit/s for each GPU
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """One device: its dense matrix rate in FLOP/s, the share of it that runs reach, and its memory (None: unknown)."""
-
-    name: str
-    bf16_flops: float
-    fp8_flops: float | None = None
-    memory_bytes: int | None = None
-    # Distillation with NVIDIA's own tools reached 15 to 25 % on H100, pre-training 33 to 39 %.
-    expected_fraction: float = 0.3
-
-
-# Dense rates from the makers' data sheets, without sparsity.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Hardware(name="a100", bf16_flops=312e12, memory_bytes=79 * GIB),
-        Hardware(name="h100", bf16_flops=989e12, fp8_flops=1979e12, memory_bytes=79 * GIB),
-        Hardware(name="h200", bf16_flops=989e12, fp8_flops=1979e12, memory_bytes=139 * GIB),
-        Hardware(name="b200", bf16_flops=2250e12, fp8_flops=4500e12, memory_bytes=178 * GIB),
-    )
-}
 _FP8_SPEED_UP = 1.28  # of whole training steps, as torchtitan reports for an 8B model; products alone are twice as fast
 
 

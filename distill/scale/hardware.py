@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from distill.scale.estimate import GPUS, Hardware
+from distill.scale.gpus import GPUS, Hardware
 
 _PROBE_SIZE = 1024
 _PROBE_SECONDS = 0.1

@@ -29,7 +29,7 @@ from minipuzzle.architecture.families import FAMILIES, family_of
 from minipuzzle.architecture.quantities import GIB, MIB
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
-from minipuzzle.export.calibration import CalibrationMethod
+from minipuzzle.export.algorithms import CalibrationMethod
 from minipuzzle.export.shards import TensorHeader, plan_shards, write_index
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from minipuzzle.architecture.memory import PRECISION_FIELDS, Deployment
 from minipuzzle.architecture.quantities import parse_bytes, parse_count
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.table import Table
 
 SERVING_FIELDS = ("context", "batch", *PRECISION_FIELDS)
 
@@ -77,7 +77,7 @@ _TABLE = (
     _gpu("h100-fp8-1M", 81_559, context_tokens=1_000_000, weights="fp8", kv_cache="fp8"),
     _gpu("h200-fp8-128k-batch32", 143_771, context_tokens=128 * 1024, batch=32, weights="fp8", kv_cache="fp8"),
 )
-DEPLOYMENTS: Mapping[str, NamedDeployment] = MappingProxyType({named.name: named for named in _TABLE})
+DEPLOYMENTS = Table("deployment", "deployments", entries={named.name: named for named in _TABLE})
 
 
 def read_deployments(path: Path) -> dict[str, NamedDeployment]:
@@ -129,9 +129,9 @@ def find_deployment(name: str, file: Path | None = None) -> NamedDeployment:
 
     Raises: MinipuzzleError for an unknown name or a file with errors.
     """
-    table = {**DEPLOYMENTS, **(read_deployments(file) if file is not None else {})}
+    of_user = read_deployments(file) if file is not None else {}
+    table = Table(DEPLOYMENTS.sort, DEPLOYMENTS.plural, entries={**DEPLOYMENTS, **of_user})
     if name not in table:
-        raise MinipuzzleError(
-            f"there is no deployment {name!r}", f"known: {', '.join(table)}; add yours with --deployments FILE.toml"
-        )
+        error = table.unknown(name)
+        raise MinipuzzleError(error.problem, f"{error.hint}; add yours with --deployments FILE.toml")
     return table[name]

@@ -16,6 +16,7 @@ from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.table import Table
 
 NVFP4_BLOCK = 16
 
@@ -39,18 +40,14 @@ class Precision:
         return num_rows * (-(-row_elements * self.bits // 8) + num_blocks)
 
 
-PRECISIONS: Mapping[str, Precision] = MappingProxyType(
-    {
-        precision.name: precision
-        for precision in (
-            Precision(name="fp32", bits=32),
-            Precision(name="bf16", bits=16),
-            Precision(name="fp16", bits=16),
-            Precision(name="fp8", bits=8, has_scales=True),
-            Precision(name="nvfp4", bits=4, block=NVFP4_BLOCK, has_scales=True),
-        )
-    }
+_PRECISIONS = (
+    Precision(name="fp32", bits=32),
+    Precision(name="bf16", bits=16),
+    Precision(name="fp16", bits=16),
+    Precision(name="fp8", bits=8, has_scales=True),
+    Precision(name="nvfp4", bits=4, block=NVFP4_BLOCK, has_scales=True),
 )
+PRECISIONS = Table("precision", "precisions", entries={precision.name: precision for precision in _PRECISIONS})
 FROM_CONFIG = "config"  # the SSM state's precision as config.json has it
 
 # Each term of memory by its name in a Deployment, and how it is called in tables.
@@ -95,7 +92,8 @@ class Deployment:
         for term in PRECISION_FIELDS:
             name = getattr(self, term)
             if name not in PRECISIONS and not (term == "ssm_state" and name == FROM_CONFIG):
-                raise MinipuzzleError(f"unknown precision {name!r} for {term}", f"use one of {', '.join(PRECISIONS)}")
+                error = PRECISIONS.unknown(name)
+                raise MinipuzzleError(f"{error.problem} for {term}", error.hint)
 
     def precision_of(self, term: str, architecture: Architecture) -> Precision:
         """The precision of one term for a model."""

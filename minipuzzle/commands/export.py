@@ -25,6 +25,9 @@ from minipuzzle.commands.options.shared import (
     out_option,
     overwrite_option,
 )
+from minipuzzle.export.algorithms import ALGORITHMS, CalibrationMethod
+from minipuzzle.formats.choices import FORMATS, RECIPES
+from minipuzzle.formats.flavours import FLAVOURS
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +35,11 @@ if TYPE_CHECKING:
     from minipuzzle.files.checkpoint import Checkpoint
     from minipuzzle.workflows.export import ExportRequest
 
-FORMATS = {
-    "bf16": "BF16 weights, for every engine.",
-    "fp8": "FP8 weights and activations of linear layers.",
-    "nvfp4": "4-bit weights and activations of linear layers, for NVIDIA Blackwell.",
-}
-
 
 def _format_options(function: Function) -> Function:
     decorated: Any = function
-    for name, text in reversed(FORMATS.items()):
-        decorated = click.option(f"--{name}", "format_name", flag_value=name, help=text)(decorated)
+    for name in reversed(FORMATS.names()):
+        decorated = click.option(f"--{name}", "format_name", flag_value=name, help=FORMATS[name].help)(decorated)
     return decorated  # type: ignore[no-any-return]
 
 
@@ -61,14 +58,14 @@ def _quantization_options(function: Function) -> Function:
     options: tuple[Callable[[Any], Any], ...] = (
         click.option(
             "--flavour",
-            type=click.Choice(["modelopt", "compressed-tensors"]),
+            type=click.Choice(FLAVOURS.names()),
             default="modelopt",
             show_default=True,
             help="Layout: modelopt for vLLM, SGLang and TensorRT-LLM; compressed-tensors for vLLM and transformers.",
         ),
         click.option(
             "--recipe",
-            type=click.Choice(["default", "mamba-safe", "all"]),
+            type=click.Choice(RECIPES.names()),
             default="default",
             show_default=True,
             help="mamba-safe leaves attention in BF16; all adds the LM head.",
@@ -98,7 +95,7 @@ def _quantization_options(function: Function) -> Function:
         click.option(
             "--calibration",
             "algorithm",
-            type=click.Choice(["max", "percentile", "mse"]),
+            type=click.Choice(ALGORITHMS.names()),
             default="max",
             show_default=True,
             help="How the largest activation is found, by ModelOpt's calibrators.",
@@ -191,12 +188,10 @@ def _check_usage(format_name: str, data: tuple[Path, ...], params: dict[str, Any
 
 def _request(format_name: str, params: dict[str, Any]) -> ExportRequest:
     from minipuzzle.architecture.quantities import parse_bytes
-    from minipuzzle.export.calibration import CalibrationMethod
-    from minipuzzle.formats.flavours import FLAVOURS, SCHEME_OF
     from minipuzzle.workflows.export import ExportRequest
 
     activations = params["activations"] or FLAVOURS[params["flavour"]].default_activations
-    scheme = SCHEME_OF.get((format_name, activations), format_name)
+    scheme = FORMATS[format_name].schemes.get(activations, format_name)
     method = CalibrationMethod(algorithm=params["algorithm"], percentile=params["percentile"])
     memory = params["device_memory"]
     return ExportRequest(

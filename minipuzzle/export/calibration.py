@@ -7,7 +7,7 @@ Shape suffixes: B windows, T tokens, H hidden.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,37 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.algorithms import ALGORITHMS, Algorithm, CalibrationMethod
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.e4m3 import E4M3_MAX, fake_quantize
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.runtime.layer_stack import LayerStack, largest_activation_bytes
-
-ALGORITHMS = ("max", "percentile", "mse")
-DEFAULT_PERCENTILE = 99.99
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationMethod:
-    """How the largest value that a scale must hold follows from the activations seen.
-
-    ``max``: the largest. ``percentile``: a percentile of a histogram, which clips outliers. ``mse``: the one that
-    minimises the squared error of rounding the histogram to E4M3.
-    """
-
-    algorithm: str = "max"
-    percentile: float = DEFAULT_PERCENTILE
-
-    def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise MinipuzzleError(
-                f"unknown calibration algorithm {self.algorithm!r}", f"use one of {', '.join(ALGORITHMS)}"
-            )
-        if not 0 < self.percentile <= 100:
-            raise MinipuzzleError(f"{self.percentile} is not a percentile", "use a number up to 100, such as 99.99")
-
-    def describe(self) -> str:
-        """In words, for the model card."""
-        return f"{self.algorithm} {self.percentile:g}" if self.algorithm == "percentile" else self.algorithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +66,7 @@ def new_quantizer(method: CalibrationMethod) -> Any:
         from modelopt.torch.quantization.config import QuantizerAttributeConfig
         from modelopt.torch.quantization.nn import TensorQuantizer
 
-    calibrator = "max" if method.algorithm == "max" else "histogram"
+    calibrator = ALGORITHMS[method.algorithm].calibrator
     quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=(4, 3), axis=None, calibrator=calibrator))
     quantizer.disable_quant()
     quantizer.enable_calib()
@@ -103,18 +77,25 @@ def calibrated_amax(quantizer: Any, method: CalibrationMethod) -> float:
     """What a quantiser has found; 0 where it saw only zeros, or nothing, like an expert that no token was routed to."""
     calibrator = quantizer._calibrator
     edges = getattr(calibrator, "_calib_bin_edges", None)
-    counts = getattr(calibrator, "_calib_hist", None)
-    if counts is None and getattr(calibrator, "_calib_amax", None) is None:
+    if getattr(calibrator, "_calib_hist", None) is None and getattr(calibrator, "_calib_amax", None) is None:
         return 0.0
     if edges is not None and not float(edges[-1]) > 0:
         return 0.0
-    finders: Mapping[str, Callable[[], Any]] = {
-        "max": calibrator.compute_amax,
-        "percentile": lambda: calibrator.compute_amax("percentile", percentile=method.percentile),
-        # ModelOpt 0.47 fails on its own call for E4M3 (an argument is missing); the histogram is its, the search ours.
-        "mse": lambda: least_squares_amax(torch.as_tensor(counts).cpu(), torch.as_tensor(edges).cpu()),
-    }
-    return float(finders[method.algorithm]())
+    return float(ALGORITHMS[method.algorithm].find(calibrator, method.percentile))
+
+
+def _least_squares(calibrator: Any, _percentile: float) -> float:
+    # ModelOpt 0.47 fails on its own call for E4M3 (an argument is missing); the histogram is its, the search ours.
+    counts, edges = calibrator._calib_hist, calibrator._calib_bin_edges
+    return least_squares_amax(torch.as_tensor(counts).cpu(), torch.as_tensor(edges).cpu())
+
+
+LARGEST = Algorithm(calibrator="max", find=lambda calibrator, _percentile: calibrator.compute_amax())
+PERCENTILE = Algorithm(
+    calibrator="histogram",
+    find=lambda calibrator, percentile: calibrator.compute_amax("percentile", percentile=percentile),
+)
+LEAST_SQUARES = Algorithm(calibrator="histogram", find=_least_squares)
 
 
 def least_squares_amax(counts: torch.Tensor, edges: torch.Tensor, first_bin: int = 128) -> float:

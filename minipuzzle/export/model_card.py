@@ -16,6 +16,7 @@ from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.cut.plan import PLAN_FILE, Plan, read_plan
 from minipuzzle.export.verify import Verification
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.formats.choices import FORMATS, PLAIN
 from minipuzzle.formats.layout import ExportLayout
 from minipuzzle.version import __version__
 
@@ -70,10 +71,9 @@ def write_model_card(folder: Path, source: Checkpoint, facts: CardFacts) -> list
 def render_model_card(source: Checkpoint, facts: CardFacts) -> tuple[str, list[str]]:
     """The text of README.md, and warnings about what it could not say."""
     metadata, warnings = _front_matter(source, facts)
-    scheme = facts.precision.layout.scheme if facts.precision else None
     sections = [
         metadata,
-        f"# {source.folder.resolve().name}" + (f"-{scheme.name.partition('-')[0].upper()}" if scheme else ""),
+        f"# {source.folder.resolve().name}" + (f"-{facts.precision.layout.format.upper()}" if facts.precision else ""),
         _summary(source, facts),
     ]
     sections += [f"> **{warning[0].upper()}{warning[1:]}.**" for warning in warnings]
@@ -150,8 +150,8 @@ def _front_matter(source: Checkpoint, facts: CardFacts) -> tuple[str, list[str]]
         warnings.append("its layers differ in width: only minipuzzle reads this folder (for nemotron_h see --puzzle)")
     layout = facts.precision.layout if facts.precision else None
     tags = [source.architecture.model_type, "minipuzzle"]
-    if layout is not None and layout.scheme is not None and layout.flavour is not None:
-        tags += [layout.scheme.name.partition("-")[0], layout.flavour.name]
+    if layout is not None and layout.flavour is not None:
+        tags += [layout.format, layout.flavour.name]
     # A JSON string is a YAML string, whatever it holds.
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"]), warnings
@@ -175,10 +175,9 @@ def read_front_matter(path: Path) -> dict[str, str]:
 
 
 def _summary(source: Checkpoint, facts: CardFacts) -> str:
-    scheme = facts.precision.layout.scheme if facts.precision else None
-    stored = f"{scheme.weights.partition(',')[0].partition(':')[0]} weights" if scheme else "BF16 weights"
+    stored = FORMATS[facts.precision.layout.format if facts.precision else PLAIN].title
     size = format_gib(2 * source.architecture.num_parameters)
-    return f"A {source.architecture.model_type} language model with {stored}. In BF16 its weights take {size}."
+    return f"A {source.architecture.model_type} language model with {stored} weights. In BF16 its weights take {size}."
 
 
 def _precision(facts: PrecisionFacts) -> str:
@@ -211,7 +210,7 @@ def _verification(facts: CardFacts) -> str:
 
 def _memory(source: Checkpoint, facts: CardFacts) -> str:
     layout = facts.precision.layout if facts.precision else None
-    weights = layout.scheme.name.partition("-")[0] if layout is not None and layout.scheme is not None else "bf16"
+    weights = PLAIN if layout is None else layout.format
     cache = "fp8" if layout is not None and layout.fp8_kv_cache else "bf16"
     longest = int(source.config.get("max_position_embeddings") or 0)
     rows = []

@@ -18,9 +18,9 @@ from minipuzzle.export.write import WeightScales, export_headers, piece_rows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
 from minipuzzle.formats.e4m3 import fake_quantize
-from minipuzzle.formats.flavours import HF_QUANT_CONFIG
+from minipuzzle.formats.flavours import CODES, HF_QUANT_CONFIG, INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.formats.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
-from minipuzzle.formats.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE, Scheme
+from minipuzzle.formats.schemes import Scheme
 from minipuzzle.runtime.models import load_model
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")

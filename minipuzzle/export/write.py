@@ -23,9 +23,8 @@ from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype
 from minipuzzle.formats.e4m3 import scale_of
-from minipuzzle.formats.flavours import StoredTensor
+from minipuzzle.formats.flavours import INPUT_SCALE, SCALES, TENSOR_SCALE, StoredTensor
 from minipuzzle.formats.layout import CACHE_SCALES, WEIGHT, ExportLayout, cache_scale_name, last_name, module_of
-from minipuzzle.formats.schemes import INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.progress import Advance, no_progress
 
 _PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache

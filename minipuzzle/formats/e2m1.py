@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from minipuzzle.architecture.memory import NVFP4_BLOCK as BLOCK
 from minipuzzle.formats.e4m3 import E4M3, E4M3_MAX
 
-BLOCK = 16
 E2M1_MAX = 6.0
 NVFP4_MAX = E2M1_MAX * E4M3_MAX  # the largest value under a tensor scale of 1
 _SMALLEST_E4M3 = 2.0**-9

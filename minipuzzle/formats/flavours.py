@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import MappingProxyType
 from typing import Any
 
+from minipuzzle.architecture.memory import NVFP4_BLOCK as BLOCK
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.formats.e2m1 import BLOCK
-from minipuzzle.formats.schemes import CODES, INPUT_SCALE, SCALES, TENSOR_SCALE
+from minipuzzle.table import Table
 
+# What a quantised weight is made of. CODES and SCALES run along its rows; TENSOR_SCALE and INPUT_SCALE are single.
+CODES, SCALES, TENSOR_SCALE, INPUT_SCALE = "codes", "scales", "tensor_scale", "input_scale"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 Shape = Callable[[int, int], tuple[int, ...]]  # of (outputs, inputs)
 
@@ -36,6 +37,24 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredForm:
+    """How one scheme is stored: the tensors of a quantised module, and what the layout's config says of it.
+
+    ``algorithm``: the layout's name of the scheme. ``weights``, ``inputs``: fields of its ``config_groups``.
+    """
+
+    scheme: str
+    algorithm: str
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
+
+
+def _by_scheme(*forms: StoredForm) -> Mapping[str, StoredForm]:
+    return {form.scheme: form for form in forms}
+
+
+@dataclass(frozen=True, kw_only=True)
 class DescribedLayout:
     """What a ``quantization_config`` says. ``ignore``: entries for the modules that stay as they are."""
 
@@ -48,14 +67,14 @@ class DescribedLayout:
 class Flavour:
     """One layout on disk.
 
-    ``forms``: by scheme, the tensors of a quantised module. ``config``: config.json's ``quantization_config``.
+    ``forms``: how it stores the schemes that it knows. ``config``: config.json's ``quantization_config``.
     ``side_files``: further files by name. ``read``: the inverse of ``config``, None where it says something else.
     ``matches``: whether an entry of the ignore list means a module. ``default_activations``: of an FP8 export.
     """
 
     name: str
     engines: str
-    forms: Mapping[str, tuple[StoredTensor, ...]]
+    forms: Mapping[str, StoredForm]
     config: Callable[[DescribedLayout], dict[str, Any]]
     side_files: Callable[[DescribedLayout], dict[str, dict[str, Any]]]
     read: Callable[[Mapping[str, Any]], DescribedLayout | None]
@@ -101,116 +120,136 @@ def _one(_out: int, _inputs: int) -> tuple[int, ...]:
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _STATIC_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 _NVFP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-_MODELOPT_ALGORITHMS = {"fp8": "FP8", "fp8-dynamic": "FP8_PER_CHANNEL_PER_TOKEN", "nvfp4": "NVFP4"}
-_MODELOPT_GROUPS: Mapping[str, dict[str, Any]] = {
-    "fp8": {"input_activations": _STATIC_FP8, "weights": _STATIC_FP8},
-    "fp8-dynamic": {
-        "input_activations": {**_STATIC_FP8, "dynamic": True, "strategy": "token"},
-        "weights": {**_STATIC_FP8, "strategy": "channel"},
-    },
-    "nvfp4": {"input_activations": _NVFP4, "weights": _NVFP4},
-}
-_MODELOPT_FORMS = {
-    "fp8": (
-        StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-        StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="F32", shape=_scalar),
-        StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", shape=_scalar),
+_MODELOPT_FORMS = _by_scheme(
+    StoredForm(
+        scheme="fp8",
+        algorithm="FP8",
+        weights=_STATIC_FP8,
+        inputs=_STATIC_FP8,
+        tensors=(
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
+            StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="F32", shape=_scalar),
+            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", shape=_scalar),
+        ),
     ),
-    "fp8-dynamic": (
-        StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-        StoredTensor(suffix="weight_scale", role=SCALES, dtype="F32", shape=lambda out, _inputs: (out,)),
+    StoredForm(
+        scheme="fp8-dynamic",
+        algorithm="FP8_PER_CHANNEL_PER_TOKEN",
+        weights={**_STATIC_FP8, "strategy": "channel"},
+        inputs={**_STATIC_FP8, "dynamic": True, "strategy": "token"},
+        tensors=(
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F32", shape=lambda out, _inputs: (out,)),
+        ),
     ),
-    "nvfp4": (
-        StoredTensor(suffix="weight", role=CODES, dtype="U8", shape=_packed),
-        StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", shape=_blocks),
-        StoredTensor(suffix="weight_scale_2", role=TENSOR_SCALE, dtype="F32", shape=_scalar),
-        StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", shape=_scalar),
+    StoredForm(
+        scheme="nvfp4",
+        algorithm="NVFP4",
+        weights=_NVFP4,
+        inputs=_NVFP4,
+        tensors=(
+            StoredTensor(suffix="weight", role=CODES, dtype="U8", shape=_packed),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", shape=_blocks),
+            StoredTensor(suffix="weight_scale_2", role=TENSOR_SCALE, dtype="F32", shape=_scalar),
+            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", shape=_scalar),
+        ),
     ),
-}
+)
 
 
 def _modelopt_config(layout: DescribedLayout) -> dict[str, Any]:
-    scheme = layout.scheme
+    form = _MODELOPT_FORMS[layout.scheme]
+    group = {"input_activations": form.inputs, "weights": form.weights, "targets": ["Linear"]}
     config: dict[str, Any] = {
         "quant_method": "modelopt",
-        "quant_algo": _MODELOPT_ALGORITHMS[scheme],
+        "quant_algo": form.algorithm,
         "ignore": list(layout.ignore),
-        "config_groups": {"group_0": {**_MODELOPT_GROUPS[scheme], "targets": ["Linear"]}},
+        "config_groups": {"group_0": group},
         "producer": _PRODUCER,
+        **_group_size(form),
     }
-    if scheme == "nvfp4":
-        config["group_size"] = BLOCK
     if layout.fp8_kv_cache:
         config |= {"kv_cache_quant_algo": "FP8", "kv_cache_scheme": _STATIC_FP8}
     return config
 
 
+def _group_size(form: StoredForm) -> dict[str, Any]:
+    return {name: value for name, value in form.weights.items() if name == "group_size"}
+
+
 def _modelopt_side_files(layout: DescribedLayout) -> dict[str, dict[str, Any]]:
     """hf_quant_config.json, which TensorRT-LLM and older engines read."""
-    quantization: dict[str, Any] = {
-        "quant_algo": _MODELOPT_ALGORITHMS[layout.scheme],
+    form = _MODELOPT_FORMS[layout.scheme]
+    quantization = {
+        "quant_algo": form.algorithm,
         "kv_cache_quant_algo": "FP8" if layout.fp8_kv_cache else None,
         "exclude_modules": list(layout.ignore),
+        **_group_size(form),
     }
-    if layout.scheme == "nvfp4":
-        quantization["group_size"] = BLOCK
     return {HF_QUANT_CONFIG: {"producer": _PRODUCER, "quantization": quantization}}
 
 
 def _read_modelopt(config: Mapping[str, Any]) -> DescribedLayout | None:
-    scheme = next((name for name, found in _MODELOPT_ALGORITHMS.items() if found == config.get("quant_algo")), None)
-    if scheme is None:
+    form = next((form for form in _MODELOPT_FORMS.values() if form.algorithm == config.get("quant_algo")), None)
+    if form is None:
         return None
     has_cache = config.get("kv_cache_scheme") is not None
-    return DescribedLayout(scheme=scheme, ignore=_names(config.get("ignore")), fp8_kv_cache=has_cache)
+    return DescribedLayout(scheme=form.scheme, ignore=_names(config.get("ignore")), fp8_kv_cache=has_cache)
 
 
 # --- compressed-tensors --------------------------------------------------------------------------------------------
 
-_CT_WEIGHTS: Mapping[str, dict[str, Any]] = {
-    "fp8": {"num_bits": 8, "strategy": "tensor"},
-    "fp8-dynamic": {"num_bits": 8, "strategy": "channel"},
-    "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK},
-}
-_CT_INPUTS: Mapping[str, dict[str, Any]] = {
-    "fp8": {"num_bits": 8, "strategy": "tensor", "dynamic": False},
-    "fp8-dynamic": {"num_bits": 8, "strategy": "token", "dynamic": True},
-    "nvfp4": {"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK, "dynamic": "local"},
-}
-_CT_FORMATS = {"fp8": "float-quantized", "fp8-dynamic": "float-quantized", "nvfp4": "nvfp4-pack-quantized"}
 # transformers multiplies codes, cast to the model's BF16, with these scales: float32 ones would end in a type error.
-_CT_FORMS = {
-    "fp8": (
-        StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-        StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="BF16", shape=_one),
-        StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="BF16", shape=_one),
+_CT_FORMS = _by_scheme(
+    StoredForm(
+        scheme="fp8",
+        algorithm="float-quantized",
+        weights={"num_bits": 8, "strategy": "tensor"},
+        inputs={"num_bits": 8, "strategy": "tensor", "dynamic": False},
+        tensors=(
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
+            StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="BF16", shape=_one),
+            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="BF16", shape=_one),
+        ),
     ),
-    "fp8-dynamic": (
-        StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-        StoredTensor(suffix="weight_scale", role=SCALES, dtype="BF16", shape=lambda out, _inputs: (out, 1)),
+    StoredForm(
+        scheme="fp8-dynamic",
+        algorithm="float-quantized",
+        weights={"num_bits": 8, "strategy": "channel"},
+        inputs={"num_bits": 8, "strategy": "token", "dynamic": True},
+        tensors=(
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="BF16", shape=lambda out, _inputs: (out, 1)),
+        ),
     ),
-    "nvfp4": (
-        StoredTensor(suffix="weight_packed", role=CODES, dtype="U8", shape=_packed),
-        StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", shape=_blocks),
-        StoredTensor(suffix="weight_global_scale", role=TENSOR_SCALE, dtype="F32", shape=_one, is_reciprocal=True),
-        StoredTensor(suffix="input_global_scale", role=INPUT_SCALE, dtype="F32", shape=_one, is_reciprocal=True),
+    StoredForm(
+        scheme="nvfp4",
+        algorithm="nvfp4-pack-quantized",
+        weights={"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK},
+        inputs={"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK, "dynamic": "local"},
+        tensors=(
+            StoredTensor(suffix="weight_packed", role=CODES, dtype="U8", shape=_packed),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", shape=_blocks),
+            StoredTensor(suffix="weight_global_scale", role=TENSOR_SCALE, dtype="F32", shape=_one, is_reciprocal=True),
+            StoredTensor(suffix="input_global_scale", role=INPUT_SCALE, dtype="F32", shape=_one, is_reciprocal=True),
+        ),
     ),
-}
+)
 
 
 def _ct_config(layout: DescribedLayout) -> dict[str, Any]:
-    scheme = layout.scheme
+    form = _CT_FORMS[layout.scheme]
     common = {"type": "float", "symmetric": True}
     group = {
         "targets": ["Linear"],
-        "weights": {**common, "dynamic": False, **_CT_WEIGHTS[scheme]},
-        "input_activations": {**common, **_CT_INPUTS[scheme]},
+        "weights": {**common, "dynamic": False, **form.weights},
+        "input_activations": {**common, **form.inputs},
         "output_activations": None,
-        "format": _CT_FORMATS[scheme],
+        "format": form.algorithm,
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": _CT_FORMATS[scheme],
+        "format": form.algorithm,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": [_ct_entry(module) for module in layout.ignore],
@@ -231,10 +270,10 @@ def _read_ct(config: Mapping[str, Any]) -> DescribedLayout | None:
     (group,) = groups.values()
     if not isinstance(group, Mapping) or group.get("targets") != ["Linear"] or config.get("kv_cache_scheme"):
         return None
-    for scheme, weights in _CT_WEIGHTS.items():
-        wanted = ((group.get("weights"), weights), (group.get("input_activations"), _CT_INPUTS[scheme]))
+    for form in _CT_FORMS.values():
+        wanted = ((group.get("weights"), form.weights), (group.get("input_activations"), form.inputs))
         if all(isinstance(found, Mapping) and expected.items() <= found.items() for found, expected in wanted):
-            return DescribedLayout(scheme=scheme, ignore=_names(config.get("ignore")), fp8_kv_cache=False)
+            return DescribedLayout(scheme=form.scheme, ignore=_names(config.get("ignore")), fp8_kv_cache=False)
     return None
 
 
@@ -274,8 +313,4 @@ _FLAVOURS: Sequence[Flavour] = (
     ),
 )
 
-FLAVOURS: Mapping[str, Flavour] = MappingProxyType({flavour.name: flavour for flavour in _FLAVOURS})
-# (format asked for, activations asked for) -> scheme; NVFP4 has its own rule for activations.
-SCHEME_OF: Mapping[tuple[str, str], str] = MappingProxyType(
-    {("fp8", "static"): "fp8", ("fp8", "dynamic"): "fp8-dynamic", ("nvfp4", "static"): "nvfp4"}
-)
+FLAVOURS = Table("flavour", "flavours", entries={flavour.name: flavour for flavour in _FLAVOURS})

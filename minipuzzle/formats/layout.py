@@ -9,26 +9,15 @@ from fnmatch import fnmatchcase
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.formats.choices import PLAIN, RECIPES, SCHEMES, Recipe, format_of
 from minipuzzle.formats.flavours import FLAVOURS, DescribedLayout, Flavour, StoredTensor
-from minipuzzle.formats.schemes import SCHEMES, Scheme
+from minipuzzle.formats.schemes import Scheme
 
 WEIGHT = ".weight"
-RECIPES: Mapping[str, str] = {
-    "default": "all linear layers inside the model's layers; the LM head stays BF16",
-    "mamba-safe": "linear layers of Mamba and MLP; attention and the LM head stay BF16",
-    "all": "all linear layers and the LM head",
-}
-_RECIPE_SKIPS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "mamba-safe": frozenset({"attention"}),
-    "all": frozenset(),
-}
-_RECIPE_ADDS: Mapping[str, frozenset[str]] = {"all": frozenset({"head"})}
 # Engines fuse these into one matrix with one scale; with unequal scales they would round the weights a second time.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Where an FP8 cache's scales are stored: with the module that computes what is cached.
 CACHE_SCALES: Mapping[str, str] = {"k_proj": "k_scale", "v_proj": "v_scale"}
-PLAIN = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +68,12 @@ class ExportLayout:
     @property
     def form(self) -> tuple[StoredTensor, ...]:
         """How a quantised weight is stored; empty where nothing is quantised."""
-        return self.flavour.forms[self.scheme.name] if self.scheme is not None and self.flavour is not None else ()
+        return self.flavour.forms[self.scheme.name].tensors if self.scheme and self.flavour else ()
+
+    @property
+    def format(self) -> str:
+        """The format's name; BF16 where nothing is quantised."""
+        return PLAIN if self.scheme is None else format_of(self.scheme.name)
 
     def scale_group(self, module: str) -> tuple[str, ...]:
         """The quantised modules that share scales with one, itself included."""
@@ -113,12 +107,10 @@ def export_layout(
     """
     if scheme == PLAIN:
         return ExportLayout(ignored=tuple(module_of(t) for t in _matrices(architecture)))
-    if recipe not in RECIPES:
-        raise MinipuzzleError(f"unknown recipe {recipe!r}", f"use one of {', '.join(RECIPES)}")
-    chosen_scheme, chosen_flavour = SCHEMES[scheme], FLAVOURS[flavour]
+    chosen_scheme, chosen_flavour, chosen_recipe = SCHEMES[scheme], FLAVOURS[flavour], RECIPES[recipe]
     if fp8_kv_cache:
         _check_cache(architecture, chosen_flavour)
-    is_quantized = {module_of(tensor): _by_recipe(tensor, recipe) for tensor in _matrices(architecture)}
+    is_quantized = {module_of(tensor): _by_recipe(tensor, chosen_recipe) for tensor in _matrices(architecture)}
     linear = {module_of(t) for t in _matrices(architecture) if _is_linear(t)}
     for pattern, wanted in overrides:
         _apply_override(is_quantized, linear, pattern, wanted, scheme)
@@ -140,10 +132,8 @@ def _is_linear(tensor: PlacedTensor) -> bool:
     return tensor.spec.quantized or tensor.part == "head"
 
 
-def _by_recipe(tensor: PlacedTensor, recipe: str) -> bool:
-    if tensor.part in _RECIPE_ADDS.get(recipe, frozenset()):
-        return True
-    return tensor.spec.quantized and tensor.part not in _RECIPE_SKIPS[recipe]
+def _by_recipe(tensor: PlacedTensor, recipe: Recipe) -> bool:
+    return tensor.part in recipe.adds or (tensor.spec.quantized and tensor.part not in recipe.skips)
 
 
 def _apply_override(is_quantized: dict[str, bool], linear: set[str], pattern: str, wanted: str, scheme: str) -> None:
@@ -215,7 +205,7 @@ def read_layout(architecture: Architecture, config: Mapping[str, object]) -> Exp
     Raises: MinipuzzleError for any other format, or an ignore list that fits no known engine.
     """
     method = config.get("quant_method")
-    flavour = next((flavour for flavour in FLAVOURS.values() if flavour.name == method), None)
+    flavour = FLAVOURS.get(str(method))
     described = flavour.read(config) if flavour is not None else None
     if flavour is None or described is None:
         raise MinipuzzleError(

@@ -1,22 +1,20 @@
-"""The table of number formats that exports quantise linear layers to: how weights become codes and scales, and back.
+"""Number formats that exports quantise linear layers to: how weights become codes and scales, and back.
 
-A scheme knows nothing of files: under which names and in which precision a layout stores what it computes is said by
-the table in ``flavours.py``. Shape suffixes: R rows (outputs), C columns (inputs) of a weight.
+A scheme knows nothing of files: under which names and in which precision a layout stores what it computes is said in
+``flavours.py``. Shape suffixes: R rows (outputs), C columns (inputs) of a weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
-from minipuzzle.formats.e2m1 import BLOCK, NVFP4_MAX, block_scales, decode_blocks, encode_blocks, fake_quantize_blocks
+from minipuzzle.architecture.memory import NVFP4_BLOCK
+from minipuzzle.formats.e2m1 import NVFP4_MAX, block_scales, decode_blocks, encode_blocks, fake_quantize_blocks
 from minipuzzle.formats.e4m3 import E4M3_MAX, decode, encode, fake_quantize, row_scales
-
-# What a quantised weight is made of. CODES and SCALES run along its rows; TENSOR_SCALE and INPUT_SCALE are single.
-CODES, SCALES, TENSOR_SCALE, INPUT_SCALE = "codes", "scales", "tensor_scale", "input_scale"
+from minipuzzle.formats.flavours import CODES, SCALES, TENSOR_SCALE
 
 Parts = Mapping[str, torch.Tensor]
 
@@ -66,37 +64,33 @@ def _encode_blocks(rows_RC: torch.Tensor, tensor_scale: torch.Tensor, _dtype: to
     return {CODES: encode_blocks(rows_RC, scale_RK, tensor_scale), SCALES: scale_RK}
 
 
-_SCHEMES = (
-    Scheme(
-        name="fp8",
-        weights="FP8 E4M3, one scale a tensor",
-        inputs="FP8 E4M3, one calibrated scale a tensor",
-        largest=E4M3_MAX,
-        columns_multiple=1,
-        encode=_encode_tensor,
-        decode=lambda parts: decode(parts[CODES], parts[TENSOR_SCALE]),
-        round_inputs=fake_quantize,
-    ),
-    Scheme(
-        name="fp8-dynamic",
-        weights="FP8 E4M3, one scale for each output channel",
-        inputs="FP8 E4M3, one scale a token, found while serving",
-        largest=None,
-        columns_multiple=1,
-        encode=_encode_rows,
-        decode=lambda parts: decode(parts[CODES], parts[SCALES].float().reshape(-1, 1)),
-        round_inputs=lambda values, _scale: fake_quantize(values, row_scales(values)[..., None]),
-    ),
-    Scheme(
-        name="nvfp4",
-        weights="NVFP4: E2M1, an E4M3 scale for 16 values over one float32 scale a tensor",
-        inputs="NVFP4, block scales found while serving under one calibrated scale a tensor",
-        largest=NVFP4_MAX,
-        columns_multiple=BLOCK,
-        encode=_encode_blocks,
-        decode=lambda parts: decode_blocks(parts[CODES], parts[SCALES], parts[TENSOR_SCALE]),
-        round_inputs=fake_quantize_blocks,
-    ),
+FP8 = Scheme(
+    name="fp8",
+    weights="FP8 E4M3, one scale a tensor",
+    inputs="FP8 E4M3, one calibrated scale a tensor",
+    largest=E4M3_MAX,
+    columns_multiple=1,
+    encode=_encode_tensor,
+    decode=lambda parts: decode(parts[CODES], parts[TENSOR_SCALE]),
+    round_inputs=fake_quantize,
 )
-
-SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _SCHEMES})
+FP8_DYNAMIC = Scheme(
+    name="fp8-dynamic",
+    weights="FP8 E4M3, one scale for each output channel",
+    inputs="FP8 E4M3, one scale a token, found while serving",
+    largest=None,
+    columns_multiple=1,
+    encode=_encode_rows,
+    decode=lambda parts: decode(parts[CODES], parts[SCALES].float().reshape(-1, 1)),
+    round_inputs=lambda values, _scale: fake_quantize(values, row_scales(values)[..., None]),
+)
+NVFP4 = Scheme(
+    name="nvfp4",
+    weights="NVFP4: E2M1, an E4M3 scale for 16 values over one float32 scale a tensor",
+    inputs="NVFP4, block scales found while serving under one calibrated scale a tensor",
+    largest=NVFP4_MAX,
+    columns_multiple=NVFP4_BLOCK,
+    encode=_encode_blocks,
+    decode=lambda parts: decode_blocks(parts[CODES], parts[SCALES], parts[TENSOR_SCALE]),
+    round_inputs=fake_quantize_blocks,
+)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.calibration import ActivationAmax, CalibrationMethod, measure_amax, open_stack
+from minipuzzle.export.algorithms import CalibrationMethod
+from minipuzzle.export.calibration import ActivationAmax, measure_amax, open_stack
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
 from minipuzzle.export.verify import Verification, verification_slice, verify_export, verify_plain
 from minipuzzle.export.write import ExportTensors, portable_config, write_export
@@ -23,7 +24,8 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
-from minipuzzle.formats.layout import PLAIN, RECIPES, ExportLayout, export_layout
+from minipuzzle.formats.choices import PLAIN, RECIPES
+from minipuzzle.formats.layout import ExportLayout, export_layout
 from minipuzzle.progress import Advance, no_progress
 
 CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
@@ -250,7 +252,7 @@ def _card_facts(
         if token_ids is not None and layout.needs_calibration:
             num_windows, num_tokens = token_ids.shape
             calibration = f"{num_windows:,} windows of {num_tokens:,} tokens, {request.method.describe()}"
-        recipe = f"{request.recipe}: {RECIPES[request.recipe]}"
+        recipe = f"{request.recipe}: {RECIPES[request.recipe].description}"
         if request.overrides:
             recipe += "; " + ", ".join(f"`{pattern}` {wanted}" for pattern, wanted in request.overrides)
         precision = PrecisionFacts(layout=layout, recipe=recipe, calibration=calibration)

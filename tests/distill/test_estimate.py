@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from distill.engine import EngineSettings
-from distill.scale.estimate import GPUS, estimate_memory, estimate_run, flops_per_token
+from distill.scale.estimate import estimate_memory, estimate_run, flops_per_token
+from distill.scale.gpus import GPUS
 from distill.settings import DistillSettings
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.commands.cli import main

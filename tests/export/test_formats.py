@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import minipuzzle
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.calibration import CalibrationMethod, calibrated_amax, measure_amax, new_quantizer, open_stack
+from minipuzzle.export.algorithms import CalibrationMethod
+from minipuzzle.export.calibration import calibrated_amax, measure_amax, new_quantizer, open_stack
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.formats.e2m1 import block_scales, decode_blocks, encode_blocks

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill.engine import OFFLOADS, QUANTIZATIONS, EngineSettings
+from distill.scale.gpus import GPUS
 from distill.settings import DistillSettings
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.commands.options.shared import COUNT, Function, echo_json
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from minipuzzle.architecture.model import Architecture
 
 ENGINE_DEFAULTS = EngineSettings()
-GPU_NAMES = ("a100", "h100", "h200", "b200")
 
 
 _ENGINE_OPTIONS = (
@@ -102,7 +102,7 @@ def estimate_options(function: Function) -> Function:
         click.option("--gpus", default=None, help="With --estimate: numbers of GPUs, e.g. 8,64,512."),
         click.option(
             "--gpu",
-            type=click.Choice(GPU_NAMES),
+            type=click.Choice(GPUS.names()),
             default="h100",
             show_default=True,
             help="With --gpus: which GPU.",
@@ -138,10 +138,9 @@ def show_estimates(
     """Print what a run would need for some numbers of processes, from config.json files alone."""
     import torch
 
-    from distill.scale.estimate import GPUS, estimate_run, flops_per_token
+    from distill.scale.estimate import estimate_run, flops_per_token
     from distill.scale.hardware import hardware_of
 
-    assert tuple(GPUS) == GPU_NAMES
     teacher_architecture = _read(teacher)
     student_architecture = _read_student(student, teacher_architecture)
     hardware = GPUS[gpu] if gpus else hardware_of(torch.device(device), getattr(torch, settings.dtype))

@@ -128,7 +128,7 @@ def pop_deployment(params: dict[str, Any]) -> NamedDeployment:
 
 def deployment_option_list() -> list[Callable[[Function], Function]]:
     defaults = Deployment()
-    precision = click.Choice(list(PRECISIONS))
+    precision = click.Choice(PRECISIONS.names())
     named = (
         f"Serving conditions and budget by name: {', '.join(DEPLOYMENTS)}, or one of your file. "
         "Options given beside it win; its budget is not applied beside --memory, --keep or --width."
