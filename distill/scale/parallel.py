@@ -227,7 +227,6 @@ def fill(part: HiddenStates, checkpoint: Checkpoint, device: torch.device) -> No
     part.model.load_state_dict(state, strict=True, assign=True)
     if is_tied:
         tie_head(part.parts)
-    checkpoint.family.prepare(part.model)
 
 
 def own_rows(parameter: DTensor) -> tuple[int, int]:

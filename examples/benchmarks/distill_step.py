@@ -85,7 +85,6 @@ def models() -> tuple[nn.Module, nn.Module, int]:
             nn.init.normal_(parameter, std=0.05)
             if parameter.ndim == 1 and "norm" in name:
                 nn.init.ones_(parameter)
-        FAMILIES["nemotron_h"].prepare(model)
         built.append(model)
         num_parameters += read_architecture(config).num_parameters
     return built[0], built[1], num_parameters

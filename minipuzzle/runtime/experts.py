@@ -50,12 +50,6 @@ class SplitExperts(nn.Module):
         return sum_NH.to(tokens_NH.dtype)
 
 
-def split_experts(model: nn.Module, name: str) -> None:
-    """Put SplitExperts in the place of all modules of a model whose name ends so."""
-    for path in [path for path, _ in model.named_modules() if path.endswith(name)]:
-        model.set_submodule(path, SplitExperts(model.get_submodule(path)))
-
-
 def _linear(weight: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach())

@@ -74,7 +74,6 @@ class LayerStack:
         self.memory_bytes = default_memory_bytes(device) if device_memory_bytes is None else device_memory_bytes
         self.counters = WorkCounters()
         model = build_on_meta(checkpoint.config, dtype)
-        checkpoint.family.prepare(model)
         self._model = model.eval()
         self._modules = parts_of(model, checkpoint.family)
         self._loaded: set[PartName] = set()

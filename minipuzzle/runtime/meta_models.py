@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from minipuzzle.architecture.configs.per_layer import base_config
-from minipuzzle.architecture.families import family_of
+from minipuzzle.architecture.families import family_of, read_architecture
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.runtime.experts import SplitExperts
+from minipuzzle.runtime.mamba_scan import run_without_kernels
 
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
@@ -36,7 +38,7 @@ def _refused(error: Exception) -> MinipuzzleError:
 def uniform_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """The model of a config.json, or the complete one that a per-layer config.json begins with, on meta tensors.
 
-    Its tables of positions are there: they come from the config, not from weights.
+    Its tables of positions are there: they come from the config, not from weights. Its layers are prepared.
     """
     from transformers import AutoModelForCausalLM
 
@@ -47,8 +49,22 @@ def uniform_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _refused(error) from error
-    family.unpack(model)
+    prepare_layers(model, base_config(config))
     rotary = dict(model.named_modules()).get(family.modules.rotary)
     if family.modules.rotary and rotary is not None:
         model.set_submodule(family.modules.rotary, type(rotary)(model.config))
     return model
+
+
+def prepare_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Let each layer of a transformers model compute what serving engines compute, as its kind asks for."""
+    architecture, modules = read_architecture(config), family_of(config).modules
+    for layer_idx, layer in enumerate(architecture.layers):
+        prefix = architecture.names.block(architecture.block_of(layer_idx)) + architecture.names.mixers[layer.kind][0]
+        mixer = model.get_submodule(modules.module_name(prefix).rstrip("."))
+        if layer.kind == "mamba" and config["model_type"] == "nemotron_h":
+            # transformers clamps dt at time_step_min, which only serves initialisation; no engine and no kernel does.
+            mixer.__dict__["time_step_limit"] = (0.0, float("inf"))
+            run_without_kernels(mixer)
+        elif layer.kind == "moe":
+            mixer.experts = SplitExperts(mixer.get_submodule("experts"))

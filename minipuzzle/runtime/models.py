@@ -15,6 +15,7 @@ from minipuzzle.architecture.families import Family, family_of
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.meta_models import uniform_on_meta
+from minipuzzle.runtime.sublayers import runnable_layers, scaled
 from minipuzzle.runtime.unequal_layers import narrow_on_meta
 
 
@@ -44,11 +45,15 @@ def parts_of(model: nn.Module, family: Family) -> ModelParts:
         return known
     paths = family.modules
     head = model.get_submodule(paths.head)
+
+    def scale_of(field: str) -> float:
+        return float(getattr(model.config, field)) if field else 1.0
+
     assert isinstance(head, nn.Linear)
     parts = ModelParts(
-        embeddings=model.get_submodule(paths.embeddings),
-        layers=nn.ModuleList(family.layers(model)),
-        final_norm=model.get_submodule(paths.final_norm),
+        embeddings=scaled(model.get_submodule(paths.embeddings), scale_of(family.embedding_scale)),
+        layers=nn.ModuleList(runnable_layers(model, family)),
+        final_norm=scaled(model.get_submodule(paths.final_norm), 1.0 / scale_of(family.logit_divisor)),
         head=head,
     )
     model.__dict__["_minipuzzle_parts"] = parts
@@ -80,7 +85,6 @@ def build_model(
     if config.get("tie_word_embeddings") and head not in state:
         state[head] = state[f"{family.modules.embeddings}.weight"]
     model.load_state_dict(state, strict=True, assign=True)
-    family.prepare(model)
     return model.eval()
 
 

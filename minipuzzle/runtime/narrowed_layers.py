@@ -171,7 +171,6 @@ class NarrowedLayers:
             checkpoint = self.stack.checkpoint
             config = checkpoint.family.write(checkpoint.config, architecture)
             model = build_on_meta(config, self.stack.dtype)
-            checkpoint.family.prepare(model)
             self._blanks[key] = parts_of(model.eval(), family_of(config))
         return self._blanks[key]
 

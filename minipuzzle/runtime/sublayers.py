@@ -8,10 +8,14 @@ Shape suffixes: B batch, T tokens, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
+
+from minipuzzle.architecture.families import Family
 
 
 class Branch(nn.Module):
@@ -84,3 +88,61 @@ class AttentionBranch(Branch):
             attention_mask=self.positions.mask(normed_BTH, self.window),
         )[0]
         return added_BTH
+
+
+class NoLayer(nn.Module):
+    """In the place of a layer that is missing: adds nothing to the hidden states."""
+
+    def __init__(self, *, is_attention: bool) -> None:
+        super().__init__()
+        self.is_attention = is_attention
+
+    def forward(self, hidden_states: torch.Tensor, **_arguments: Any) -> Any:
+        """Zeros; with the attention weights that nobody asked for, as transformers' attention returns them."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.is_attention else nothing
+
+
+class Scaled(nn.Module):
+    """A module whose output is multiplied by a constant. It has the module's parameters, under the same names."""
+
+    def __init__(self, module: nn.Module, scale: float) -> None:
+        super().__init__()
+        # One table for both, so that weights loaded into one are the other's. Not registered: names stay as they are.
+        self._parameters = module._parameters
+        self._module, self.scale = (module,), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The module's output, scaled."""
+        output: torch.Tensor = self._module[0](x)
+        return output * self.scale
+
+
+def scaled(module: nn.Module, scale: float) -> nn.Module:
+    """A module with its output multiplied by a constant; the module itself where that changes nothing."""
+    return module if scale == 1.0 else Scaled(module, scale)
+
+
+def runnable_layers(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The layers of a transformers model in the order of its Architecture: modules from hidden states to hidden states,
+    with the parameter names of the decoder block that they belong to."""
+    blocks = list(model.get_submodule(family.modules.layers).children())
+    if family.names.layers_per_block == 1:
+        return blocks
+    config: Any = model.config
+    positions = Positions(attrgetter(family.modules.rotary)(model), config)
+    scale = float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0
+    return [branch for block in blocks for branch in _branches(block, family, positions, scale)]
+
+
+def _branches(block: nn.Module, family: Family, positions: Positions, scale: float) -> Iterator[Branch]:
+    """What is there of a decoder block, in the order of its slots."""
+    for kind in sorted(family.names.slots, key=family.names.slots.__getitem__):
+        mixer, norm = (name.removesuffix(".weight").rstrip(".") for name in family.names.mixers[kind])
+        module = getattr(block, mixer, None)
+        if module is None or isinstance(module, NoLayer):
+            continue
+        if kind == "attention":
+            yield AttentionBranch(block, norm, mixer, positions, residual_scale=scale)
+        else:
+            yield Branch(block, norm, mixer, residual_scale=scale)

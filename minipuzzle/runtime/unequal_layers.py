@@ -15,19 +15,7 @@ from minipuzzle.architecture.families import family_of
 from minipuzzle.architecture.layer_kinds import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.runtime.meta_models import uniform_on_meta
-
-
-class NoLayer(nn.Module):
-    """In the place of a layer that is missing: adds nothing to the hidden states."""
-
-    def __init__(self, *, is_attention: bool) -> None:
-        super().__init__()
-        self.is_attention = is_attention
-
-    def forward(self, hidden_states: torch.Tensor, **_arguments: Any) -> Any:
-        """Zeros; with the attention weights that nobody asked for, as transformers' attention returns them."""
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self.is_attention else nothing
+from minipuzzle.runtime.sublayers import NoLayer
 
 
 def narrow_on_meta(model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:

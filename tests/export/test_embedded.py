@@ -20,6 +20,7 @@ from minipuzzle.data.windows import sample_windows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.layout import export_layout
 from minipuzzle.quality.evaluate import divergence_sums
+from minipuzzle.runtime.meta_models import prepare_layers
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 
@@ -155,7 +156,7 @@ def test_plain_transformers_loads_the_compressed_tensors_layout_and_agrees(
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     nn.Module.float(theirs)  # in BF16 the noise of the arithmetic would hide a wrong rounding
-    source.family.prepare(theirs)
+    prepare_layers(theirs, source.config)
     expected = logits_of(theirs, heldout)
     assert heldout.numel() == 2000
     assert kl_between(expected, logits_of(minipuzzle.load(tmp_path / "out"), heldout)) < 1e-3

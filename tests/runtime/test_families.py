@@ -236,7 +236,8 @@ def test_a_layer_score_is_what_removing_that_layer_does(checkpoint: Checkpoint) 
         model = build_model(checkpoint.config, changed.items())
         with torch.no_grad():
             hidden_BTH: torch.Tensor = model.get_submodule("model")(random_tokens(), use_cache=False).last_hidden_state
-        return hidden_BTH.double()
+        # What the head multiplies is scaled in our layers, the logits in transformers' model.
+        return hidden_BTH.double() / checkpoint.config.get("logits_scaling", 1.0)
 
     full = head_input(None)
     wanted = [float((head_input(idx) - full).square().mean()) for idx in range(len(checkpoint.architecture.layers))]

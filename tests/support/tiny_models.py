@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import SINGLE_FILE
+from minipuzzle.runtime.meta_models import prepare_layers
 
 VOCABULARY = 272  # 3 special tokens, 256 bytes, and a few unused rows as real models have them
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1 and 2, as in the tiny config
@@ -78,7 +79,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
         torch.manual_seed(seed)
         hf_config = AutoConfig.for_model(config["model_type"], **settings)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-        family.unpack(model)
+        prepare_layers(model, config)
         tensors = {}
         stored_buffers = [item for item in model.named_buffers() if item[0] in model.state_dict()]
         for name, parameter in (*model.named_parameters(), *stored_buffers):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from minipuzzle.architecture.model import Architecture
+from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Config = Mapping[str, Any]
 
@@ -37,30 +34,25 @@ class ModulePaths:
         return disk_name
 
 
-def _leave_as_it_is(_model: nn.Module) -> None:
-    """Nothing to adjust."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family.
 
     ``read`` turns config.json into an Architecture. ``write`` turns the source's config.json into that of a cut
-    model. ``prepare`` adjusts a loaded module so that it computes what serving engines compute.
-    ``layers`` gives the runnable layers of a model in the order of the Architecture: modules that map hidden states
-    to hidden states, with the parameter names of the decoder block they belong to.
-    ``unpack`` gives a model the parameter names that files have, where transformers joins tensors.
+    model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields of config.json with factors that
+    transformers applies beside the embeddings, to what a layer adds, and to the logits.
     ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
     """
 
     model_type: str
+    names: TensorNames
     modules: ModulePaths
     read: Callable[[Config], Architecture]
     write: Callable[[Config, Architecture], dict[str, Any]]
-    layers: Callable[[nn.Module], Sequence[nn.Module]]
     tiny_config: Config
-    prepare: Callable[[nn.Module], None] = _leave_as_it_is
-    unpack: Callable[[nn.Module], None] = _leave_as_it_is
+    embedding_scale: str = ""
+    residual_scale: str = ""
+    logit_divisor: str = ""
     tiny_variants: Mapping[str, Config] = field(default_factory=dict)
 
     @property

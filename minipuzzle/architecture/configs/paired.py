@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minipuzzle.architecture.configs.family import (
     Config,
@@ -22,9 +22,6 @@ from minipuzzle.architecture.configs.family import (
 from minipuzzle.architecture.layer_kinds import LayerSpec, NormSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 PAIRED_NAMES = TensorNames(
@@ -145,18 +142,6 @@ def write_paired(source: Config, architecture: Architecture) -> dict[str, Any]:
     return {**config, "dtype": dtype, "torch_dtype": dtype}
 
 
-def run_paired(model: nn.Module) -> Sequence[nn.Module]:
-    """The runnable layers of transformers' model: attention and MLP of each block in turn."""
-    from minipuzzle.runtime.sublayers import AttentionBranch, Branch, Positions
-
-    positions = Positions(model.get_submodule(PAIRED_MODULES.rotary), model.config)
-    layers: list[nn.Module] = []
-    for block in model.get_submodule(PAIRED_MODULES.layers).children():
-        layers.append(AttentionBranch(block, ATTENTION_NORM, "self_attn", positions))
-        layers.append(Branch(block, MLP_NORM, "mlp"))
-    return layers
-
-
 def paired_family(
     model_type: str,
     architectures: str,
@@ -190,9 +175,9 @@ def paired_family(
 
     return Family(
         model_type=model_type,
+        names=names,
         modules=PAIRED_MODULES,
         read=read,
         write=write_paired,
-        layers=run_paired,
         tiny_config={"model_type": model_type, "architectures": [architectures], **tiny_config},
     )

@@ -7,17 +7,14 @@ do not know and refuse, because they would fill the gaps with random weights. ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minipuzzle.architecture.configs.family import Config, Family, require
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 PER_LAYER_MODEL_TYPE = "minipuzzle_per_layer"
 _OWN_KEYS = ("layers", "base_model_type", "base_architectures")
@@ -92,13 +89,8 @@ def _widths(layer: LayerSpec) -> dict[str, int]:
     return {axis: layer.sizes[axis] for axis in LAYER_KINDS[layer.kind].prunable_axes}
 
 
-def per_layer_family(base: Family, config: Config) -> Family:
-    """The family of one model in the per-layer layout.
-
-    Raises: MinipuzzleError if ``layers`` is damaged.
-    """
-    whole = base.read(base_config(config))
-    kept = _kept_layers(whole, config)
+def per_layer_family(base: Family) -> Family:
+    """The family of models in the per-layer layout; reading one whose ``layers`` are damaged is a MinipuzzleError."""
 
     def read(other: Config) -> Architecture:
         whole = base.read(base_config(other))
@@ -108,16 +100,11 @@ def per_layer_family(base: Family, config: Config) -> Family:
         ]
         return replace(whole, layers=tuple(layers))
 
-    def layers(model: nn.Module) -> Sequence[nn.Module]:
-        of_whole = base.layers(model)
-        return [of_whole[position] for position in kept]
-
     return replace(
         base,
         model_type=PER_LAYER_MODEL_TYPE,
         read=read,
         write=lambda source, architecture: write_config(base, source, architecture),
-        layers=layers,
     )
 
 

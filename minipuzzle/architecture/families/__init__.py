@@ -40,7 +40,7 @@ def family_of(config: Config) -> Family:
         )
     family = FAMILIES[model_type]
     is_per_layer = config.get("model_type") == PER_LAYER_MODEL_TYPE
-    return per_layer_family(family, config) if is_per_layer else family
+    return per_layer_family(family) if is_per_layer else family
 
 
 def read_architecture(config: Config) -> Architecture:

@@ -5,9 +5,8 @@ Granite multiplies embeddings, residual branches, attention scores and logits by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minipuzzle.architecture.configs.family import (
     Config,
@@ -30,9 +29,6 @@ from minipuzzle.architecture.configs.paired import (
 from minipuzzle.architecture.layer_kinds import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _NAMES = replace(
     PAIRED_NAMES,
@@ -145,40 +141,6 @@ def _expand(inner: int, hidden: int) -> int:
     return inner // hidden
 
 
-def _layers(model: nn.Module) -> Sequence[nn.Module]:
-    from minipuzzle.runtime.sublayers import AttentionBranch, Branch, Positions
-
-    backbone: Any = model.get_submodule("model")
-    positions = Positions(backbone.rotary_emb, model.config)
-    layers: list[nn.Module] = []
-    for block in backbone.layers:
-        scale = float(block.residual_multiplier)
-        if block.mamba is not None:
-            layers.append(Branch(block, ATTENTION_NORM, "mamba", residual_scale=scale))
-        else:
-            layers.append(AttentionBranch(block, ATTENTION_NORM, "self_attn", positions, residual_scale=scale))
-        layers.append(Branch(block, MLP_NORM, "shared_mlp", residual_scale=scale))
-    return layers
-
-
-def _prepare(model: nn.Module) -> None:
-    """Let the embeddings and the final norm do the scaling that transformers' model does beside them, so that each part
-    computes the same on its own."""
-    backbone: Any = model.get_submodule("model")
-    config: Any = model.config
-    embedding_scale, logit_scale = float(backbone.embedding_multiplier), 1.0 / float(config.logits_scaling)
-    backbone.embedding_multiplier, config.logits_scaling = 1.0, 1.0
-
-    def scaled_by(scale: float) -> Any:
-        def scaled(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return output * scale
-
-        return scaled
-
-    backbone.embed_tokens.register_forward_hook(scaled_by(embedding_scale))
-    backbone.norm.register_forward_hook(scaled_by(logit_scale))
-
-
 _TINY_CONFIG: Config = {
     **TINY_CONFIG,
     "model_type": "granitemoehybrid",
@@ -210,11 +172,13 @@ _TINY_CONFIG: Config = {
 FAMILIES = (
     Family(
         model_type="granitemoehybrid",
+        names=_NAMES,
         modules=PAIRED_MODULES,
         read=_read,
         write=_write,
-        layers=_layers,
-        prepare=_prepare,
+        embedding_scale="embedding_multiplier",
+        residual_scale="residual_multiplier",
+        logit_divisor="logits_scaling",
         tiny_config=_TINY_CONFIG,
         # As in the files of the published models: older names, and attention without positions.
         tiny_variants={

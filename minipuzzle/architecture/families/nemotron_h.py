@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from minipuzzle.architecture.configs.family import (
     Config,
@@ -17,9 +17,6 @@ from minipuzzle.architecture.configs.family import (
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _NAMES = TensorNames(
     block_prefix="backbone.layers.{block_idx}.",
@@ -207,26 +204,6 @@ def _check_routing(moe: Mapping[str, int], source: Config) -> None:
         )
 
 
-def _unpack(model: nn.Module) -> None:
-    from minipuzzle.runtime.experts import split_experts
-
-    split_experts(model, "mixer.experts")
-
-
-def _prepare(model: nn.Module) -> None:
-    # transformers clamps dt at time_step_min, which only serves initialisation; no engine and no kernel does.
-    from minipuzzle.runtime.mamba_scan import run_without_kernels
-
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.__dict__["time_step_limit"] = (0.0, float("inf"))
-            run_without_kernels(module)
-
-
-def _layers(model: nn.Module) -> Sequence[nn.Module]:
-    return list(model.get_submodule("model.layers").children())
-
-
 _TINY_CONFIG: Config = {
     "model_type": "nemotron_h",
     "architectures": ["NemotronHForCausalLM"],
@@ -262,6 +239,7 @@ _TINY_CONFIG: Config = {
 
 _NEMOTRON_H = Family(
     model_type="nemotron_h",
+    names=_NAMES,
     modules=ModulePaths(
         layers="model.layers",
         embeddings="model.embeddings",
@@ -272,9 +250,6 @@ _NEMOTRON_H = Family(
     ),
     read=_read,
     write=_write,
-    layers=_layers,
-    prepare=_prepare,
-    unpack=_unpack,
     tiny_config=_TINY_CONFIG,
     tiny_variants={
         "moe": {
