@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import minipuzzle
 from importance.layers import score_layers
 from minipuzzle.architecture.families import FAMILIES, Config, Family, family_of, read_architecture
 from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES
@@ -223,6 +224,23 @@ def test_a_cut_on_all_axes_loads_strictly_in_transformers(checkpoint: Checkpoint
     assert torch.allclose(logits, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_a_loaded_model_that_is_saved_computes_the_same_in_transformers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours: Any = minipuzzle.load(checkpoint.folder, dtype=torch.float64)
+    ours.save_pretrained(tmp_path)
+    eager = {"experts_implementation": "eager"}  # the other one has no float64
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, output_loading_info=True, **eager
+    )
+    assert not any(info.values()), info
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):  # transformers clamps dt in Nemotron-H, engines and we do not
+            module.time_step_limit = (0.0, float("inf"))
+    expected, found = (exact_logits_of(model, random_tokens()).log_softmax(-1) for model in (ours, theirs))
+    assert (expected - found).abs().max() < 1e-5
+
+
 def test_a_layer_score_is_what_removing_that_layer_does(checkpoint: Checkpoint) -> None:
     """Removed in transformers' model: whatever the layer writes into the hidden states is multiplied by zero."""
     found = score_layers(LayerStack(checkpoint), random_tokens())["mse"]
@@ -237,7 +255,7 @@ def test_a_layer_score_is_what_removing_that_layer_does(checkpoint: Checkpoint) 
         with torch.no_grad():
             hidden_BTH: torch.Tensor = model.get_submodule("model")(random_tokens(), use_cache=False).last_hidden_state
         # What the head multiplies is scaled in our layers, the logits in transformers' model.
-        return hidden_BTH.double() / checkpoint.config.get("logits_scaling", 1.0)
+        return hidden_BTH.double() / float(checkpoint.config.get("logits_scaling", 1.0))
 
     full = head_input(None)
     wanted = [float((head_input(idx) - full).square().mean()) for idx in range(len(checkpoint.architecture.layers))]
