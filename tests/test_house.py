@@ -13,9 +13,9 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from minipuzzle.commands.cli import COMMANDS, main
+from tests.support.cli import run_cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -240,7 +240,7 @@ def test_help_comes_without_torch() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_json_and_a_page_in_the_docs(command: str) -> None:
-    result = CliRunner().invoke(main, [command, "--help"])
+    result = run_cli(command, "--help")
     assert result.exit_code == 0, result.output
     assert "--json" in result.output
     assert f"## minipuzzle {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
@@ -248,7 +248,7 @@ def test_every_command_has_help_json_and_a_page_in_the_docs(command: str) -> Non
 
 @pytest.mark.parametrize("command", ["score", "prune", "distill", "export", "evaluate", "demo"])
 def test_long_commands_have_a_dry_run(command: str) -> None:
-    assert "--dry-run" in CliRunner().invoke(main, [command, "--help"]).output
+    assert "--dry-run" in run_cli(command, "--help").output
 
 
 @pytest.mark.parametrize("script", ["write_commands.py", "write_families.py"])

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from minipuzzle.architecture.deployments import DEPLOYMENTS, find_deployment, read_deployments
 from minipuzzle.architecture.quantities import GIB, parse_bytes
-from minipuzzle.commands.cli import main
 from minipuzzle.errors import MinipuzzleError
+from tests.support.cli import run_cli, run_json
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
 FILE = """
@@ -36,10 +35,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def inspect(*arguments: str | Path) -> dict[str, Any]:
-    result = CliRunner().invoke(main, ["inspect", str(MODEL), *map(str, arguments), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+    return run_json("inspect", MODEL, *arguments)
 
 
 def test_every_named_deployment_states_its_budget_and_where_it_comes_from() -> None:
@@ -77,9 +73,8 @@ def test_a_deployment_brings_its_budget_to_a_search(file: Path, tmp_path: Path) 
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({"layer": {"mse": [1.0] * 26}}))
     command = ["search", str(MODEL), "--scores", str(scores), "--deployments", str(file), "--json"]
-    named = CliRunner().invoke(main, [*command, "--deployment", "our-server"], catch_exceptions=False)
-    assert json.loads(named.stdout)["memory_bytes"] <= 7 * 2**20
-    tighter = CliRunner().invoke(main, [*command, "--deployment", "our-server", "--memory", "6MiB"])
+    assert run_json(*command, "--deployment", "our-server")["memory_bytes"] <= 7 * 2**20
+    tighter = run_cli(*command, "--deployment", "our-server", "--memory", "6MiB")
     assert json.loads(tighter.stdout)["memory_bytes"] <= 6 * 2**20
 
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from minipuzzle.architecture.families import FAMILIES, read_architecture
 from minipuzzle.architecture.memory import Deployment
 from minipuzzle.architecture.timings import read_timings
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.scores import Scores
 from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError
 from minipuzzle.search.candidates import resized
 from minipuzzle.search.engine import find_candidates
 from minipuzzle.search.request import SearchRequest
+from tests.support.cli import run_cli, run_json
 
 TABLE = """kind,ffn,kv_group,step_seconds
 outer,,,0.001
@@ -90,11 +89,10 @@ def test_the_command_reports_tokens_a_second(table: Path, tmp_path: Path) -> Non
     config.write_text(json.dumps(FAMILIES["nemotron_h"].tiny_config))
     scores.write_text(json.dumps({"layer": {"mse": [1.0] * 7}}))
     command = ["search", str(config), "--scores", str(scores), "--timings", str(table), "--min-kept", "0"]
-    result = CliRunner().invoke(main, [*command, "--throughput", "100", "--json"], catch_exceptions=False)
-    found = json.loads(result.stdout)
+    found = run_json(*command, "--throughput", "100")
     assert found["tokens_per_second"] == pytest.approx(1 / found["step_seconds"])
     assert found["tokens_per_second"] >= 100
-    assert "tokens/s" in CliRunner().invoke(main, [*command, "--throughput", "100"]).output
+    assert "tokens/s" in run_cli(*command, "--throughput", "100").output
 
 
 @pytest.mark.parametrize(

@@ -17,24 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from minipuzzle.commands.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.outputs import output_folder
 from minipuzzle.files.safetensors_files import ShardWriter
+from tests.support.cli import run_cli
 
 
 @pytest.fixture
 def model(tiny_folder: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may break."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def prune_arguments(model: Path, text: Path, out: Path) -> list[str | Path]:
@@ -165,7 +161,7 @@ def test_a_broken_model_is_refused_by_name(
 ) -> None:
     word = break_model(model)
     out = tmp_path / "out"
-    assert_refused(run(*prune_arguments(model, text_file, out)), out, word)
+    assert_refused(run_cli(*prune_arguments(model, text_file, out)), out, word)
 
 
 @pytest.mark.parametrize(
@@ -184,36 +180,36 @@ def test_bad_data_is_refused_with_file_and_line(
 ) -> None:
     data, out = tmp_path / name, tmp_path / "out"
     data.write_text(content)
-    assert_refused(run(*prune_arguments(model, data, out)), out, word)
+    assert_refused(run_cli(*prune_arguments(model, data, out)), out, word)
 
 
 def test_data_that_is_not_there_or_not_text_is_refused(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert_refused(run(*prune_arguments(model, tmp_path / "nowhere.txt", out)), out, "nowhere.txt")
+    assert_refused(run_cli(*prune_arguments(model, tmp_path / "nowhere.txt", out)), out, "nowhere.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
-    assert_refused(run(*prune_arguments(model, tmp_path / "binary.txt", out)), out, "UTF-8")
+    assert_refused(run_cli(*prune_arguments(model, tmp_path / "binary.txt", out)), out, "UTF-8")
     (tmp_path / "folder").mkdir()
-    assert_refused(run(*prune_arguments(model, tmp_path / "folder", out)), out, "holds no")
+    assert_refused(run_cli(*prune_arguments(model, tmp_path / "folder", out)), out, "holds no")
 
 
 def test_a_budget_that_is_too_small_says_what_would_fit(model: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = prune_arguments(model, text_file, out)
     arguments[3] = "20%"
-    assert_refused(run(*arguments), out, "smallest candidate", "GiB", exit_code=3)
+    assert_refused(run_cli(*arguments), out, "smallest candidate", "GiB", exit_code=3)
 
 
 def test_wrong_options_are_usage_errors(model: Path, tmp_path: Path) -> None:
-    assert run("prune", model, "--keep", "mamba", "-o", tmp_path / "out").exit_code == 2
-    assert run("prune", model, "--context", "lots", "-o", tmp_path / "out").exit_code == 2
-    assert run("nonsense").exit_code == 2
+    assert run_cli("prune", model, "--keep", "mamba", "-o", tmp_path / "out").exit_code == 2
+    assert run_cli("prune", model, "--context", "lots", "-o", tmp_path / "out").exit_code == 2
+    assert run_cli("nonsense").exit_code == 2
 
 
 def test_nothing_asked_and_too_much_asked_are_refused(model: Path, text_file: Path, tmp_path: Path) -> None:
     out, plan = tmp_path / "out", tmp_path / "plan.json"
-    assert_refused(run("prune", model, "--data", text_file, "-o", out), out, "how small")
-    assert_refused(run("prune", model, "--memory", "80%", "-o", out), out, "nothing to measure")
-    assert_refused(run("prune", model, "--memory", "80%", "--plan", plan, "-o", out), out, "--plan")
+    assert_refused(run_cli("prune", model, "--data", text_file, "-o", out), out, "how small")
+    assert_refused(run_cli("prune", model, "--memory", "80%", "-o", out), out, "nothing to measure")
+    assert_refused(run_cli("prune", model, "--memory", "80%", "--plan", plan, "-o", out), out, "--plan")
 
 
 def test_plans_and_scores_that_are_not_there_or_broken_are_refused(model: Path, tmp_path: Path) -> None:
@@ -221,8 +217,8 @@ def test_plans_and_scores_that_are_not_there_or_broken_are_refused(model: Path, 
     for content in (None, "{", "[]", '{"schema_version": 1}'):
         if content is not None:
             file.write_text(content)
-        assert_refused(run("prune", model, "--plan", file, "-o", out), out, "file.json")
-        assert_refused(run("prune", model, "--memory", "85%", "--context", "64", "--scores", file, "-o", out), out)
+        assert_refused(run_cli("prune", model, "--plan", file, "-o", out), out, "file.json")
+        assert_refused(run_cli("prune", model, "--memory", "85%", "--context", "64", "--scores", file, "-o", out), out)
 
 
 def test_a_non_empty_target_is_left_alone(model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -231,7 +227,7 @@ def test_a_non_empty_target_is_left_alone(model: Path, text_file: Path, tmp_path
     (out / "thesis.txt").write_text("mine")
     arguments = prune_arguments(model, text_file, out)
     for extra in ([], ["--overwrite"]):
-        result = run(*arguments, *extra)
+        result = run_cli(*arguments, *extra)
         assert result.exit_code == 1
         assert "Traceback" not in result.output
         assert [path.name for path in out.iterdir()] == ["thesis.txt"]
@@ -240,10 +236,10 @@ def test_a_non_empty_target_is_left_alone(model: Path, text_file: Path, tmp_path
 def test_overwrite_replaces_what_this_tool_wrote(model: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = prune_arguments(model, text_file, out)
-    assert run(*arguments).exit_code == 0
+    assert run_cli(*arguments).exit_code == 0
     (out / "model.safetensors").unlink()
-    assert run(*arguments).exit_code == 1
-    assert run(*arguments, "--overwrite").exit_code == 0
+    assert run_cli(*arguments).exit_code == 1
+    assert run_cli(*arguments, "--overwrite").exit_code == 0
     assert (out / "model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -252,7 +248,7 @@ def test_a_target_that_cannot_be_written_is_refused(model: Path, text_file: Path
     """Also where the user is root, whom permissions do not stop: a file stands where a folder should be."""
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "file" / "out"
-    result = run(*prune_arguments(model, text_file, out))
+    result = run_cli(*prune_arguments(model, text_file, out))
     assert result.exit_code == 1
     assert "cannot write" in result.output
     assert "Traceback" not in result.output
@@ -295,8 +291,8 @@ def test_a_killed_prune_leaves_no_target_and_the_same_command_completes_it(
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     kill_half_way(prune_arguments(model, text_file, out), out)
-    assert run(*prune_arguments(model, text_file, out)).exit_code == 0
-    assert run(*prune_arguments(model, text_file, whole)).exit_code == 0
+    assert run_cli(*prune_arguments(model, text_file, out)).exit_code == 0
+    assert run_cli(*prune_arguments(model, text_file, whole)).exit_code == 0
     for name in ("model.safetensors", "config.json", "plan.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -305,7 +301,7 @@ def test_a_killed_prune_does_not_continue_on_another_model(model: Path, text_fil
     out = tmp_path / "out"
     kill_half_way(prune_arguments(model, text_file, out), out)
     change_config(model, bos_token_id=2)
-    result = run(*prune_arguments(model, text_file, out))
+    result = run_cli(*prune_arguments(model, text_file, out))
     assert result.exit_code == 4, result.output
     assert "teacher_fingerprint" in result.output
     assert not out.exists()

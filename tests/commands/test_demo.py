@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from minipuzzle.commands.cli import main
+from tests.support.cli import run_cli
 from tests.support.tiny_models import write_tiny_checkpoint
 
 SMALL = ("--memory", "90%", "--tokens", "8k", "--samples", "2")
@@ -23,7 +22,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished demo on a random model whose FFN the default grid can narrow."""
     folder = tmp_path_factory.mktemp("demo")
     model = write_tiny_checkpoint(folder / "model", pattern="M-M*-M*-", intermediate_size=512)
-    result = CliRunner().invoke(main, ["demo", "--model", str(model), *SMALL, "-o", str(folder / "out"), "--json"])
+    result = run_cli("demo", "--model", model, *SMALL, "-o", folder / "out", "--json")
     assert result.exit_code == 0, result.output
     (folder / "facts.json").write_text(result.stdout)
     return folder
@@ -58,7 +57,7 @@ def test_an_interrupted_demo_continues_with_the_step_it_was_in(demo_folder: Path
     (partial / "demo.png").unlink()
     written = (partial / "distilled" / "model.safetensors").stat().st_mtime_ns
     arguments = ["demo", "--model", str(demo_folder / "model"), *SMALL, "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, arguments)
+    result = run_cli(*arguments)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "fp8" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "distilled" / "model.safetensors").stat().st_mtime_ns == written
@@ -66,7 +65,7 @@ def test_an_interrupted_demo_continues_with_the_step_it_was_in(demo_folder: Path
 
 def test_a_dry_run_of_the_demo_writes_nothing(demo_folder: Path, tmp_path: Path) -> None:
     model = demo_folder / "model"
-    result = CliRunner().invoke(main, ["demo", "--model", str(model), *SMALL, "-o", str(tmp_path / "out"), "--dry-run"])
+    result = run_cli("demo", "--model", model, *SMALL, "-o", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.output
     assert not list(tmp_path.iterdir())
 
@@ -74,7 +73,7 @@ def test_a_dry_run_of_the_demo_writes_nothing(demo_folder: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_the_embedded_model_recovers_and_fp8_costs_next_to_nothing(tmp_path: Path) -> None:
     """At 75 % of the memory: distilling leaves at most 40 % of the pruned model's KL, FP8 adds at most 0.02 nats."""
-    result = CliRunner().invoke(main, ["demo", "-o", str(tmp_path / "out"), "--json"])
+    result = run_cli("demo", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     kl = {stage["name"]: stage["overall"]["kl"] for stage in facts["stages"]}

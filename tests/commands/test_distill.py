@@ -18,18 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file
 
 from distill.run import distill_checkpoint, find_teacher
 from distill.settings import DistillSettings, StepRecord
 from distill.states.checkpointing import step_folder
-from minipuzzle.commands.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import PROVENANCE_FILE
 from minipuzzle.runtime.models import load_model
+from tests.support.cli import run_cli
 from tests.support.distilling import saved_tensors
 from tests.support.jobs import losses, torchrun
 from tests.support.tiny_models import write_family_checkpoint, write_tiny_checkpoint
@@ -60,7 +60,7 @@ def command(student: Path, text_file: Path, out: Path, *more: str) -> list[str]:
 
 
 def invoke(student: Path, text_file: Path, out: Path, *more: str) -> Result:
-    return CliRunner().invoke(main, command(student, text_file, out, *more))
+    return run_cli(*command(student, text_file, out, *more))
 
 
 def test_the_result_is_a_complete_model_for_transformers(
@@ -163,7 +163,7 @@ def test_a_kept_state_becomes_a_model_while_the_run_is_unfinished(
 ) -> None:
     out = tmp_path / "out"
     crash_after_three_steps(student, tiny_folder, text_file, out)
-    result = CliRunner().invoke(main, ["distill", str(student), "-o", str(out), "--to-hf", "2"])
+    result = run_cli("distill", student, "-o", out, "--to-hf", "2")
     assert result.exit_code == 0, result.output
     converted = tmp_path / "out.step-2"
     Checkpoint.open(converted).require_plain_weights()
@@ -173,10 +173,10 @@ def test_a_kept_state_becomes_a_model_while_the_run_is_unfinished(
     name_in_memory = Checkpoint.open(student).family.modules.module_name
     for name, weight in written.items():
         assert torch.equal(weight, saved["model/" + name_in_memory(name)].bfloat16()), name
-    missing = CliRunner().invoke(main, ["distill", str(student), "-o", str(out), "--to-hf", "1"])
+    missing = run_cli("distill", student, "-o", out, "--to-hf", "1")
     assert missing.exit_code == 1
     assert "no state of step 1" in missing.stderr and "these steps: 2" in missing.stderr
-    other = CliRunner().invoke(main, ["distill", str(tiny_folder), "-o", str(out), "--to-hf", "2"])
+    other = run_cli("distill", tiny_folder, "-o", out, "--to-hf", "2")
     assert other.exit_code == 4 and "another student" in other.stderr
     assert invoke(student, text_file, out).exit_code == 0  # the run itself goes on as before
 
@@ -196,7 +196,7 @@ def test_an_option_that_a_run_needs_is_asked_for(student: Path, text_file: Path,
     given = {"--tokens": "64", "--data": str(text_file), "--out": str(tmp_path / "out"), "--device": "cpu"}
     del given[missing]
     arguments = [part for option in given.items() for part in option]
-    result = CliRunner().invoke(main, ["distill", str(student), *arguments])
+    result = run_cli("distill", student, *arguments)
     assert result.exit_code == 2
     assert f"Missing option '{missing}'" in result.stderr
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.plan import PLAN_FILE, Plan
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.calibration import ActivationAmax
@@ -25,6 +23,7 @@ from minipuzzle.formats.layout import export_layout
 from minipuzzle.runtime.meta_models import prepare_layers
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.cli import run_cli
 from tests.support.tiny_models import write_tiny_checkpoint
 
 CALIBRATION = ("--samples", "4", "--sequence-length", "32")
@@ -35,10 +34,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
     (root / "text.txt").write_text("Calibration text should look like what the model will see. " * 8)
     return write_tiny_checkpoint(root / "source")
-
-
-def run_cli(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_the_fp8_command_reports_what_verification_measured(source: Path, tmp_path: Path) -> None:

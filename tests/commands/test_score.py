@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from importance.alterations import LayerRequest
 from importance.layers import Hooks, score_layers
@@ -22,7 +22,6 @@ from importance.measure import measure
 from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
 from importance.work import open_stack, predict_work
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.data.documents import read_documents
@@ -31,6 +30,7 @@ from minipuzzle.errors import InputChangedError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_tokenizer
+from tests.support.cli import run_cli
 from tests.support.tiny_models import VOCABULARY
 
 SMALL_MEMORY = "800KiB"  # holds any one part of the tiny model, not all of it
@@ -39,7 +39,7 @@ SMALL_BYTES = 1000 * 1024  # the same with streams of narrower layers; one sampl
 
 def score(model: Path, text: Path, out: Path, *extra: str) -> Result:
     arguments = ["score", str(model), "--data", str(text), "--samples", "5", "--sequence-length", "40", "-o", str(out)]
-    return CliRunner().invoke(main, [*arguments, *extra])
+    return run_cli(*arguments, *extra)
 
 
 def score_json(model: Path, text: Path, out: Path, *extra: str) -> dict[str, Any]:

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from importance.alterations import LayerRequest, parse_layers, parse_widths
 from importance.layers import Hooks, alteration_tree, removal_plans, score_plans
 from importance.measure import measure
 from importance.metrics import HeadInputMetrics, next_token_labels
 from importance.stream_cache import StreamCache
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.cut.selection import make_plan
@@ -33,6 +31,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, load_model, parts_of
+from tests.support.cli import run_cli
 from tests.support.tiny_models import VOCABULARY
 
 TOKENS = torch.randint(VOCABULARY, (3, 37), generator=torch.Generator().manual_seed(7))
@@ -161,7 +160,7 @@ def test_chosen_layers_cost_less_and_are_not_enough_to_search(tiny_checkpoint: C
 
 
 def score(*arguments: object) -> Any:
-    return CliRunner().invoke(main, ["score", *map(str, arguments)])
+    return run_cli("score", *arguments)
 
 
 def score_command(folder: Path, text: Path, out: Path, *extra: str, processes: int = 1) -> list[str]:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.plan import read_plan
+from tests.support.cli import run_cli, run_json
 from tests.support.tiny_models import published_config
 
 CONFIG_56B = published_config()
@@ -34,13 +32,6 @@ def score_file(tmp_path: Path) -> Path:
     path = tmp_path / "scores.json"
     path.write_text(json.dumps({"layer": {"mse": [1.0 + idx for idx in range(len(PATTERN_56B))]}}))
     return path
-
-
-def run_json(*arguments: str | Path) -> dict[str, Any]:
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def test_inspect_finds_the_published_size_of_the_56b(config_file: Path) -> None:
@@ -83,13 +74,13 @@ def test_a_plan_written_by_search_is_the_plan_it_printed(config_file: Path, scor
 
 def test_a_width_cannot_be_planned_without_unit_scores(config_file: Path, score_file: Path, tmp_path: Path) -> None:
     arguments = ["search", config_file, "--scores", score_file, *TARGETS_47B, "-o", tmp_path / "plan.json"]
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = run_cli(*arguments)
     assert result.exit_code == 1
     assert "the scores hold nothing about ffn" in result.output
 
 
 def test_people_see_the_cut_and_that_the_scores_are_unverified(config_file: Path, score_file: Path) -> None:
-    result = CliRunner().invoke(main, ["search", str(config_file), "--scores", str(score_file), *TARGETS_47B])
+    result = run_cli("search", config_file, "--scores", score_file, *TARGETS_47B)
     assert result.exit_code == 0
     assert "unverified" in result.output
     assert "46.79 B" in result.output
@@ -99,8 +90,8 @@ def test_prune_says_what_search_says_about_budgets_too_large_and_too_small(tmp_p
     model = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
     text = model / "text" / "calibration.jsonl"
     command = ["prune", str(model / "model"), "--data", str(text), "-o", str(tmp_path / "x")]
-    too_large = CliRunner().invoke(main, [*command, "--memory", "100%"])
+    too_large = run_cli(*command, "--memory", "100%")
     assert too_large.exit_code == 1 and "nothing needs pruning" in too_large.output
-    too_small = CliRunner().invoke(main, [*command, "--memory", "10%"])
+    too_small = run_cli(*command, "--memory", "10%")
     assert too_small.exit_code == 3 and "is the least" in too_small.output
     assert not (tmp_path / "x").exists()

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from distill.engine import EngineSettings
 from distill.scale.estimate import estimate_memory, estimate_run, flops_per_token
 from distill.scale.gpus import GPUS
 from distill.settings import DistillSettings
 from minipuzzle.architecture.families import read_architecture
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.plan import Plan
 from minipuzzle.files.json_files import write_json
+from tests.support.cli import run_cli
 from tests.support.tiny_models import published_config, tiny_config
 
 RECIPE = DistillSettings(tokens=63 * 10**9, sequence_length=8192, batch_sequences=768, dtype="bfloat16")
@@ -42,7 +41,7 @@ def test_the_published_case_on_8_64_and_512_gpus(teacher_config: Any, student_co
     options = ["--tokens", "63B", "--sequence-length", "8192", "--batch", "1024", "--activation-checkpointing"]
     arguments = [str(tmp_path / "student.json"), "--teacher", str(tmp_path / "teacher.json"), *options]
     estimate = ["--estimate", "--gpus", "8,64,512"]
-    result = CliRunner().invoke(main, ["distill", *arguments, *estimate, "--json"])
+    result = run_cli("distill", *arguments, *estimate, "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["teacher_parameters"] == pytest.approx(56e9, rel=0.02)
@@ -54,7 +53,7 @@ def test_the_published_case_on_8_64_and_512_gpus(teacher_config: Any, student_co
     assert "needs" in facts["runs"][0]["problems"][0]  # 8 GPUs of 80 GB are too few
     assert facts["runs"][1]["problems"] == facts["runs"][2]["problems"] == []
     assert facts["runs"][1]["hours"] > facts["runs"][2]["hours"]
-    text = CliRunner().invoke(main, ["distill", *arguments, *estimate]).output
+    text = run_cli("distill", *arguments, *estimate).output
     assert "an estimate" in text and "512 x h100" in text
 
 
@@ -99,7 +98,7 @@ def test_a_plan_stands_for_the_student_that_it_leaves(tmp_path: Path) -> None:
     plan = Plan(source_fingerprint=architecture.fingerprint(), kept_layers=(0, 1, 3))
     (tmp_path / "plan.json").write_text(plan.to_json())
     arguments = [str(tmp_path / "plan.json"), "--teacher", str(tmp_path / "teacher.json"), "--tokens", "1M"]
-    result = CliRunner().invoke(main, ["distill", *arguments, "--estimate", "--json", "--device", "cpu"])
+    result = run_cli("distill", *arguments, "--estimate", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["student_parameters"] == plan.apply(architecture).num_parameters
@@ -109,7 +108,5 @@ def test_a_plan_stands_for_the_student_that_it_leaves(tmp_path: Path) -> None:
 def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "model.json", tiny_config())
     model = str(tmp_path / "model.json")
-    result = CliRunner().invoke(
-        main, ["distill", model, "--teacher", model, "--tokens", "1M", "--estimate", "--gpus", "8,many"]
-    )
+    result = run_cli("distill", model, "--teacher", model, "--tokens", "1M", "--estimate", "--gpus", "8,many")
     assert result.exit_code == 1 and "--gpus" in result.stderr

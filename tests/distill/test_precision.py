@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from distill.engine import EngineSettings
 from distill.objective.pair import HiddenStates
 from distill.scale.low_precision import UNCONVERTED_GEMMS, float8_obstacle, train_through_fp8, use_float8_compute
-from minipuzzle.commands.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.e4m3 import decode, fake_quantize, scale_of
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.cli import run_cli
 from tests.support.tiny_models import write_tiny_checkpoint
 
 TOKENS_BT = torch.arange(64).reshape(2, 32) % 250 + 5
@@ -66,7 +65,7 @@ def test_fp8_compute_is_declined_aloud_where_there_is_none(tiny_folder: Path, te
     for out, more in zip(outs, ([], ["--fp8"]), strict=True):
         arguments = [str(tiny_folder), "--teacher", str(tiny_folder), "--data", str(text_file), "-o", str(out)]
         options = ["--tokens", "64", "--sequence-length", "32", "--batch", "1", "--device", "cpu", *more]
-        result = CliRunner().invoke(main, ["distill", *arguments, *options])
+        result = run_cli("distill", *arguments, *options)
         assert result.exit_code == 0, result.output
         assert ("--fp8 is ignored: the device is cpu" in result.stderr) == bool(more)
     assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()

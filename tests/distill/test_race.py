@@ -16,12 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from distill.race import RACE_FILE, RaceResult, RaceSettings, run_race, survivors
 from distill.run import distill_checkpoint
 from distill.settings import DistillSettings
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import keep_everything
 from minipuzzle.data.documents import read_documents
@@ -32,6 +30,7 @@ from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.ranked import RankedPlan
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.choosing.finalists import num_layers_different, pick_finalists
+from tests.support.cli import run_cli
 from tests.support.cuts import plan_with
 from tests.support.ranking import quality_of
 
@@ -148,11 +147,11 @@ def prune_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]
 
 def test_prune_races_finalists_and_a_killed_race_goes_on(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
-    result = CliRunner().invoke(main, prune_arguments(tiny_folder, text_file, whole, "--json"))
+    result = run_cli(*prune_arguments(tiny_folder, text_file, whole, "--json"))
     assert result.exit_code == 0, result.output
     table = json.loads(result.output)
     kill_after_the_first_finalist(prune_arguments(tiny_folder, text_file, out), out)
-    assert CliRunner().invoke(main, prune_arguments(tiny_folder, text_file, out)).exit_code == 0
+    assert run_cli(*prune_arguments(tiny_folder, text_file, out)).exit_code == 0
     for name in ("model.safetensors", "config.json", "plan.json", "candidates.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (out / "finalists").exists()
@@ -183,7 +182,7 @@ def kill_after_the_first_finalist(arguments: list[str], out: Path) -> None:
 
 def test_a_race_needs_finalists_and_finalists_a_race(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = prune_arguments(tiny_folder, text_file, tmp_path / "out", "--finalists", "1")
-    result = CliRunner().invoke(main, arguments)
+    result = run_cli(*arguments)
     assert result.exit_code == 1 and "--race-tokens" in result.output
 
 

@@ -17,13 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import minipuzzle
 from minipuzzle.architecture.configs.puzzle import without_blocks
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
@@ -32,6 +30,7 @@ from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.quality.evaluate import divergence_sums
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.cli import run_cli
 from tests.support.tiny_models import VOCABULARY, write_family_checkpoint, write_tiny_checkpoint
 
 PATTERN = "M-*M-*-"  # MLP in layers 1, 4 and 6, attention in 2 and 5
@@ -61,7 +60,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def exported(uneven: Checkpoint) -> Path:
     out = uneven.folder.parent / "puzzle"
-    result = CliRunner().invoke(main, ["export", str(uneven.folder), "--bf16", "--puzzle", "-o", str(out)])
+    result = run_cli("export", uneven.folder, "--bf16", "--puzzle", "-o", out)
     assert result.exit_code == 0, result.output
     return out
 
@@ -109,8 +108,8 @@ def test_it_reads_back_as_the_same_model_and_verifies(uneven: Checkpoint, export
         found = minipuzzle.load(exported)(tokens(), use_cache=False).logits
     kl, _ = divergence_sums(expected.flatten(0, 1), found.flatten(0, 1))
     assert kl / tokens().numel() < 1e-3  # BF16 weights against float32 ones
-    assert CliRunner().invoke(main, ["verify", str(exported), "--against", str(uneven.folder)]).exit_code == 0
-    assert CliRunner().invoke(main, ["inspect", str(exported / "config.json")]).exit_code == 0
+    assert run_cli("verify", exported, "--against", uneven.folder).exit_code == 0
+    assert run_cli("inspect", exported / "config.json").exit_code == 0
     again = dict(read_config(exported))
     assert again["layers"] == uneven.config["layers"] and again["base_model_type"] == "nemotron_h"
 

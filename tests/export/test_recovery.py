@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from minipuzzle.commands.cli import main
 from minipuzzle.export.shards import TensorHeader, plan_shards, write_index
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.cli import run_cli
 from tests.support.tiny_models import change_tensors, write_tiny_checkpoint
 
 OPTIONS = ("--fp8", "--samples", "4", "--sequence-length", "32", "--max-shard-size", "20kB")
@@ -32,10 +31,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
     (root / "text.txt").write_text("Calibration text should look like what the model will see. " * 8)
     return write_tiny_checkpoint(root / "source", pattern="M-*-" * 4)
-
-
-def run_cli(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_a_killed_export_leaves_no_target_and_the_same_command_finishes_it(source: Path, tmp_path: Path) -> None:

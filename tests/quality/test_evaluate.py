@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import minipuzzle.quality.evaluate
 from minipuzzle.architecture.families import FAMILIES
-from minipuzzle.commands.cli import main
 from minipuzzle.data.windows import IGNORE, EvaluationWindows, document_tokens, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
@@ -22,6 +20,7 @@ from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.quality.evaluate import combine, documents_within, evaluate
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.cli import run_cli
 from tests.support.tiny_models import write_tiny_checkpoint
 
 FAMILY = FAMILIES["nemotron_h"]
@@ -57,10 +56,6 @@ def logits_of(model: torch.nn.Module, windows: EvaluationWindows) -> torch.Tenso
     with torch.inference_mode():
         logits: torch.Tensor = model(windows.token_ids, use_cache=False).logits.double()
     return logits[windows.labels != IGNORE]
-
-
-def run_cli(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_loss_accuracy_and_bits_per_byte_equal_a_computation_over_whole_logits(

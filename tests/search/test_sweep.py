@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from minipuzzle.architecture.quantities import GIB
-from minipuzzle.commands.cli import main
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.search.sweep import FrontierPoint, parse_sweep
 from minipuzzle.show.frontier import frontier_chart, plot_frontier
+from tests.support.cli import run_cli
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
 
@@ -21,7 +20,7 @@ MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
 def search(tmp_path: Path, *arguments: str) -> tuple[int, str]:
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps({"layer": {"mse": [1.0 + abs(13 - idx) for idx in range(26)]}}))
-    result = CliRunner().invoke(main, ["search", str(MODEL), "--scores", str(scores), *arguments])
+    result = run_cli("search", MODEL, "--scores", scores, *arguments)
     return result.exit_code, result.stdout if result.exit_code == 0 else result.output
 
 

@@ -6,12 +6,10 @@ import csv
 import json
 from pathlib import Path
 
-from click.testing import CliRunner
-
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
-from minipuzzle.commands.cli import main
 from minipuzzle.cut.plan import read_plan
 from minipuzzle.files.checkpoint import Checkpoint
+from tests.support.cli import run_cli
 
 SMALL = ["--context", "64", "--samples", "2", "--sequence-length", "16", "--granularity", "16", "--min-kept", "0.3"]
 
@@ -22,7 +20,7 @@ def test_a_sweep_writes_the_best_measured_plan_of_each_budget(
     out, validation = tmp_path / "frontier", tmp_path / "validation.txt"
     validation.write_text("Seven wizards jump over a lazy fox.", encoding="utf-8")
     arguments = ["prune", str(tiny_folder), "--data", str(text_file), *SMALL, "--candidates", "2", "-o", str(out)]
-    result = CliRunner().invoke(main, [*arguments, "--validation", str(validation), "--sweep", "40%:90%:10%", "--json"])
+    result = run_cli(*arguments, "--validation", validation, "--sweep", "40%:90%:10%", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.output)
     source = Checkpoint.open(tiny_folder).architecture
@@ -46,6 +44,6 @@ def test_a_sweep_writes_the_best_measured_plan_of_each_budget(
 
 def test_a_sweep_that_also_cuts_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = ["prune", str(tiny_folder), "--data", str(text_file), "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(main, [*arguments, "--sweep", "40%:90%:10%", "--refine"])
+    result = run_cli(*arguments, "--sweep", "40%:90%:10%", "--refine")
     assert result.exit_code == 1 and "cuts nothing" in result.output
     assert not list(tmp_path.iterdir())
