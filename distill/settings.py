@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.schedules import SCHEDULES
 from minipuzzle.errors import MinipuzzleError
@@ -29,13 +29,22 @@ FORMS: Table[Form] = Table(
         "reverse-skewed": "distill.objective.divergences:REVERSE_SKEWED",
     },
 )
-# How documents are laid out: from their tokens and the length of a window to inputs and labels.
-DOCUMENTS: Table[Callable[[list[Tensor], int], tuple[Tensor, Tensor]]] = Table(
+
+
+class DocumentLayout(NamedTuple):
+    """From documents and the length of a window to inputs and labels; and what a user should know about it."""
+
+    cut: Callable[[list[Tensor], int], tuple[Tensor, Tensor]]
+    note: str
+
+
+# How documents are laid out in windows.
+DOCUMENTS: Table[DocumentLayout] = Table(
     "layout of documents",
     "document_layouts",
     lazy={
-        "packed": "distill.training.data:cut_packed",
-        "separate": "distill.training.data:cut_separately",
+        "packed": "distill.training.data:PACKED",
+        "separate": "distill.training.data:SEPARATE",
     },
 )
 

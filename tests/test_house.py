@@ -7,14 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from minipuzzle.commands.cli import COMMANDS, main
+from minipuzzle.table import Table
 from tests.support.cli import run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -226,6 +229,36 @@ def test_tests_use_no_private_name_of_the_packages() -> None:
     trees = syntax_trees("tests")
     found = {f"{file}:{name}" for file, tree in trees.items() for name in names_used(tree) if name in private}
     assert_only(found, PRIVATE_NAMES)
+
+
+def all_tables() -> dict[str, Table[Any]]:
+    """Every table that a module of ours defines, by its entry-point group."""
+    files = (path.relative_to(ROOT).as_posix() for path in source_files() if " = Table(" in path.read_text("utf-8"))
+    modules = [import_module(module_of(file.removesuffix("/__init__.py"))) for file in files]
+    tables = (value for module in modules for value in vars(module).values() if isinstance(value, Table))
+    return {f"minipuzzle.{table.plural}": table for table in tables}
+
+
+def lists_of_names() -> Iterator[tuple[frozenset[str], str]]:
+    """Tuples, lists, sets and keys of dicts that consist of strings, with their places."""
+    for file, tree in syntax_trees(*PACKAGES).items():
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.Dict | ast.Tuple | ast.List | ast.Set)):
+            items = node.keys if isinstance(node, ast.Dict) else node.elts
+            names = [item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+            if names and len(names) == len(items):
+                yield frozenset(names), f"{file}:{node.lineno}"
+
+
+def test_no_list_of_names_exists_twice_and_each_table_is_described() -> None:
+    places = defaultdict(list)
+    for names, place in lists_of_names():
+        places[names].append(place)
+    tables = all_tables()
+    assert len(tables) > 10
+    copies = {group: places[frozenset(table.names())] for group, table in tables.items()}
+    assert {group: found for group, found in copies.items() if len(found) > 1} == {}
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert {group for group in tables if f"`{group}`" not in text} == set()
 
 
 def test_help_comes_without_torch() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.settings import DOCUMENTS, DistillSettings
+from distill.settings import DOCUMENTS, DistillSettings, DocumentLayout
 from minipuzzle.data.blend import BLEND_SUFFIX, Blend, PlannedShare, plain_blend, plan_blend, read_blend
 from minipuzzle.data.documents import iterate_documents
 from minipuzzle.data.windows import IGNORE, document_tokens
@@ -59,7 +59,7 @@ class PackedWindows:
         order = list(range(len(documents)))
         random.Random(f"{seed}/documents").shuffle(order)
         shuffled = [torch.tensor(documents[idx], dtype=torch.int32) for idx in order if len(documents[idx])]
-        self._windows, self._labels = DOCUMENTS[layout](shuffled, sequence_length)
+        self._windows, self._labels = DOCUMENTS[layout].cut(shuffled, sequence_length)
         self.windows_per_epoch = len(self._windows)
         self.labels_per_epoch = int((self._labels != IGNORE).sum())
         self._cached_order: tuple[int, list[int]] | None = None
@@ -97,7 +97,7 @@ class PackedWindows:
         return self._cached_order[1][position.index]
 
 
-def cut_packed(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
+def _cut_packed(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels ``[windows, sequence_length]`` int32 of documents without gaps between them."""
     stream = torch.cat([*documents, torch.empty(0, dtype=torch.int32)])
     labels = stream.clone()
@@ -108,7 +108,7 @@ def cut_packed(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, T
     return stream[:end].view(-1, sequence_length), labels[1 : end + 1].view(-1, sequence_length)
 
 
-def cut_separately(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
+def _cut_separately(documents: list[Tensor], sequence_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels ``[windows, sequence_length]`` int32, no window of more than one document."""
     inputs, labels = [], []
     for tokens in documents:
@@ -122,6 +122,14 @@ def cut_separately(documents: list[Tensor], sequence_length: int) -> tuple[Tenso
     if not inputs:
         return torch.empty(0, sequence_length, dtype=torch.int32), torch.empty(0, sequence_length, dtype=torch.int32)
     return torch.stack(inputs), torch.stack(labels)
+
+
+PACKED = DocumentLayout(
+    _cut_packed, "documents are packed: attention and Mamba state run on across their boundaries, labels do not"
+)
+SEPARATE = DocumentLayout(
+    _cut_separately, "a sequence holds one document: nothing of another one reaches attention or Mamba state"
+)
 
 
 class BlendedWindows:

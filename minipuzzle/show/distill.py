@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distill.settings import OnStep, StepRecord, ignore_step
+from distill.settings import DOCUMENTS, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.progress import steps_bar
 
@@ -79,11 +79,8 @@ def text_plan(prepared: PreparedRun) -> Table:
 
 def text_notes(prepared: PreparedRun) -> list[str]:
     """What a user should know about the text and the vocabulary, one sentence a line."""
-    layout = {
-        "packed": "documents are packed: attention and Mamba state run on across their boundaries, labels do not",
-        "separate": "a sequence holds one document: nothing of another one reaches attention or Mamba state",
-    }[prepared.request.settings.documents]
-    notes = [f"{layout}; {prepared.text.windows.predicted_fraction:.1%} of all positions are predicted"]
+    note = DOCUMENTS[prepared.request.settings.documents].note
+    notes = [f"{note}; {prepared.text.windows.predicted_fraction:.1%} of all positions are predicted"]
     if prepared.vocabulary.note:
         notes.append(prepared.vocabulary.note)
     if prepared.text.held_out:
