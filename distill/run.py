@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.engine import EngineSettings
-from distill.inputs import GIVE_TEACHER, SharedVocabulary, kept_hidden_channels, shared_vocabulary
+from distill.inputs import GIVE_TEACHER, kept_hidden_channels
 from distill.objective.pair import DistillPair
 from distill.objective.teacher_cache import CacheDescription, TeacherCache
 from distill.scale.estimate import RunEstimate, estimate_run
@@ -30,6 +30,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
+from minipuzzle.quality.vocabulary import SharedVocabulary, shared_vocabulary
 from minipuzzle.runtime.processes import processes_from_environment
 
 
@@ -163,7 +164,7 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
         checkpoint.require_plain_weights()
     if request.student.architecture.model_type != request.teacher.architecture.model_type:
         raise MinipuzzleError("student and teacher are of different families", GIVE_TEACHER)
-    vocabulary = shared_vocabulary(request.student, request.teacher)
+    vocabulary = shared_vocabulary(request.student, request.teacher, GIVE_TEACHER)
     kept_channels = kept_hidden_channels(request.student, request.teacher, settings)
     blend = blend_of(request.data, settings.held_out)
     text = read_training_text(vocabulary.tokenizer, blend, settings)

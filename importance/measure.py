@@ -22,7 +22,7 @@ from importance.work import cache_bytes, open_stack
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import Scores
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.data.windows import check_token_ids
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import progress_bar
 from minipuzzle.runtime.layer_stack import LayerStack
@@ -71,7 +71,7 @@ def measure(
     Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a value is not finite;
     InputChangedError if ``partial_file`` belongs to another measurement.
     """
-    _check_token_ids(checkpoint, token_ids_BT)
+    check_token_ids(token_ids_BT, checkpoint.architecture.vocabulary)
     request, processes = request or LayerRequest(), processes or Processes()
     layer_ids, channel_ids = token_ids_BT[:layer_samples], token_ids_BT[:channel_samples]
     stack = open_stack(
@@ -194,16 +194,6 @@ def _score_round(
             processes=run.processes,
         )
         return score_plans(run.stack, plans, token_ids_BT, slice_samples=slice_samples, hooks=hooks)
-
-
-def _check_token_ids(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> None:
-    vocabulary = checkpoint.architecture.vocabulary
-    largest = int(token_ids_BT.max())
-    if largest >= vocabulary:
-        raise MinipuzzleError(
-            f"the text holds token id {largest}, but the model's vocabulary has {vocabulary} entries",
-            "use the tokenizer that belongs to the model",
-        )
 
 
 def _metadata(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,22 @@ class Work:
     weight_bytes_read: int
     weights_stay_in_memory: bool
     peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedScoring:
+    """What a measurement will take; the figures are those of one process. ``scan``: how Mamba-2 layers will run."""
+
+    work: Work
+    memory_limit_bytes: int
+    processes: int
+    scan: str
+    removals: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        facts = {"memory_limit_bytes": self.memory_limit_bytes, "processes": self.processes, "scan": self.scan}
+        return {**asdict(self.work), **facts}
 
 
 def open_stack(

@@ -228,16 +228,15 @@ def _quality(path: Path | None) -> dict[str, Any]:
 
 def _calibration_tokens(checkpoint: Checkpoint, data: tuple[Path, ...], params: dict[str, Any]) -> torch.Tensor:
     from minipuzzle.data.documents import read_documents
-    from minipuzzle.data.windows import sample_windows
+    from minipuzzle.data.windows import check_token_ids, sample_windows
     from minipuzzle.runtime.models import load_tokenizer
-    from minipuzzle.workflows.export import check_calibration
 
     tokenizer = load_tokenizer(checkpoint.folder)
     documents = read_documents(data, tokenizer)
     token_ids = sample_windows(
         tokenizer, documents, num_samples=params["samples"], sequence_length=params["sequence_length"]
     )
-    check_calibration(checkpoint, token_ids)
+    check_token_ids(token_ids, checkpoint.architecture.vocabulary)
     return token_ids
 
 

@@ -27,10 +27,13 @@ from minipuzzle.errors import MinipuzzleError
 SCHEMA_VERSION = "1"
 FINAL = "final"  # stands for the layer index of the final norm
 
+_JSON_METADATA = ("removed_layers", "samples", "channel_samples", "sequence_length", "processes", "counters")
+_TEXT_METADATA = ("model_fingerprint", "token_ids_sha256", "scan")
+
 Array = NDArray[np.floating[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Scores:
     """Scores of one model. Keys of all but ``layer`` are tensor names without the first part."""
 
@@ -91,6 +94,24 @@ class Scores:
                 f"the scores belong to a model with fingerprint {measured}, not {fingerprint}",
                 "measure this model with `minipuzzle score`",
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """The scores of layers (None: not measured), and what was measured how; of units their numbers."""
+        facts = {name: json.loads(self.metadata[name]) for name in _JSON_METADATA if name in self.metadata}
+        texts = {name: self.metadata[name] for name in _TEXT_METADATA if name in self.metadata}
+        return {
+            "layer": {name: [None if v != v else v for v in values.tolist()] for name, values in self.layer.items()},
+            "variants": {name: values.tolist() for name, values in self.variants.items()},
+            "units": {name: values.size for name, values in self.units.items()},
+            **facts,
+            **texts,
+        }
+
+    def __repr__(self) -> str:
+        """One line, without the arrays."""
+        num_units = sum(values.size for values in self.units.values())
+        num_layers = max((values.size for values in self.layer.values()), default=0)
+        return f"Scores({num_layers} layers by {', '.join(self.layer)}; {num_units:,} units)"
 
     @property
     def is_measured_here(self) -> bool:

@@ -110,6 +110,19 @@ def evaluation_windows(tokenizer: Any, documents: Sequence[str], *, sequence_len
     return EvaluationWindows(token_ids=torch.tensor(inputs), labels=torch.tensor(labels), num_bytes=num_bytes)
 
 
+def check_token_ids(token_ids: torch.Tensor, vocabulary: int) -> None:
+    """Refuse tokens that a model does not know.
+
+    Raises: MinipuzzleError if a token id is not in the vocabulary.
+    """
+    largest = int(token_ids.max())
+    if largest >= vocabulary:
+        raise MinipuzzleError(
+            f"the text holds token id {largest}, but the model's vocabulary has {vocabulary:,} entries",
+            "use the tokenizer that belongs to the model",
+        )
+
+
 def windows_of_tokens(tokenizer: Any, token_ids: torch.Tensor) -> EvaluationWindows:
     """Evaluation windows from sampled ones, ``[samples, tokens]``: every token but the first is predicted."""
     num_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in token_ids)

@@ -206,12 +206,14 @@ def compare_folders(
     return compare(model, states[0], token_ids_BT, against, states[-1], device=device)
 
 
-def open_any(folder: Path) -> Checkpoint:
-    """A folder as a checkpoint whose tensors read as numbers, after checking its headers.
+def open_any(source: Path | Checkpoint) -> Checkpoint:
+    """A checkpoint whose tensors read as numbers, those of a quantised export decoded, after checking its headers.
 
     Raises: MinipuzzleError naming what is missing, unexpected or wrong.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        return checkpoint
     if checkpoint.is_quantized:
         return QuantizedCheckpoint(checkpoint)
     checkpoint.require_plain_weights()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from minipuzzle.data.windows import check_token_ids
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import CalibrationMethod
 from minipuzzle.export.calibration import ActivationAmax, measure_amax, open_stack
@@ -27,9 +28,9 @@ from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
 from minipuzzle.formats.choices import PLAIN, RECIPES
 from minipuzzle.formats.layout import ExportLayout, export_layout
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.workflows.verify import random_tokens
 
 CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
-_RANDOM_WINDOWS, _RANDOM_TOKENS = 4, 256  # of verification without text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,28 +122,9 @@ def check_export_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -
     check_target_folder(out, overwrite=overwrite)
 
 
-def check_calibration(checkpoint: Checkpoint, token_ids: torch.Tensor) -> None:
-    """Refuse calibration tokens that the model does not know.
-
-    Raises: MinipuzzleError if a token id is not in the vocabulary.
-    """
-    largest = int(token_ids.max())
-    if largest >= checkpoint.architecture.vocabulary:
-        raise MinipuzzleError(
-            f"the tokenizer gives token {largest}, but the model knows {checkpoint.architecture.vocabulary:,}",
-            "the folder's tokenizer belongs to another model",
-        )
-
-
 def tokens_fingerprint(token_ids: torch.Tensor) -> str:
     """A short hash of tokens."""
     return hashlib.sha256(f"{list(token_ids.shape)}".encode() + token_ids.numpy().tobytes()).hexdigest()[:16]
-
-
-def random_tokens(checkpoint: Checkpoint) -> torch.Tensor:
-    """Seeded random token ids, ``[windows, tokens]``, for a check without text."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(checkpoint.architecture.vocabulary, (_RANDOM_WINDOWS, _RANDOM_TOKENS), generator=generator)
 
 
 def export_checkpoint(
@@ -165,7 +147,7 @@ def export_checkpoint(
     checkpoint.require_plain_weights()
     layout = request.layout(checkpoint)
     if calibration_token_ids is not None:
-        check_calibration(checkpoint, calibration_token_ids)
+        check_token_ids(calibration_token_ids, checkpoint.architecture.vocabulary)
     elif layout.needs_calibration:
         raise MinipuzzleError(f"{request.scheme} needs text to calibrate on", "give --data")
     check_export_target(checkpoint, out, overwrite=overwrite)

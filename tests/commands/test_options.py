@@ -22,7 +22,7 @@ def described(option: click.Parameter) -> dict[str, Any]:
     kind: Any = option.type.to_info_dict()
     facts = {
         "type": option.type.name,
-        "choices": list(kind.get("choices", ())),
+        "choices": kind.get("choices", []),
         "bounds": [kind.get("min"), kind.get("max")],
         "default": _plain(option.to_info_dict()["default"]),
         "required": option.required,
@@ -38,7 +38,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | list | None) else None
 
 
-def options() -> str:
+def listed_options() -> str:
     """A line an option: the command, the option's names or the argument's metavar, and the facts."""
     lines = []
     for name in COMMANDS:
@@ -53,8 +53,8 @@ def _names(param: click.Parameter) -> str:
 
 
 def test_options_are_those_that_were_promised() -> None:
-    assert options().splitlines() == FROZEN.read_text(encoding="utf-8").splitlines()
+    assert listed_options().splitlines() == FROZEN.read_text(encoding="utf-8").splitlines()
 
 
 if __name__ == "__main__":
-    FROZEN.write_text(options(), encoding="utf-8")
+    FROZEN.write_text(listed_options(), encoding="utf-8")

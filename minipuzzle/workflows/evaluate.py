@@ -1,0 +1,99 @@
+"""Evaluating a model as a whole: windows of each text, both models, and a row of figures a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import EvaluationWindows, check_token_ids, evaluation_windows
+from minipuzzle.export.reader import check_readable, load_any_model
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.quality.evaluate import Evaluation, combine, documents_within
+from minipuzzle.quality.evaluate import evaluate as evaluate_model
+from minipuzzle.quality.vocabulary import check_same_vocabulary
+from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.workflows.settings import EvaluateSettings, paths_of
+from minipuzzle.workflows.verbs import Model, open_model, verb
+
+TOTAL = "total"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """The quality of a model on each text by its name, and over all of them where there are several."""
+
+    rows: Mapping[str, Evaluation]
+
+    @property
+    def total(self) -> Evaluation:
+        """Over all texts."""
+        return self.rows[TOTAL] if TOTAL in self.rows else next(iter(self.rows.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name, text by text."""
+        return {name: row.to_json() for name, row in self.rows.items()}
+
+
+def run_evaluate(model: Model, settings: EvaluateSettings) -> EvaluatedModel:
+    """Measure a model on text: loss, bits per byte, accuracy, speed; with ``against`` also KL and agreement.
+
+    Raises: MinipuzzleError for models that cannot be read or compared, or text that does not do.
+    """
+    student, teacher = _opened(model, settings)
+    windows = _windows_by_name(student, settings)
+    compute = settings.compute
+    loaded = load_any_model(student, dtype=compute.torch_dtype, device=compute.device)
+    against = None
+    if teacher is not None:
+        against = load_any_model(teacher, dtype=compute.torch_dtype, device=compute.device)
+    rows = {}
+    with compute.progress("evaluating", sum(len(part.token_ids) for part in windows.values())) as advance:
+        for name, part in windows.items():
+            rows[name] = evaluate_model(
+                loaded,
+                student.family,
+                part,
+                against=against,
+                against_family=teacher.family if teacher is not None else None,
+                batch=settings.batch,
+                device=compute.device,
+                advance=advance,
+            )
+    return EvaluatedModel(rows={**rows, TOTAL: combine(list(rows.values()))} if len(rows) > 1 else rows)
+
+
+evaluate = verb(EvaluateSettings, run_evaluate)
+
+
+def plan_evaluate(model: Model, settings: EvaluateSettings) -> dict[str, int]:
+    """How many tokens of each text would be predicted, after all checks that need no weights.
+
+    Raises: as ``run_evaluate``.
+    """
+    student, _ = _opened(model, settings)
+    return {name: part.num_predictions for name, part in _windows_by_name(student, settings).items()}
+
+
+def _opened(model: Model, settings: EvaluateSettings) -> tuple[Checkpoint, Checkpoint | None]:
+    student = open_model(model)
+    teacher = None if settings.against is None else open_model(settings.against)
+    check_readable(student)
+    if teacher is not None:
+        check_readable(teacher)
+        check_same_vocabulary(student, teacher)
+    return student, teacher
+
+
+def _windows_by_name(student: Checkpoint, settings: EvaluateSettings) -> dict[str, EvaluationWindows]:
+    tokenizer = load_tokenizer(student.folder)
+    windows: dict[str, EvaluationWindows] = {}
+    for path in paths_of(settings.data):
+        documents = read_documents([path], tokenizer)
+        if settings.max_tokens:
+            documents = documents_within(tokenizer, documents, settings.max_tokens)
+        name = path.stem if path.stem not in windows else str(path)
+        windows[name] = evaluation_windows(tokenizer, documents, sequence_length=settings.sequence_length)
+        check_token_ids(windows[name].token_ids, student.architecture.vocabulary)
+    return windows

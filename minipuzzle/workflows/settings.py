@@ -1,0 +1,106 @@
+"""How each verb is asked for: one class a verb, whose fields are the keywords in Python and the options of the command.
+
+Free of torch, so that commands can show help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.option import option
+from minipuzzle.runtime.compute import Compute
+
+if TYPE_CHECKING:
+    from minipuzzle.workflows.verbs import Model
+
+COMPUTING = "Computing"  # the heading under which options say where and how
+Texts = str | Path | Sequence[str | Path]
+TEXT_HELP = "Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable."
+OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote; never any other."
+OUT_HELP = "Output folder; appears only when complete."
+
+
+def paths_of(texts: Texts) -> tuple[Path, ...]:
+    """One path or several, as paths."""
+    return (Path(texts),) if isinstance(texts, str | Path) else tuple(Path(text) for text in texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What of a model to measure, how much of it and on which text.
+
+    Raises: MinipuzzleError for numbers that measure nothing.
+    """
+
+    data: Texts = option(help=TEXT_HELP, takes="paths")
+    samples: int = option(128, "Calibration samples for layers.")
+    channel_samples: int | None = option(
+        None,
+        "Calibration samples for channels and heads (published: 1024). Default: those for layers.",
+        takes="count",
+    )
+    sequence_length: int = option(512, "Tokens a sample.")
+    layers: str | None = option(None, "Layers to leave out, e.g. 0-5,9,attention. Default: each.", section="More")
+    variants: Sequence[str] = option(
+        (),
+        "Also score each layer at smaller widths, e.g. ffn=75%,50%: what a per-layer search needs. Repeatable.",
+        takes="texts",
+        metavar="AXIS=WIDTHS",
+        section="More",
+    )
+    iterative: int = option(
+        0,
+        "Remove the layer with the lowest score and score the others again, N times; default: never.",
+        at_least=0,
+        metavar="N",
+        section="More",
+    )
+    remove_by: str = option("mse", "Score by which --iterative removes.", choices=LAYER_METRICS, section="More")
+    seed: int = option(0, "Seed of the sampling.", takes="integer", section="More")
+    out: str | Path | None = option(
+        None, "Output score file (.safetensors); appears only when complete.", takes="path", is_needed=True
+    )
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.num_channel_samples) < 1 or self.sequence_length < 2:
+            raise MinipuzzleError(
+                f"{self.samples} samples ({self.num_channel_samples} for channels) of {self.sequence_length} tokens "
+                "measure nothing",
+                "give --samples and --channel-samples of at least 1 and --sequence-length of at least 2",
+            )
+
+    @property
+    def num_channel_samples(self) -> int:
+        """Samples for channels and heads."""
+        return self.samples if self.channel_samples is None else self.channel_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """On which text to measure a model, and against which other."""
+
+    against: Model | None = option(
+        None, "A model with the same vocabulary to compare with.", takes="path", metavar="TEACHER"
+    )
+    data: Texts = option(help=TEXT_HELP, takes="paths")
+    sequence_length: int = option(512, "Tokens of context at most.")
+    batch: int = option(4, "Windows run at once.", at_least=1, section=COMPUTING)
+    max_tokens: int | None = option(None, "Use about this many tokens of each --data; default: all.", takes="count")
+    compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """What to run a folder on, and what to compare it with. Without text it runs on random tokens."""
+
+    against: Model | None = option(None, "The model it was exported from.", takes="path", metavar="MODEL")
+    data: Texts = option((), TEXT_HELP, takes="paths")
+    samples: int = option(4, "Windows of text to run.")
+    sequence_length: int = option(512, "Tokens of a window.")
+    compute: Compute = field(default_factory=Compute)

@@ -1,0 +1,91 @@
+"""What all verbs of the Python API share: models given in any form, text, keywords made from settings, results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+
+from minipuzzle.data.documents import read_documents
+from minipuzzle.data.windows import check_token_ids, sample_windows
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.models import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HasCheckpoint(Protocol):
+    """The result of a step that wrote a checkpoint."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What was written."""
+
+
+Model = str | Path | Checkpoint | HasCheckpoint
+Keywords = ParamSpec("Keywords")
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+What = TypeVar("What")
+Other = TypeVar("Other")
+
+
+def open_model(model: Model) -> Checkpoint:
+    """A checkpoint from its folder, or from the step that wrote it; one that is open already stays as it is.
+
+    Raises: MinipuzzleError if anything is missing, truncated or outside the folder.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    return Checkpoint.open(Path(model)) if isinstance(model, str | Path) else model.checkpoint
+
+
+@overload
+def verb(
+    settings: Callable[Keywords, Settings], run: Callable[[What, Settings], Result]
+) -> Callable[Concatenate[What, Keywords], Result]: ...
+@overload
+def verb(
+    settings: Callable[Keywords, Settings], run: Callable[[What, Other, Settings], Result]
+) -> Callable[Concatenate[What, Other, Keywords], Result]: ...
+def verb(settings: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes the fields of settings as keywords: what is done to is positional, how is named."""
+
+    @wraps(run)
+    def called(*what: Any, **how: Any) -> Any:
+        return run(*what, settings(**how))
+
+    *positional, _ = signature(run).parameters.values()
+    keywords = signature(settings).parameters.values()
+    named = [parameter.replace(kind=Parameter.POSITIONAL_ONLY) for parameter in positional]
+    called.__dict__["__signature__"] = signature(run).replace(parameters=[*named, *keywords])
+    return called
+
+
+def sample_text(
+    checkpoint: Checkpoint,
+    data: Sequence[Path],
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    is_shuffled: bool = False,
+) -> torch.Tensor:
+    """Windows of a checkpoint's tokens, ``[samples, sequence_length]``, from text.
+
+    ``is_shuffled``: in random order, so that the first few are a fair sample of all; else in the text's order.
+
+    Raises: MinipuzzleError for too little text, or tokens that the model does not know.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(checkpoint.folder)
+    documents = read_documents(data, tokenizer)
+    token_ids = sample_windows(tokenizer, documents, num_samples=samples, sequence_length=sequence_length, seed=seed)
+    check_token_ids(token_ids, checkpoint.architecture.vocabulary)
+    if is_shuffled:
+        token_ids = token_ids[torch.randperm(len(token_ids), generator=torch.Generator().manual_seed(seed))]
+    return token_ids
