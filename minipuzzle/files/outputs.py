@@ -6,9 +6,13 @@ records what was asked and the fingerprints of all inputs; the same command run 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,18 +22,21 @@ from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.version import __version__
 
 PROVENANCE_FILE = "minipuzzle.json"
+_WRITER_FILE = ".writer"  # holds the number of the process that writes
 
 Provenance = Mapping[str, Any]
 
 
 def check_target_folder(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that must not be replaced.
+    """Refuse a target that must not be replaced, before any work begins.
 
-    Raises: MinipuzzleError if the folder has content and is not ours to overwrite, or its parent is not writable.
+    Raises: MinipuzzleError if the folder has content and is not ours to overwrite, if it lies in a checkpoint, or if
+    its parent is not writable.
     """
-    if target.exists() and not target.is_dir():
-        raise MinipuzzleError(f"{target} is a file", "choose another --out folder")
-    if target.is_dir() and any(target.iterdir()):
+    kind = _kind_of_target(target)
+    if kind is not None and not stat.S_ISDIR(kind):
+        raise MinipuzzleError(f"{target} is not a folder", "choose another --out folder")
+    if kind is not None and any(target.iterdir()):
         if not overwrite:
             raise MinipuzzleError(f"{target} is not empty", "choose another --out folder or pass --overwrite")
         if not (target / PROVENANCE_FILE).is_file():
@@ -40,22 +47,52 @@ def check_target_folder(target: Path, *, overwrite: bool) -> None:
     _check_parent_writable(target)
 
 
-def check_target_file(target: Path) -> None:
-    """Refuse a file that cannot be written.
+def check_target_file(target: Path, *, overwrite: bool = False, is_ours: Callable[[Path], bool] | None = None) -> None:
+    """Refuse a file that must not be replaced or cannot be written, before any work begins.
 
-    Raises: MinipuzzleError if the path is a folder or its parent is not writable.
+    ``overwrite``: replace a file that ``is_ours`` says is one of the kind that is written; without that test, any.
+
+    Raises: MinipuzzleError if there is something else already, if it would lie in a checkpoint, or if the parent is not
+    writable.
     """
+    kind = _kind_of_target(target)
+    if kind is not None and not stat.S_ISREG(kind):
+        raise MinipuzzleError(f"{target} is a folder or a special file", "give the name of a new file")
+    if kind is not None and not overwrite:
+        raise MinipuzzleError(f"{target} exists", "choose another name or pass --overwrite")
+    if kind is not None and is_ours is not None and not is_ours(target):
+        raise MinipuzzleError(
+            f"{target} is no such file as would be written, so --overwrite does not replace it",
+            "choose another name, or remove the file yourself",
+        )
     _check_parent_writable(target)
-    if target.is_dir():
-        raise MinipuzzleError(f"{target} is a folder", "give a file name")
+
+
+def _kind_of_target(target: Path) -> int | None:
+    """The mode of what is there, links not followed; None if there is nothing.
+
+    Raises: MinipuzzleError for a path that can name no output: none, too long a one, or one inside a checkpoint, whose
+    readers would take it for a part of the model.
+    """
+    try:
+        mode = target.lstat().st_mode if target.is_symlink() or target.exists() else None
+        parents = (*target.absolute().parents, *target.resolve().parents)
+        inside = next((parent for parent in parents if (parent / "config.json").is_file()), None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MinipuzzleError(f"{str(target)!r} cannot be written: {error}", "choose another --out") from None
+    if target.name in ("", ".."):
+        raise MinipuzzleError(f"{str(target)!r} is no name for an output", "give the name of a new one with --out")
+    if inside is not None:
+        raise MinipuzzleError(f"{target} lies in {inside}, which holds a model", "choose another place for --out")
+    return mode
 
 
 def _check_parent_writable(target: Path) -> None:
-    probe = target.with_name(f".{target.name}.minipuzzle-probe")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        descriptor, probe = tempfile.mkstemp(prefix=".minipuzzle-", dir=target.parent)
+        os.close(descriptor)
+        Path(probe).unlink()
     except OSError as error:
         raise MinipuzzleError(
             f"cannot write {target}: {error.strerror}", "choose another --out that you may write"
@@ -74,13 +111,36 @@ def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = Fal
     check_target_folder(target, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
     is_fresh = _open_partial(partial, output_record(provenance))
-    try:
-        yield partial
-    except MinipuzzleError:
-        if is_fresh:
-            shutil.rmtree(partial)
-        raise
+    with _only_writer(partial):
+        try:
+            yield partial
+        except MinipuzzleError:
+            if is_fresh:
+                shutil.rmtree(partial)
+            raise
     _replace(target, partial)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes while the block runs; a process that was killed holds nothing.
+
+    Raises: MinipuzzleError with the number of the process that writes into it.
+    """
+    path = folder / _WRITER_FILE
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise MinipuzzleError(
+                f"process {file.read() or '?'} is writing {folder}", "wait for it, stop it, or choose another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        path.unlink(missing_ok=True)
 
 
 def output_record(provenance: Provenance) -> dict[str, Any]:
@@ -100,7 +160,9 @@ def _replace(target: Path, partial: Path) -> None:
 def _open_partial(partial: Path, record: dict[str, Any]) -> bool:
     """Begin a partial folder, or check that it can be continued; says whether it was begun."""
     provenance, unfinished = partial / PROVENANCE_FILE, partial / (PROVENANCE_FILE + ".unfinished")
-    if not partial.exists() or set(partial.iterdir()) <= {unfinished}:
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise MinipuzzleError(f"{partial} is in the way and was not written by minipuzzle", "move it away")
+    if not partial.exists() or set(partial.iterdir()) <= {unfinished, partial / _WRITER_FILE}:
         partial.mkdir(exist_ok=True)
         write_json(unfinished, record)
         unfinished.rename(provenance)
@@ -113,19 +175,35 @@ def _open_partial(partial: Path, record: dict[str, Any]) -> bool:
         if earlier.get(field) != wanted.get(field):
             raise InputChangedError(
                 f"{partial} holds an interrupted run with another {field}: "
-                f"{earlier.get(field)!r} then, {wanted.get(field)!r} now",
+                + "; ".join(_differences(earlier.get(field), wanted.get(field))),
                 f"restore it to continue that run, or remove {partial} to start afresh",
             )
     return False
 
 
+def _differences(earlier: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, down to the fields that do: old and new."""
+    if isinstance(earlier, dict) and isinstance(wanted, dict):
+        for key in sorted(earlier.keys() | wanted.keys()):
+            if earlier.get(key) != wanted.get(key):
+                yield from _differences(earlier.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    else:
+        yield f"{f'{name} ' if name else ''}{earlier!r} then, {wanted!r} now"
+
+
 @contextmanager
 def output_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; rename it over ``target`` once the block ends without an error."""
-    check_target_file(target)
-    partial = target.with_name(target.name + ".partial")
+    """Yield a temporary path beside ``target``; it becomes ``target`` once the block ends without an error.
+
+    What the user must not lose is for ``check_target_file`` to find before work begins. The file has the mode that new
+    files have.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
         yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -113,7 +113,7 @@ def test_people_see_every_layer_and_the_next_step(tiny_folder: Path, text_file: 
     assert result.exit_code == 0, result.output
     for piece in ("mamba", "attention", "mlp", "◂", "7 layers", "35 layer applications", "next: minipuzzle search"):
         assert piece in result.stdout
-    planned = score(tiny_folder, text_file, tmp_path / "s.safetensors", "--dry-run")
+    planned = score(tiny_folder, text_file, tmp_path / "t.safetensors", "--dry-run")
     assert "dry run: nothing was written" in planned.stdout
 
 

@@ -27,6 +27,7 @@ REFUSED, DONE, EITHER = "refused", "done", "either"  # what a case expects
 # What may happen besides: each of these is a fault.
 SILENT, TRACEBACK, HANG, MEMORY, EXECUTED, CHANGED = "silent", "traceback", "hang", "memory", "executed", "changed"
 NEEDLESS = "needless refusal"
+OUTPUTS = ("out", "out.partial", "out.json", "out.safetensors", "out.safetensors.partial-sums", "cache", CANARY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Case:
     name: str
     prepare: Callable[[Path], list[str]]
     expected: str = REFUSED
-    may_write: tuple[str, ...] = ("out",)
+    may_write: tuple[str, ...] = OUTPUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def fingerprints(folder: Path, except_for: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name.startswith(except_for):
+        if name in except_for or name.startswith(tuple(f"{allowed}/" for allowed in except_for)):
             continue
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode):

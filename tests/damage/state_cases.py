@@ -16,7 +16,6 @@ from tests.damage.runner import CANARY, DONE, EITHER, REFUSED, Case
 from tests.damage.ways import holding
 
 STATE, CACHE = "out.partial/state", "cache"
-MAY_WRITE = ("out", "cache")
 
 
 def _resumed(material: Path, damage: Callable[[Path], object]) -> Callable[[Path], list[str]]:
@@ -65,7 +64,6 @@ def _state_cases(material: Path) -> Iterator[Case]:
                 name=f"state/{file}-flip-{number}",
                 prepare=_resumed(material, damage),
                 expected=EITHER,
-                may_write=MAY_WRITE,
             )
         ways: dict[str, Callable[[Path], object]] = {
             "missing": lambda path: path.unlink(),
@@ -78,7 +76,6 @@ def _state_cases(material: Path) -> Iterator[Case]:
                 name=f"state/{file}-{name}",
                 prepare=_resumed(material, in_newest(file, way)),
                 expected=EITHER,
-                may_write=MAY_WRITE,
             )
         yield Case(
             name=f"state/{file}-missing-everywhere",
@@ -87,7 +84,6 @@ def _state_cases(material: Path) -> Iterator[Case]:
                 in_every(file, lambda path: path.unlink(missing_ok=True)),
             ),
             expected=REFUSED,
-            may_write=MAY_WRITE,
         )
 
     def hostile(folder: Path) -> None:
@@ -98,16 +94,14 @@ def _state_cases(material: Path) -> Iterator[Case]:
         for state in (folder / STATE).iterdir():
             (state / ".metadata").write_bytes(pickle.dumps(Evil()))
 
-    yield Case(name="state/hostile-metadata", prepare=_resumed(material, hostile), may_write=MAY_WRITE)
+    yield Case(name="state/hostile-metadata", prepare=_resumed(material, hostile))
     empty_newer: Callable[[Path], object] = lambda folder: (folder / STATE / "step-00000050").mkdir()  # noqa: E731
-    yield Case(name="state/empty-newer", prepare=_resumed(material, empty_newer), expected=EITHER, may_write=MAY_WRITE)
+    yield Case(name="state/empty-newer", prepare=_resumed(material, empty_newer), expected=EITHER)
     mixed: Callable[[Path], object] = lambda folder: shutil.copyfile(  # noqa: E731
         min(p for p in (folder / STATE).iterdir() if p.is_dir()) / "progress.json", _newest(folder) / "progress.json"
     )
-    yield Case(
-        name="state/progress-of-other-step", prepare=_resumed(material, mixed), expected=EITHER, may_write=MAY_WRITE
-    )
-    yield Case(name="state/whole", prepare=_resumed(material, lambda folder: None), expected=DONE, may_write=MAY_WRITE)
+    yield Case(name="state/progress-of-other-step", prepare=_resumed(material, mixed), expected=EITHER)
+    yield Case(name="state/whole", prepare=_resumed(material, lambda folder: None), expected=DONE)
 
 
 def _progress_cases(material: Path) -> Iterator[Case]:
@@ -132,14 +126,14 @@ def _progress_cases(material: Path) -> Iterator[Case]:
                         del record[field]
                     path.write_text(json.dumps(record), encoding="utf-8")
 
-            yield Case(name=f"progress/{field}-{name}", prepare=_resumed(material, damage), may_write=MAY_WRITE)
+            yield Case(name=f"progress/{field}-{name}", prepare=_resumed(material, damage))
     for name, content in broken_json(b'{"step": 4}').items():
 
         def broken(folder: Path, content: bytes = content) -> None:
             for state in (folder / STATE).iterdir():
                 (state / "progress.json").write_bytes(content)
 
-        yield Case(name=f"progress/json-{name}", prepare=_resumed(material, broken), may_write=MAY_WRITE)
+        yield Case(name=f"progress/json-{name}", prepare=_resumed(material, broken))
     provenance = json.loads((material / "out.partial/minipuzzle.json").read_text(encoding="utf-8"))
     for field in provenance:
 
@@ -149,12 +143,11 @@ def _progress_cases(material: Path) -> Iterator[Case]:
             record[field] = "another"
             path.write_text(json.dumps(record), encoding="utf-8")
 
-        yield Case(name=f"provenance/{field}-other", prepare=_resumed(material, other), may_write=MAY_WRITE)
+        yield Case(name=f"provenance/{field}-other", prepare=_resumed(material, other))
     for name, content in broken_json((material / "out.partial/minipuzzle.json").read_bytes()).items():
         yield Case(
             name=f"provenance/json-{name}",
             prepare=_resumed(material, holding(content, "out.partial/minipuzzle.json")),
-            may_write=MAY_WRITE,
         )
 
 
@@ -178,14 +171,12 @@ def _cache_cases(material: Path) -> Iterator[Case]:
                 name=f"cache/{file}-flip-{number}",
                 prepare=_resumed(material, flipped),
                 expected=EITHER,
-                may_write=MAY_WRITE,
             )
         for name, content in {"empty": b"", "zeros": b"\0" * 4096, "text": b"hello"}.items():
             yield Case(
                 name=f"cache/{file}-{name}",
                 prepare=_resumed(material, holding(content, f"{CACHE}/{file}")),
                 expected=EITHER,
-                may_write=MAY_WRITE,
             )
 
 
