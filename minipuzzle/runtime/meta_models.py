@@ -62,8 +62,9 @@ def prepare_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
     for layer_idx, layer in enumerate(architecture.layers):
         prefix = architecture.names.block(architecture.block_of(layer_idx)) + architecture.names.mixers[layer.kind][0]
         mixer = model.get_submodule(modules.module_name(prefix).rstrip("."))
-        if layer.kind == "mamba" and config["model_type"] == "nemotron_h":
-            # transformers clamps dt at time_step_min, which only serves initialisation; no engine and no kernel does.
+        if layer.kind == "mamba":
+            # transformers clamps Nemotron-H's dt at time_step_min, which serves initialisation; no engine and no kernel
+            # does.
             mixer.__dict__["time_step_limit"] = (0.0, float("inf"))
             run_without_kernels(mixer)
         elif layer.kind == "moe":

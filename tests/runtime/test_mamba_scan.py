@@ -7,6 +7,7 @@ and bfloat16, at lengths around a chunk, and so do its gradients; masks and cach
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -17,6 +18,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime import mamba_scan
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.mamba_scan import TORCH, causal_convolution, chunked_scan, scan_path
+from tests.support.tiny_models import write_family_checkpoint
 
 HEADS, CHANNELS, GROUPS, STATE = 6, 5, 2, 7
 
@@ -78,9 +80,16 @@ def test_the_convolution_is_torchs_own(tokens: int) -> None:
         torch.testing.assert_close(found, wanted[..., :tokens].transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(params=["nemotron_h", "granitemoehybrid"])
+def hybrid(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    """A tiny model of each family with Mamba-2 layers."""
+    return Checkpoint.open(write_family_checkpoint(tmp_path, request.param))
+
+
 def mixers(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """A mixer as we run it, and its copy as transformers does."""
-    mixer = LayerStack(checkpoint, dtype=dtype).loaded_layer(0).get_submodule("mixer")
+    path, _norm = checkpoint.architecture.names.mixers["mamba"]
+    mixer = LayerStack(checkpoint, dtype=dtype).loaded_layer(0).get_submodule(path.rstrip("."))
     original = copy.deepcopy(mixer)
     del original.forward
     assert isinstance(mixer.forward, MethodType) and mixer.forward.__func__ is mamba_scan._forward
@@ -91,9 +100,9 @@ def mixers(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, nn.Mo
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_a_mixer_computes_what_transformers_does(
-    tiny_checkpoint: Checkpoint, tokens: int, dtype: torch.dtype, tolerance: float
+    hybrid: Checkpoint, tokens: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    mixer, original = mixers(tiny_checkpoint, dtype)
+    mixer, original = mixers(hybrid, dtype)
     hidden = torch.randn(3, tokens, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         wanted, found = original(hidden), mixer(hidden)
