@@ -35,7 +35,6 @@ LONG_FUNCTIONS = {
     "importance/measure.py:measure",
     "minipuzzle/commands/distill.py:distill",
     "minipuzzle/commands/prune.py:prune",
-    "minipuzzle/commands/score.py:score",
 }
 MANY_PARAMETERS = {
     "distill/race.py:run_race",
