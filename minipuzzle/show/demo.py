@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import GIB, format_count
+from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
     from minipuzzle.quality.evaluate import Evaluation
@@ -48,16 +52,11 @@ class Stage:
 
 def print_stages(stages: Sequence[Stage], deployment: str) -> None:
     """Print the table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     domains = list(stages[0].by_domain)
     headers = ("layers", "params", "GiB", *domains, "KL", "agree", "tok/s")
-    table = Table("", *headers, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = figures_table("", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns:
         column.no_wrap = True
-        column.justify = "left" if column is table.columns[0] else "right"
     for stage in stages:
         overall = stage.overall
         table.add_row(

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
 from distill.settings import DOCUMENTS, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.progress import steps_bar
+from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from distill.run import PreparedRun
     from minipuzzle.architecture.model import Architecture
 
@@ -58,9 +62,8 @@ def measure_work(
 
 def text_plan(prepared: PreparedRun) -> Table:
     """What each phase reads of each source, and how often that makes."""
-    from rich.table import Table
-
-    table = Table("phase", "source", "tokens", "epochs", "epochs in all", "at most", title="text of the run")
+    columns = ("phase", "source", "tokens", "epochs", "epochs in all", "at most")
+    table = figures_table(*columns, num_names=2, title="text of the run", title_justify="center")
     windows = prepared.text.windows
     caps = {source.name: source.max_epochs for source in windows.blend.sources}
     for share in windows.plan:
@@ -72,8 +75,6 @@ def text_plan(prepared: PreparedRun) -> Table:
             f"{windows.epochs_of(share.source):.2f}",
             f"{caps[share.source]:g}",
         )
-    for column in table.columns[2:]:
-        column.justify = "right"
     return table
 
 
@@ -101,9 +102,6 @@ def distill_progress(total_steps: int, *, quiet: bool = False, work: ModelWork |
     if quiet:
         yield ignore_step
         return
-    from rich.console import Console, Group
-    from rich.live import Live
-
     console = Console(stderr=True)
     bar = steps_bar(console)
     task = bar.add_task("distilling", total=total_steps, figures="")
@@ -121,9 +119,6 @@ def distill_progress(total_steps: int, *, quiet: bool = False, work: ModelWork |
 
 def step_table(record: StepRecord, held_out_kl: float | None, work: ModelWork | None) -> Table:
     """The figures of a step in one row."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     figures = {
         "loss": f"{record.loss:.4f}",
         "KL": f"{record.kl:.4f}",

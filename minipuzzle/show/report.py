@@ -7,12 +7,15 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
+from rich.console import Console
+
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.cut.plan import Plan
 from minipuzzle.search.candidates import Candidate
+from minipuzzle.show.tables import figures_table
 
 PATTERN_COLUMNS = 60
 
@@ -38,15 +41,12 @@ def architecture_summary(architecture: Architecture, deployment: Deployment) -> 
 
 def print_architecture(architecture: Architecture, deployment: Deployment) -> None:
     """Print what a model is made of and what it needs, with estimates below the exact sum."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
     console.print(f"[bold]{architecture.model_type}[/], {len(architecture.layers)} layers", highlight=False)
     console.print(f"pattern  {colored_pattern(architecture)}", highlight=False)
     widths = ((axis, architecture.width(axis)) for axis in PRUNABLE_AXES)
     console.print("widths   " + ", ".join(f"{axis} {width}" for axis, width in widths if width), highlight=False)
-    parameters = Table("part", "layers", "parameters", "share", title="Parameters", title_justify="left")
+    parameters = figures_table("part", "layers", "parameters", "share", title="Parameters")
     counts, total = architecture.layer_counts, architecture.num_parameters
     for part, count in architecture.parameters_by_part().items():
         parameters.add_row(part, str(counts.get(part, "")), format_count(count), f"{count / total:.1%}")
@@ -54,16 +54,14 @@ def print_architecture(architecture: Architecture, deployment: Deployment) -> No
     if (active := architecture.num_active_parameters) != total:
         parameters.add_row("active for a token", "", format_count(active), f"{active / total:.1%}")
     breakdown = memory_breakdown(architecture, deployment)
-    memory = Table("term", "precision", "memory", title="Memory", title_justify="left")
+    memory = figures_table("term", "precision", "memory", title="Memory")
     for term in breakdown.terms:
         memory.add_row(term.name, term.precision, format_gib(term.num_bytes))
     memory.add_row("[bold]total", "", f"[bold]{format_gib(breakdown.total_bytes)}")
     for term in breakdown.estimates:
         memory.add_row(f"[dim]not counted: {term.name}", term.precision, f"[dim]{format_gib(term.num_bytes)}")
-    for table in (parameters, memory):
-        for column in table.columns[1:]:
-            column.justify = "right"
-        console.print(table)
+    console.print(parameters)
+    console.print(memory)
     console.print(f"[dim]at {deployment.describe()}; engines add activations and buffers of their own", highlight=False)
 
 
@@ -90,13 +88,10 @@ def plan_summary(source: Architecture, plan: Plan, deployment: Deployment) -> di
 
 def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int], deployment: Deployment) -> None:
     """Print a cut as a difference against its source."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
     console.print(f"source   {colored_pattern(source, dropped)}", highlight=False)
     console.print(f"cut      {colored_pattern(target)}", highlight=False)
-    table = Table("", "source", "cut", "left")
+    table = figures_table("", "source", "cut", "left")
     for kind, count in source.layer_counts.items():
         left = target.layer_counts.get(kind, 0)
         table.add_row(f"{kind} layers", str(count), str(left), f"{left / count:.0%}")
@@ -113,8 +108,6 @@ def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int
             table.add_row(before_term.name, *sizes, f"{after_term.num_bytes / before_bytes:.0%}")
     total = [breakdown.total_bytes for breakdown in memory]
     table.add_row("[bold]memory", *(format_gib(size) for size in total), f"[bold]{total[1] / total[0]:.1%}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     console.print(table)
     console.print(f"[dim]memory at {deployment.describe()}", highlight=False)
 
@@ -132,16 +125,12 @@ def _range(widths: Sequence[int]) -> str:
 
 def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
     """Print the best candidates of a search."""
-    from rich.console import Console
-    from rich.table import Table
-
     is_timed = any(candidate.costs.step_nanoseconds for candidate in candidates)
     columns = ("candidate", "parameters", "memory", *(("tokens/s",) if is_timed else ()), "predicted loss")
-    table = Table(*columns, title_justify="left")
+    title = f"The {len(candidates)} best of all"
     if candidates[0].layout == UNIFORM:
-        table.title = f"{len(candidates)} best of {num_found} candidates that fit and that no other one dominates"
-    else:
-        table.title = f"The {len(candidates)} best of all"
+        title = f"{len(candidates)} best of {num_found} candidates that fit and that no other one dominates"
+    table = figures_table(*columns, title=title)
     for candidate in candidates:
         throughput = candidate.pricing.throughput(candidate.costs)
         table.add_row(
@@ -151,18 +140,12 @@ def print_candidates(candidates: Sequence[Candidate], num_found: int) -> None:
             *((f"{throughput:,.0f}",) if throughput else ()),
             f"{candidate.predicted_loss:.4g}",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
     Console().print(table)
 
 
 def print_finalists(finalists: Sequence[Mapping[str, Any]]) -> None:
     """Print a race: each finalist before, and after its last round."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("finalist", "parameters", "KL before", "tokens", "KL after", "loss after", title="Race")
-    table.title_justify = "left"
+    table = figures_table("finalist", "parameters", "KL before", "tokens", "KL after", "loss after", title="Race")
     for finalist in finalists:
         last = finalist["rounds"][-1]
         table.add_row(
@@ -173,6 +156,4 @@ def print_finalists(finalists: Sequence[Mapping[str, Any]]) -> None:
             f"{last['kl']:.4f}",
             f"{last['loss']:.4f}{' ◂' if finalist['is_winner'] else ''}",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
     Console().print(table)
