@@ -12,7 +12,6 @@ A table of the file is one deployment; what it leaves out has the default of ``D
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from minipuzzle.architecture.memory import PRECISION_FIELDS, Deployment
 from minipuzzle.architecture.quantities import parse_bytes, parse_count
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.table import Table
+from minipuzzle.toml_files import read_toml
 
 SERVING_FIELDS = ("context", "batch", *PRECISION_FIELDS)
 
@@ -86,7 +86,7 @@ def read_deployments(path: Path) -> dict[str, NamedDeployment]:
     Raises: MinipuzzleError naming what the file says wrong.
     """
     found = {}
-    for name, table in _read_toml(path).items():
+    for name, table in read_toml(path, "--deployments").items():
         if not isinstance(table, dict):
             raise MinipuzzleError(f"{path}: {name!r} is not a table", f"write [{name}] and its fields below")
         try:
@@ -94,19 +94,6 @@ def read_deployments(path: Path) -> dict[str, NamedDeployment]:
         except MinipuzzleError as error:
             raise MinipuzzleError(f"{path}, [{name}]: {error.problem}", error.hint) from None
     return found
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MinipuzzleError(f"cannot read {path}: {error.strerror}", "check --deployments") from None
-    except ValueError as error:
-        raise MinipuzzleError(f"{path} is not TOML: {error}", "see `minipuzzle inspect --help`") from None
 
 
 def _named_deployment(name: str, table: Mapping[str, Any]) -> NamedDeployment:

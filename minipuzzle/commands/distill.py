@@ -367,16 +367,15 @@ def _show_result(result: DistillResult, *, as_json: bool) -> None:
         echo_json({**asdict(result), "out": str(result.out), "remaining_kl_fraction": result.remaining_kl_fraction})
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("", "before", "after", "left")
+    from minipuzzle.show.tables import figures_table
+
+    table = figures_table("", "before", "after", "left")
     if result.validation_kl_before is not None and result.validation_kl_after is not None:
         row = [f"{result.validation_kl_before:.4f}", f"{result.validation_kl_after:.4f}"]
         table.add_row("KL to the teacher, nats/token", *row, f"{result.remaining_kl_fraction:.1%}")
         row = [f"{result.validation_loss_before:.4f}", f"{result.validation_loss_after:.4f}"]
         table.add_row("loss on the text, nats/token", *row, "")
-        for column in table.columns[1:]:
-            column.justify = "right"
         Console().print(table)
     click.echo(
         f"{result.steps:,} steps, {format_count(result.tokens)} tokens, {result.epochs:.2f} epochs, "

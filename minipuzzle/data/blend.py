@@ -26,7 +26,6 @@ Source: two-phase pre-training, broad first and high quality last, with capped e
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 
 from minipuzzle.architecture.quantities import format_count
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.toml_files import read_toml
 
 BLEND_SUFFIX = ".toml"
 DEFAULT_MAX_EPOCHS = 4.0
@@ -94,16 +94,7 @@ def read_blend(path: Path) -> Blend:
 
     Raises: MinipuzzleError naming the entry that is missing, unknown or out of range.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    if not path.is_file():
-        raise MinipuzzleError(f"the blend file {path} does not exist", "check --data")
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MinipuzzleError(f"{path} is not TOML: {error}", "mend the file") from None
+    entries = read_toml(path, "--data")
     _refuse_unknown(path, "the file", entries, ("held_out", "max_epochs", "sources", "phases"))
     max_epochs = _number(path, "max_epochs", entries.get("max_epochs", DEFAULT_MAX_EPOCHS))
     held_out = _number(path, "held_out", entries.get("held_out", 0.0), least=0.0)

@@ -13,6 +13,7 @@ from rich.console import Console
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import GIB, format_count
+from minipuzzle.show.pictures import picture
 from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
@@ -81,35 +82,25 @@ def print_stages(stages: Sequence[Stage], deployment: str) -> None:
 
 def draw_stages(stages: Sequence[Stage], path: Path) -> None:
     """Draw memory, bits per byte by domain, and KL to the teacher as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     domains = list(stages[0].by_domain)
-    figure, (memory, quality, divergence) = plt.subplots(
-        1, 3, figsize=(11, 3.6), width_ratios=(1, 1.6, 1), layout="constrained"
-    )
-    names = [stage.name for stage in stages]
-    _bars(memory, names, [stage.memory_bytes / GIB for stage in stages], "{:.4f}")
-    memory.set_title("memory when served, GiB")
-    _bars(divergence, names[1:], [stage.overall.kl or 0 for stage in stages[1:]], "{:.3f}", STAGE_COLORS[1:])
-    divergence.set_title("KL to the teacher, nats/token")
-    width = 0.8 / len(stages)
-    for idx, stage in enumerate(stages):
-        positions = [domain_idx + (idx - (len(stages) - 1) / 2) * width for domain_idx in range(len(domains))]
-        values = [stage.by_domain[domain].bits_per_byte for domain in domains]
-        bars = quality.bar(positions, values, width * 0.92, label=stage.name, color=STAGE_COLORS[idx])
-        quality.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=1)
-    quality.set_xticks(range(len(domains)), domains)
-    quality.set_title("bits per byte of held-out text (lower is better)")
-    quality.legend(ncols=len(stages), fontsize=8, frameon=False, loc="upper center")
-    quality.set_ylim(0, 1.25 * max(value.bits_per_byte for stage in stages for value in stage.by_domain.values()))
-    for axes in (memory, quality, divergence):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with picture(path, (11, 3.6), widths=(1, 1.6, 1)) as (memory, quality, divergence):
+        names = [stage.name for stage in stages]
+        _bars(memory, names, [stage.memory_bytes / GIB for stage in stages], "{:.4f}")
+        memory.set_title("memory when served, GiB")
+        _bars(divergence, names[1:], [stage.overall.kl or 0 for stage in stages[1:]], "{:.3f}", STAGE_COLORS[1:])
+        divergence.set_title("KL to the teacher, nats/token")
+        width = 0.8 / len(stages)
+        for idx, stage in enumerate(stages):
+            positions = [domain_idx + (idx - (len(stages) - 1) / 2) * width for domain_idx in range(len(domains))]
+            values = [stage.by_domain[domain].bits_per_byte for domain in domains]
+            bars = quality.bar(positions, values, width * 0.92, label=stage.name, color=STAGE_COLORS[idx])
+            quality.bar_label(bars, fmt="{:.2f}", fontsize=8, padding=1)
+        quality.set_xticks(range(len(domains)), domains)
+        quality.set_title("bits per byte of held-out text (lower is better)")
+        quality.legend(ncols=len(stages), fontsize=8, frameon=False, loc="upper center")
+        quality.set_ylim(0, 1.25 * max(value.bits_per_byte for stage in stages for value in stage.by_domain.values()))
+        for axes in (memory, quality, divergence):
+            axes.title.set_fontsize(10)
 
 
 def _bars(

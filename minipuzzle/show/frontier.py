@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minipuzzle.architecture.quantities import GIB, format_gib
 from minipuzzle.search.sweep import FrontierPoint
+from minipuzzle.show.pictures import picture
 
 CHART_COLUMNS = 40
 
@@ -24,23 +25,15 @@ def write_frontier_csv(points: Sequence[FrontierPoint], path: Path, *, quality: 
 
 def plot_frontier(points: Sequence[FrontierPoint], path: Path, *, quality: str, file_format: str = "png") -> None:
     """Draw quality against memory as a picture; budgets that nothing fits are shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    memory_gib = [point.memory_bytes / GIB for point in points if point.memory_bytes is not None]
-    axes.plot(memory_gib, [point.quality for point in points if point.memory_bytes is not None], marker="o")
-    if infeasible := [point.budget_bytes / GIB for point in points if point.memory_bytes is None]:
-        axes.axvspan(min(infeasible), max(infeasible), color="0.9", label="nothing fits")
-        axes.legend(frameon=False)
-    axes.set_xlabel("memory when served, GiB")
-    axes.set_ylabel(quality)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130, format=file_format)
-    plt.close(figure)
+    with picture(path, (7, 4), format=file_format) as (axes,):
+        fitting = [(point.memory_bytes / GIB, point.quality or 0.0) for point in points if point.memory_bytes]
+        axes.plot([memory_gib for memory_gib, _ in fitting], [loss for _, loss in fitting], marker="o")
+        if infeasible := [point.budget_bytes / GIB for point in points if point.memory_bytes is None]:
+            axes.axvspan(min(infeasible), max(infeasible), color="0.9", label="nothing fits")
+            axes.legend(frameon=False)
+        axes.set_xlabel("memory when served, GiB")
+        axes.set_ylabel(quality)
+        axes.grid(alpha=0.3)
 
 
 def frontier_chart(points: Sequence[FrontierPoint], *, quality: str) -> str:

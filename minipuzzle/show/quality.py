@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from minipuzzle.show.tables import figures_table
+
 if TYPE_CHECKING:
     from minipuzzle.quality.evaluate import Evaluation
 
 
 def print_quality(rows: Mapping[str, Evaluation]) -> None:
     """Print a column for each text: terminals are wide enough for a few of these, not for all figures side by side."""
-    from rich.console import Console
-    from rich.table import Table
-
     formats = {
         "num_tokens": ("tokens", "{:,}"),
         "loss": ("loss (nats/token)", "{:.4f}"),
@@ -24,9 +25,8 @@ def print_quality(rows: Mapping[str, Evaluation]) -> None:
         "top1_agreement": ("agreement with teacher", "{:.2%}"),
         "tokens_per_second": ("tokens per second", "{:,.0f}"),
     }
-    table = Table("", *rows)
+    table = figures_table("", *rows)
     for column in table.columns[1:]:
-        column.justify = "right"
         column.overflow = "fold"
     found = {name: row.to_json() for name, row in rows.items()}
     for figure, (label, shown_as) in formats.items():

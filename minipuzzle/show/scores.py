@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.cut.scores import Scores
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.outputs import output_file
+from minipuzzle.show.pictures import picture
 
 if TYPE_CHECKING:
     from importance.work import PlannedScoring
@@ -40,33 +43,21 @@ def draw_scores(architecture: Architecture, scores: Scores, path: Path, metric: 
 
     Source: arXiv 2504.03624, figure 9.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     values = scores.layer[metric]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for kind in architecture.layer_counts:
-        indices = [idx for idx in architecture.layer_indices(kind) if values[idx] > 0]
-        axes.plot(indices, values[indices], "o", color=COLORS.get(kind, "tab:gray"), label=kind)
-    shown = np.flatnonzero(values > 0)
-    axes.plot(shown, values[shown], "-", color="lightgray", zorder=0)
-    axes.set_yscale("log")
-    axes.set_xlabel("layer")
-    axes.set_ylabel(f"{metric} of the LM head's input without the layer")
-    axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    with output_file(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    with output_file(path) as partial, picture(partial, (9, 4), format=path.suffix[1:], dpi=150) as (axes,):
+        for kind in architecture.layer_counts:
+            indices = [idx for idx in architecture.layer_indices(kind) if values[idx] > 0]
+            axes.plot(indices, values[indices], "o", color=COLORS.get(kind, "tab:gray"), label=kind)
+        shown = np.flatnonzero(values > 0)
+        axes.plot(shown, values[shown], "-", color="lightgray", zorder=0)
+        axes.set_yscale("log")
+        axes.set_xlabel("layer")
+        axes.set_ylabel(f"{metric} of the LM head's input without the layer")
+        axes.legend(frameon=False)
 
 
 def print_scores(architecture: Architecture, scores: Scores, metric: str = "mse") -> None:
     """A column for each kind of layer: index, bar, score; the lowest score of each kind is marked."""
-    from rich.console import Console
-    from rich.table import Table
-
     values = scores.layer[metric]
     lengths = _bar_lengths(values.tolist())
     grid = Table.grid(padding=(0, 2))

@@ -171,12 +171,11 @@ def show_estimates(
 
 def _print_table(estimates: list[RunEstimate]) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from minipuzzle.show.tables import figures_table
 
     terms = tuple(asdict(estimates[0].memory))
-    table = Table("", *(f"{row.num_processes:,} x {row.hardware}" for row in estimates))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures_table("", *(f"{row.num_processes:,} x {row.hardware}" for row in estimates))
     for term in terms:
         name = term.removesuffix("_bytes")
         table.add_row(name, *(format_gib(getattr(row.memory, term)) for row in estimates))
