@@ -47,8 +47,6 @@ MANY_PARAMETERS = {
 PRIVATE_NAMES = {
     "tests/quality/test_evaluate.py:_CHUNK_LOGITS",
     "tests/export/test_recovery.py:_PIECE_ELEMENTS",
-    "tests/runtime/test_mamba_scan.py:_chunks",
-    "tests/runtime/test_mamba_scan.py:_forward",
 }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from types import MethodType
 from typing import Any
 
 import torch
@@ -40,37 +39,65 @@ def _has_kernels() -> bool:
     return all(find_spec(package) is not None for package in ("mamba_ssm", "causal_conv1d"))
 
 
-def run_without_kernels(mixer: nn.Module) -> None:
-    """Let one of transformers' Mamba-2 mixers compute as this file does, wherever it would not use Triton kernels."""
+class FastMamba2(nn.Module):
+    """One of transformers' Mamba-2 mixers that computes as this file does wherever it would not use Triton kernels.
+
+    Made by ``fast_mamba2`` as a subclass of the mixer's own class, under whose names weights stay.
+    """
+
+    def __init__(self, mixer: nn.Module, *, time_step_limit: tuple[float, float] | None = None) -> None:
+        """Take over the sizes and weights of a mixer that is used no more.
+
+        ``time_step_limit``: what dt is clamped to; None: as the mixer does.
+        """
+        nn.Module.__init__(self)  # not the mixer's own: it would make new weights, from a config that it may not know
+        vars(self).update(vars(mixer))
+        if time_step_limit is not None:
+            self.time_step_limit = time_step_limit
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the mixer adds, ``[batch, tokens, hidden]``; by transformers' code with a cache, mask or compiler."""
+        is_plain = not args and all(value is None for value in kwargs.values())  # no cache, mask, packed sequences
+        is_traced = torch.compiler.is_compiling()  # how long chunks are depends on the data
+        if not is_plain or is_traced or scan_path(hidden_states.device) == TRITON:
+            original: torch.Tensor = super().forward(hidden_states, *args, **kwargs)
+            return original
+        return _mixed(self, hidden_states)
+
+
+def fast_mamba2(mixer: nn.Module, *, time_step_limit: tuple[float, float] | None = None) -> FastMamba2:
+    """What to put in the place of one of transformers' Mamba-2 mixers; see FastMamba2."""
     assert all(hasattr(mixer, name) for name in ("in_proj", "conv1d", "A_log", "dt_bias", "D", "norm", "out_proj"))
-    mixer.forward = MethodType(_forward, mixer)
+    original: Any = type(mixer)  # mypy takes its __hash__ for that of its instances
+    return _fast_class(original)(mixer, time_step_limit=time_step_limit)
 
 
-def _forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    is_plain = not args and all(value is None for value in kwargs.values())  # no cache, no mask, no packed sequences
-    is_traced = torch.compiler.is_compiling()  # how long chunks are depends on the data
-    if not is_plain or is_traced or scan_path(hidden_states.device) == TRITON:
-        original: torch.Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
-        return original
-    gate_BTI, mixed_BT, dt_BTH = self.in_proj(hidden_states).split(
-        [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+@cache
+def _fast_class(original: type[Any]) -> type[FastMamba2]:
+    return type(f"Fast{original.__name__}", (FastMamba2, original), {})
+
+
+def _mixed(mixer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    gate_BTI, mixed_BT, dt_BTH = mixer.in_proj(hidden_states).split(
+        [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1
     )
-    mixed_BT = causal_convolution(mixed_BT, self.conv1d.weight[:, 0], self.conv1d.bias)
-    mixed_BT = F.silu(mixed_BT, inplace=not mixed_BT.requires_grad) if self.activation == "silu" else self.act(mixed_BT)
-    states = self.n_groups * self.ssm_state_size
-    x, b, c = mixed_BT.split([self.intermediate_size, states, states], dim=-1)
+    mixed_BT = causal_convolution(mixed_BT, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)
+    is_silu = mixer.activation == "silu"
+    mixed_BT = F.silu(mixed_BT, inplace=not mixed_BT.requires_grad) if is_silu else mixer.act(mixed_BT)
+    states = mixer.n_groups * mixer.ssm_state_size
+    x, b, c = mixed_BT.split([mixer.intermediate_size, states, states], dim=-1)
     precision = torch.promote_types(hidden_states.dtype, torch.float32)
-    dt = F.softplus(dt_BTH.to(precision) + self.dt_bias.to(precision)).clamp(*self.time_step_limit)
+    dt = F.softplus(dt_BTH.to(precision) + mixer.dt_bias.to(precision)).clamp(*mixer.time_step_limit)
     scanned = chunked_scan(
-        x.unflatten(-1, (self.num_heads, self.head_dim)).to(precision),
+        x.unflatten(-1, (mixer.num_heads, mixer.head_dim)).to(precision),
         dt,
-        -self.A_log.to(precision).exp(),
-        b.unflatten(-1, (self.n_groups, self.ssm_state_size)).to(precision),
-        c.unflatten(-1, (self.n_groups, self.ssm_state_size)).to(precision),
-        self.D.to(precision),
-        longest_chunk=GOOD_CHUNK_TOKENS_CPU if x.is_cpu else self.chunk_size,
+        -mixer.A_log.to(precision).exp(),
+        b.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)).to(precision),
+        c.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)).to(precision),
+        mixer.D.to(precision),
+        longest_chunk=GOOD_CHUNK_TOKENS_CPU if x.is_cpu else mixer.chunk_size,
     )
-    result: torch.Tensor = self.out_proj(self.norm(scanned.flatten(-2), gate_BTI).to(hidden_states.dtype))
+    result: torch.Tensor = mixer.out_proj(mixer.norm(scanned.flatten(-2), gate_BTI).to(hidden_states.dtype))
     return result
 
 
@@ -104,7 +131,7 @@ def chunked_scan(
     """
     (batch, num_tokens, heads, channels), groups, state = x.shape, b.shape[2], b.shape[3]
     decay_BTH = (dt.double() * -a.double()).clamp(max=NOTHING_LEFT_NATS[x.dtype])
-    length, precision = _chunks(decay_BTH.detach(), min(longest_chunk, num_tokens), x.dtype)
+    length, precision = chunks_in_range(decay_BTH.detach(), min(longest_chunk, num_tokens), x.dtype)
     whole_x, result_dtype = x, x.dtype
     padding = -num_tokens % length
     if padding:  # with dt = 0 these tokens leave the state as it is, and their own outputs are dropped
@@ -139,8 +166,11 @@ def chunked_scan(
     return torch.addcmul(y, whole_x, d[:, None]) if y.requires_grad else y.addcmul_(whole_x, d[:, None])
 
 
-def _chunks(decay_BTH: torch.Tensor, longest: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
-    """Tokens a chunk, and the precision of its products: what lets no factor leave the range of the precision."""
+def chunks_in_range(decay_BTH: torch.Tensor, longest: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+    """Tokens a chunk, and the precision of its products: what lets no factor leave the range of the precision.
+
+    ``decay_BTH``: nats, in float64. ``longest``: in tokens. ``dtype``: of the inputs.
+    """
 
     def fits(length: int, precision: torch.dtype) -> bool:
         """Whether what decays from the first to the last token of any chunk is within the range of a precision."""

@@ -12,7 +12,7 @@ from minipuzzle.architecture.configs.per_layer import base_config
 from minipuzzle.architecture.families import family_of, read_architecture
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.runtime.experts import SplitExperts
-from minipuzzle.runtime.mamba_scan import run_without_kernels
+from minipuzzle.runtime.mamba_scan import fast_mamba2
 
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
@@ -61,11 +61,11 @@ def prepare_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
     architecture, modules = read_architecture(config), family_of(config).modules
     for layer_idx, layer in enumerate(architecture.layers):
         prefix = architecture.names.block(architecture.block_of(layer_idx)) + architecture.names.mixers[layer.kind][0]
-        mixer = model.get_submodule(modules.module_name(prefix).rstrip("."))
+        path = modules.module_name(prefix).rstrip(".")
+        mixer = model.get_submodule(path)
         if layer.kind == "mamba":
             # transformers clamps Nemotron-H's dt at time_step_min, which serves initialisation; no engine and no kernel
             # does.
-            mixer.__dict__["time_step_limit"] = (0.0, float("inf"))
-            run_without_kernels(mixer)
+            model.set_submodule(path, fast_mamba2(mixer, time_step_limit=(0.0, float("inf"))))
         elif layer.kind == "moe":
-            mixer.experts = SplitExperts(mixer.get_submodule("experts"))
+            model.set_submodule(f"{path}.experts", SplitExperts(mixer.get_submodule("experts")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,8 @@ def narrow_on_meta(model: nn.Module, config: Mapping[str, Any], dtype: torch.dty
     for position, layer in enumerate(whole.layers):
         block_idx, wanted = whole.block_of(position), kept.get((whole.block_of(position), layer.kind))
         mixer, norm = (name.removesuffix(".weight").rstrip(".") for name in whole.names.mixers[layer.kind])
-        block = model.get_submodule(f"{base.modules.layers}.{block_idx}")
+        path = f"{base.modules.layers}.{block_idx}"
+        block = model.get_submodule(path)
         if wanted is None:
             block.set_submodule(mixer, NoLayer(is_attention=layer.kind == "attention"))
             block.set_submodule(norm, nn.Identity())
@@ -35,29 +35,22 @@ def narrow_on_meta(model: nn.Module, config: Mapping[str, Any], dtype: torch.dty
         elif wanted.sizes != layer.sizes:
             key = (layer.kind, *wanted.sizes.items())
             if key not in donors:
-                donors[key] = _mixer_of_widths(config, whole, wanted, dtype)
-            narrow = copy.deepcopy(donors[key])
-            if hasattr(narrow, "layer_idx"):
-                narrow.__dict__["layer_idx"] = block_idx
-            block.set_submodule(mixer, narrow)
+                donors[key] = _model_of_widths(config, whole, wanted, dtype)
+            block.set_submodule(mixer, donors[key].get_submodule(f"{path}.{mixer}"))
 
 
-def _mixer_of_widths(
+def _model_of_widths(
     config: Mapping[str, Any], whole: Architecture, wanted: LayerSpec, dtype: torch.dtype
 ) -> nn.Module:
-    """transformers' module for a layer, from a model in which all layers of its kind are so wide."""
+    """A model in which all layers of a kind are as wide as the wanted one."""
     base = base_config(config)
-    family = family_of(base)
     layers = tuple(
         layer.resized(**{axis: wanted.sizes[axis] for axis in layer.sizes if axis != "window"})
         if layer.kind == wanted.kind
         else layer
         for layer in whole.layers
     )
-    model = uniform_on_meta(family.write(base, replace(whole, layers=layers)), dtype)
-    first = whole.block_of(whole.layer_indices(wanted.kind)[0])
-    mixer = whole.names.mixers[wanted.kind][0].rstrip(".")
-    return model.get_submodule(f"{family.modules.layers}.{first}.{mixer}")
+    return uniform_on_meta(family_of(base).write(base, replace(whole, layers=layers)), dtype)
 
 
 def _generate_without_cache(model: nn.Module) -> None:

@@ -6,18 +6,25 @@ and bfloat16, at lengths around a chunk, and so do its gradients; masks and cach
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from types import MethodType
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.runtime import mamba_scan
 from minipuzzle.runtime.layer_stack import LayerStack
-from minipuzzle.runtime.mamba_scan import TORCH, causal_convolution, chunked_scan, scan_path
+from minipuzzle.runtime.mamba_scan import (
+    TORCH,
+    FastMamba2,
+    causal_convolution,
+    chunked_scan,
+    chunks_in_range,
+    scan_path,
+)
+from minipuzzle.runtime.meta_models import transformers_config
 from tests.support.tiny_models import write_family_checkpoint
 
 HEADS, CHANNELS, GROUPS, STATE = 6, 5, 2, 7
@@ -87,13 +94,15 @@ def hybrid(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 
 
 def mixers(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """A mixer as we run it, and its copy as transformers does."""
+    """A mixer as we run it, and transformers' own with the same weights, whose steps nothing clamps."""
     path, _norm = checkpoint.architecture.names.mixers["mamba"]
     mixer = LayerStack(checkpoint, dtype=dtype).loaded_layer(0).get_submodule(path.rstrip("."))
-    original = copy.deepcopy(mixer)
-    del original.forward
-    assert isinstance(mixer.forward, MethodType) and mixer.forward.__func__ is mamba_scan._forward
-    assert "forward" not in vars(original)
+    assert isinstance(mixer, FastMamba2)
+    config = transformers_config({**checkpoint.config, "time_step_min": 0.0})
+    original_class = {"nemotron_h": NemotronHMamba2Mixer, "granitemoehybrid": GraniteMoeHybridMambaLayer}
+    original = original_class[checkpoint.config["model_type"]](config, layer_idx=0)
+    original.load_state_dict(mixer.state_dict(), strict=True, assign=True)
+    assert not isinstance(original, FastMamba2)
     return mixer, original
 
 
@@ -143,7 +152,7 @@ def test_masks_are_left_to_transformers(tiny_checkpoint: Checkpoint) -> None:
 def test_chunks_are_as_long_as_the_decays_allow(steepness: float, chunk_tokens: int, dtype: torch.dtype) -> None:
     x, dt, _a, b, c, d = random_inputs(256, torch.float32)
     dt, a = torch.ones_like(dt), torch.full_like(d, -steepness)
-    assert mamba_scan._chunks((dt.double() * steepness).clamp(max=110), 128, torch.float32) == (chunk_tokens, dtype)
+    assert chunks_in_range((dt.double() * steepness).clamp(max=110), 128, torch.float32) == (chunk_tokens, dtype)
     found, wanted = chunked_scan(x, dt, a, b, c, d, longest_chunk=128), recurrence((x, dt, a, b, c, d))
     assert (found.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
