@@ -66,6 +66,9 @@ golden: $(READY)  ## fingerprints of all that is computed, on this machine, befo
 golden-check: $(READY)  ## compare with them after it; names what differs
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.make --check
 
+golden-write: $(READY)  ## write what must be the same everywhere anew; the commit says why it changed
+	$(BIN)/python -m tests.golden.write
+
 docs: $(READY)  ## write docs/commands.md from the commands' own help, and the tables of docs/families.md
 	$(BIN)/python docs/write_commands.py
 	$(BIN)/python docs/write_families.py
