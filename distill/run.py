@@ -31,6 +31,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
 from minipuzzle.quality.vocabulary import SharedVocabulary, shared_vocabulary
+from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.runtime.processes import processes_from_environment
 
 
@@ -185,7 +186,7 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
             request.teacher.architecture,
             settings,
             request.engine,
-            hardware=hardware_of(torch.device(request.device), getattr(torch, settings.dtype)),
+            hardware=hardware_of(torch.device(request.device), DTYPES[settings.dtype]),
             num_processes=processes_from_environment().world_size,
         ),
         notes=notes,
@@ -299,7 +300,7 @@ def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: O
         student=request.student,
         teacher=request.teacher,
         placement=placement,
-        compute_dtype=getattr(torch, request.settings.dtype),
+        compute_dtype=DTYPES[request.settings.dtype],
         engine=request.engine,
     )
     cache = request.teacher_cache

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minipuzzle.errors import InputChangedError
+from minipuzzle.files.outputs import require_same_inputs
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -31,13 +32,7 @@ class PartialSums:
         self._arrays: Arrays = {}
         if path.is_file():
             earlier = self._read()
-            for name, wanted in self.identity.items():
-                if earlier.get(name) != wanted:
-                    raise InputChangedError(
-                        f"{path} holds an interrupted measurement with another {name}: "
-                        f"{earlier.get(name)!r} then, {wanted!r} now",
-                        f"restore it to continue, or remove {path} to start afresh",
-                    )
+            require_same_inputs(path, {name: earlier.get(name) for name in self.identity}, self.identity)
 
     def _read(self) -> dict[str, str]:
         from safetensors import SafetensorError, safe_open

@@ -16,6 +16,7 @@ from distill.settings import DistillSettings
 from minipuzzle.architecture.layer_kinds import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
+from minipuzzle.runtime.compute import DTYPES
 
 _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
@@ -137,7 +138,7 @@ def _moved_bytes(student: Architecture, teacher: Architecture, settings: Distill
     """Bytes that one process receives and sends for one micro-batch of split models."""
     if num_processes == 1:
         return 0.0
-    weight_bytes: int = getattr(torch, settings.dtype).itemsize
+    weight_bytes = DTYPES[settings.dtype].itemsize
     student_bytes = (2 * weight_bytes + _FLOAT32_BYTES) * student.num_parameters  # gathered twice, reduced once
     return (student_bytes + weight_bytes * teacher.num_parameters) * (num_processes - 1) / num_processes
 
@@ -153,7 +154,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Memory of each process of a run before any weight is read."""
     engine = engine or EngineSettings()
-    weight_bytes = getattr(torch, settings.dtype).itemsize
+    weight_bytes = DTYPES[settings.dtype].itemsize
     rows = settings.micro_batch_sequences * settings.sequence_length
     kind = torch.device(device)
     chunk_rows = min(rows, LossSettings().chunk_rows(student.vocabulary, kind, torch.float32))

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill.objective.pair import DistillPair
@@ -17,10 +16,9 @@ from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, output_folder
-from minipuzzle.files.safetensors_files import ShardWriter
+from minipuzzle.files.safetensors_files import ShardWriter, torch_dtype
 from minipuzzle.runtime.processes import Processes
 
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ReadWeight = Callable[[str, tuple[int, ...]], Tensor]  # by name in memory and shape
 
 
@@ -83,5 +81,5 @@ def _write_student(read: ReadWeight, student: Checkpoint, folder: Path) -> None:
     for tensor in architecture.tensors():
         stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
         weight = read(student.family.modules.module_name(tensor.name), tensor.shape)
-        writer.add(tensor.name, weight.to("cpu", _TORCH_DTYPES[stored.dtype]))
+        writer.add(tensor.name, weight.to("cpu", torch_dtype(stored.dtype)))
     writer.finish()

@@ -28,6 +28,7 @@ from distill.training.optimizers import make_optimizer
 from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.runtime.processes import Processes
 
 SAVE_SECONDS = 300.0
@@ -58,7 +59,7 @@ def distill(
         student_model,
         family,
         device=torch.device(device),
-        compute_dtype=getattr(torch, settings.dtype),
+        compute_dtype=DTYPES[settings.dtype],
     )
     return distill_pair(
         pair=pair,

@@ -47,10 +47,14 @@ def parse_budget_bytes(text: str, source_bytes: int) -> int:
     """Bytes in an absolute size, or in a share of ``source_bytes`` such as ``75%``."""
     if not text.strip().endswith("%"):
         return parse_bytes(text)
+    return int(source_bytes * _percentage(text, "the source model") / 100)
+
+
+def _percentage(text: str, whole: object) -> Decimal:
     number, suffix = _split_number(text.strip()[:-1], "percentage", "75%")
     if suffix or not 0 < number <= 100:
-        raise MinipuzzleError(f"{text!r} is not a share of the source model", "use a percentage from 1% to 100%")
-    return int(source_bytes * number / 100)
+        raise MinipuzzleError(f"{text!r} is not a share of {whole}", "use a percentage from 1% to 100%")
+    return number
 
 
 def parse_count(text: str) -> int:
@@ -68,10 +72,7 @@ def parse_share_or_count(text: str, whole: int) -> int:
     """A count, or a share of ``whole`` such as ``75%``, rounded up to a whole number."""
     if not text.strip().endswith("%"):
         return parse_count(text)
-    number, suffix = _split_number(text.strip()[:-1], "percentage", "75%")
-    if suffix or not 0 < number <= 100:
-        raise MinipuzzleError(f"{text!r} is not a share of {whole}", "use a percentage from 1% to 100%")
-    return int((whole * number / 100).to_integral_value(ROUND_CEILING))
+    return int((whole * _percentage(text, whole) / 100).to_integral_value(ROUND_CEILING))
 
 
 def format_gib(num_bytes: int) -> str:

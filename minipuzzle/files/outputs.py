@@ -171,14 +171,22 @@ def _open_partial(partial: Path, record: dict[str, Any]) -> bool:
         raise MinipuzzleError(f"{partial} is in the way and was not written by minipuzzle", "move it away")
     earlier = read_json(provenance)
     wanted = json.loads(json.dumps(record))  # tuples become lists, as in the file
+    require_same_inputs(partial, earlier, wanted)
+    return False
+
+
+def require_same_inputs(unfinished: Path, earlier: Provenance, wanted: Provenance) -> None:
+    """Refuse to continue a run that began with other inputs or settings.
+
+    Raises: InputChangedError naming the first field that differs.
+    """
     for field in sorted(earlier.keys() | wanted.keys()):
         if earlier.get(field) != wanted.get(field):
             raise InputChangedError(
-                f"{partial} holds an interrupted run with another {field}: "
+                f"{unfinished} holds an interrupted run with another {field}: "
                 + "; ".join(_differences(earlier.get(field), wanted.get(field))),
-                f"restore it to continue that run, or remove {partial} to start afresh",
+                f"restore it to continue that run, or remove {unfinished} to start afresh",
             )
-    return False
 
 
 def _differences(earlier: Any, wanted: Any, name: str = "") -> Iterator[str]:
