@@ -12,7 +12,7 @@ Shape suffixes: S streams of altered models, B batch, T tokens, C a chunk of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from importance.metrics import HeadInputMetrics, chunk_bytes, chunk_tokens, next
 from importance.prefix_tree import PrefixTree, TreeLevel, build_tree, run_level
 from importance.stream_cache import StreamCache, streams_before
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.cut.plan import Plan, keep_everything, plan_without
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import Advance, no_progress
@@ -50,21 +50,7 @@ class Hooks:
 
 def removal_plans(source: Architecture, layers: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Plan]:
     """For each of some layers, the plan that leaves it out, beside those that are removed already."""
-    fingerprint = source.fingerprint()
-    return [
-        Plan(
-            source_fingerprint=fingerprint,
-            kept_layers=tuple(idx for idx in range(len(source.layers)) if idx not in removed | {layer_idx}),
-        )
-        for layer_idx in layers
-    ]
-
-
-def block_plans(source: Architecture, blocks: Sequence[tuple[int, ...]]) -> list[Plan]:
-    """For each of some blocks, the plan that leaves all its layers out."""
-    everything = keep_everything(source)
-    kept = (tuple(idx for idx in everything.kept_layers if idx not in block) for block in blocks)
-    return [replace(everything, kept_layers=layers) for layers in kept]
+    return [plan_without(source, removed | {layer_idx}) for layer_idx in layers]
 
 
 def reserved_bytes(
@@ -117,14 +103,6 @@ def num_steps(tree: PrefixTree, num_samples: int) -> int:
 def alteration_tree(source: Architecture, plans: Sequence[Plan]) -> PrefixTree:
     """The tree of the full model and the altered ones."""
     return build_tree(source, [keep_everything(source), *plans])
-
-
-def score_layers(
-    stack: LayerStack, token_ids_BT: torch.Tensor, *, slice_samples: int | None = None, hooks: Hooks | None = None
-) -> Metrics:
-    """All metrics of LAYER_METRICS for leaving out each layer, ``[num_layers]``; see ``score_plans``."""
-    plans = removal_plans(stack.architecture, range(stack.num_layers))
-    return score_plans(stack, plans, token_ids_BT, slice_samples=slice_samples, hooks=hooks)
 
 
 def score_plans(
@@ -234,7 +212,7 @@ class _Run:
         if plan_idx == 0:
             return "the full model"
         plan = self.plans[plan_idx - 1]
-        dropped = plan.dropped_layers(self.stack.architecture)
+        dropped = self.stack.architecture.layers_besides(plan.kept_layers)
         narrowed = [f"{axis} of layer {key} narrowed" for axis, by in plan.kept_units.items() for key in by]
         parts = [*narrowed, *([f"without layer {', '.join(map(str, dropped))}"] if dropped else [])]
         return f"the model {' and '.join(parts)}" if parts else "the full model"

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from importance import channels, layers
 from importance.alterations import LayerRequest, narrowed_plans
-from importance.layers import Hooks, Metrics, alteration_tree, block_plans, removal_plans, score_plans
+from importance.layers import Hooks, Metrics, alteration_tree, removal_plans, score_plans
 from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
 from importance.stream_cache import StreamCache
 from importance.work import cache_bytes, open_stack
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
-from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.plan import Plan, plan_without
 from minipuzzle.cut.scores import Scores
 from minipuzzle.data.windows import check_token_ids
 from minipuzzle.files.checkpoint import Checkpoint
@@ -155,7 +155,7 @@ def _score_layers(
     for round_idx in range(request.removals + 1):
         left = [layer_idx for layer_idx in candidates if layer_idx not in found.removed]
         plans = removal_plans(source, left, frozenset(found.removed))
-        plans += [] if round_idx else [*narrowed, *block_plans(source, blocks)]
+        plans += [] if round_idx else [*narrowed, *(plan_without(source, block) for block in blocks)]
         values = _score_round(run, round_idx, plans, token_ids_BT, slice_samples, cache)
         for metric, scores in values.items():
             found.layer[metric][left] = scores[: len(left)]

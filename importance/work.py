@@ -9,7 +9,8 @@ import torch
 
 from importance import channels, layers
 from importance.alterations import LayerRequest, plans_of_any_units
-from importance.layers import alteration_tree, block_plans, removal_plans
+from importance.layers import alteration_tree, removal_plans
+from minipuzzle.cut.plan import plan_without
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import (
     EMBEDDINGS,
@@ -104,7 +105,7 @@ def predict_work(
     request, processes = request or LayerRequest(), processes or Processes()
     source = stack.architecture
     plans = removal_plans(source, request.candidates(source)) + plans_of_any_units(source, request)
-    plans += block_plans(source, request.blocks(source))
+    plans += [plan_without(source, block) for block in request.blocks(source)]
     layer_share = len(layers.share_of_samples(layer_samples, processes))
     channel_share = len(layers.share_of_samples(channel_samples, processes))
     layer_slice = layers.samples_per_slice(stack, layer_share, sequence_length, len(plans))

@@ -153,7 +153,9 @@ def shared_prefixes(
         stack.apply = timed_apply  # type: ignore[method-assign]
         HeadInputMetrics.add = timed_add  # type: ignore[assignment,method-assign]
         try:
-            scores = layers.score_layers(stack, token_ids_BT)
+            scores = layers.score_plans(
+                stack, layers.removal_plans(stack.architecture, range(stack.num_layers)), token_ids_BT
+            )
         finally:
             HeadInputMetrics.add = add  # type: ignore[method-assign]
     return stack, scores
@@ -171,7 +173,10 @@ def run(*, num_samples: int = 8, sequence_length: int = 128, repeats: int = 1) -
         sequence_length=sequence_length,
     )
     num_layers = len(checkpoint.architecture.layers)
-    layers.score_layers(LayerStack(checkpoint), token_ids_BT[:1, :16])  # what is done once, such as imports
+    # What is done once, such as imports.
+    layers.score_plans(
+        LayerStack(checkpoint), layers.removal_plans(checkpoint.architecture, [0]), token_ids_BT[:1, :16]
+    )
     ours, theirs = [], []
     for _ in range(repeats):
         our_parts, their_parts = Seconds(), Seconds()

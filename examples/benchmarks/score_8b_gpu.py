@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from importance.layers import alteration_tree, removal_plans, score_layers
+from importance.layers import alteration_tree, removal_plans, score_plans
 from importance.work import open_stack
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.quantities import GIB
@@ -83,7 +83,7 @@ def main(device: str = "cuda") -> None:
         stack = open_stack(
             checkpoint, sequence_length=TOKENS, device=device, dtype="bfloat16", device_memory_bytes=LIMIT_BYTES
         )
-        score_layers(stack, tokens)
+        score_plans(stack, removal_plans(stack.architecture, range(stack.num_layers)), tokens)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     source = checkpoint.architecture

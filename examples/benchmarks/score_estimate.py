@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from importance.layers import score_layers
+from importance.layers import removal_plans, score_plans
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.files.checkpoint import Checkpoint
@@ -65,7 +65,8 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint.folder)
     token_ids = sample_windows(tokenizer, documents, num_samples=SAMPLES, sequence_length=TOKENS)
     start = time.process_time()
-    exact = score_layers(LayerStack(checkpoint), token_ids)
+    plans = removal_plans(checkpoint.architecture, range(len(checkpoint.architecture.layers)))
+    exact = score_plans(LayerStack(checkpoint), plans, token_ids)
     exact_seconds = time.process_time() - start
     start = time.process_time()
     estimates = []

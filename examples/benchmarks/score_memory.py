@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from importance.layers import score_layers
+from importance.layers import removal_plans, score_plans
 from importance.work import open_stack
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.quantities import GIB, MIB
@@ -69,7 +69,7 @@ def score(folder: Path, limit_bytes: int) -> dict[str, Any]:
     tokens = torch.randint(vocabulary, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1))
     stack = open_stack(checkpoint, sequence_length=TOKENS, device_memory_bytes=limit_bytes)
     start = time.perf_counter()
-    scores = score_layers(stack, tokens)
+    scores = score_plans(stack, removal_plans(stack.architecture, range(stack.num_layers)), tokens)
     return {
         "peak_bytes": peak_bytes(),
         "seconds": time.perf_counter() - start,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -105,6 +105,10 @@ class Architecture:
     def layer_indices(self, kind: str) -> tuple[int, ...]:
         """Positions of the layers of one kind."""
         return tuple(idx for idx, layer in enumerate(self.layers) if layer.kind == kind)
+
+    def layers_besides(self, indices: Collection[int]) -> tuple[int, ...]:
+        """Positions of all layers but some."""
+        return tuple(idx for idx in range(len(self.layers)) if idx not in indices)
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, ...], ...]:

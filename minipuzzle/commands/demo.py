@@ -148,7 +148,7 @@ def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sa
     choice = prune(request, measure, out=out, overwrite=False, quiet=quiet)
     if not quiet:
         source = teacher.architecture
-        print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), DEPLOYMENT)
+        print_plan(source, choice.plan.apply(source), source.layers_besides(choice.plan.kept_layers), DEPLOYMENT)
 
 
 def demo_distillation(tokens: int, *, seed: int = 0, evaluations: int = 0) -> DistillSettings:

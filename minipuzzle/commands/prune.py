@@ -158,7 +158,7 @@ def prune(
     if as_json:
         echo_json({"out": str(out), **plan_summary(source, choice.plan, deployment), **choice.table})
         return
-    print_plan(source, choice.plan.apply(source), choice.plan.dropped_layers(source), deployment)
+    print_plan(source, choice.plan.apply(source), source.layers_besides(choice.plan.kept_layers), deployment)
     _print_choice(choice)
     click.echo(f"written to {out}\nnext: minipuzzle distill {out} --data ... --tokens ... -o ...")
 

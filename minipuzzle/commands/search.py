@@ -112,7 +112,7 @@ def _search(
         facts |= {"candidates": [candidate.to_json() for candidate in candidates[:top]], "request": asdict(request)}
         echo_json(facts)
         return
-    print_plan(source, best.architecture, best.dropped_layers, deployment)
+    print_plan(source, best.architecture, source.layers_besides(best.kept_layers), deployment)
     print_candidates(candidates[:top], len(candidates))
     if out is not None:
         click.echo(f"plan written to {out}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,12 @@ class Plan:
             layers.append(layer.resized(hidden=hidden, **new_sizes))
         return replace(source, layers=tuple(layers), hidden=hidden)
 
-    def dropped_layers(self, source: Architecture) -> tuple[int, ...]:
-        """Indices of the source's layers that go."""
-        kept = set(self.kept_layers)
-        return tuple(idx for idx in range(len(source.layers)) if idx not in kept)
+    def treatment(self, source: Architecture) -> dict[int, object]:
+        """What becomes of each layer that stays, for ``num_layers_different``: its axes' kept units."""
+        return {
+            layer_idx: {axis: self.units(axis, layer_idx) for axis in source.layers[layer_idx].sizes}
+            for layer_idx in self.kept_layers
+        }
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -133,9 +135,19 @@ class Plan:
         return json.dumps(record, allow_nan=False) + "\n"
 
 
+def num_layers_different(one: Mapping[int, object], other: Mapping[int, object]) -> int:
+    """Layers that two cuts treat differently, each given as what becomes of the layers that stay."""
+    return sum(one.get(layer_idx) != other.get(layer_idx) for layer_idx in one.keys() | other.keys())
+
+
+def plan_without(source: Architecture, layers: Collection[int]) -> Plan:
+    """The plan that leaves some layers out and the others whole."""
+    return Plan(source_fingerprint=source.fingerprint(), kept_layers=source.layers_besides(layers))
+
+
 def keep_everything(source: Architecture) -> Plan:
     """The plan that cuts nothing."""
-    return Plan(source_fingerprint=source.fingerprint(), kept_layers=tuple(range(len(source.layers))))
+    return plan_without(source, ())
 
 
 def read_plan(path: Path) -> Plan:

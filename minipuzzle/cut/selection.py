@@ -39,24 +39,6 @@ def rank_layers(
     return {kind: sorted(found, key=badness) for kind, found in ranked.items()}
 
 
-def keep_best_layers(
-    source: Architecture, layer_scores: Array, counts: Mapping[str, int], layout: str = UNIFORM
-) -> tuple[int, ...]:
-    """Indices of the layers that stay: of each kind as many of the best as ``counts`` says, all where it is silent.
-
-    Raises: MinipuzzleError if more layers of a kind are asked for than there are.
-    """
-    kept: list[int] = []
-    for kind, best_first in rank_layers(source, layer_scores, layout).items():
-        wanted = counts.get(kind, len(best_first))
-        if not 0 <= wanted <= len(best_first):
-            raise MinipuzzleError(
-                f"cannot keep {wanted} {kind} layers: the model has {len(best_first)}", "lower --keep"
-            )
-        kept += [layer_idx for together in best_first[:wanted] for layer_idx in together]
-    return tuple(sorted(kept))
-
-
 def keep_best_units(unit_scores: Array, num_kept: int, num_groups: int = 1) -> tuple[int, ...]:
     """Ascending indices of the best units, as many from each of ``num_groups`` equal groups.
 

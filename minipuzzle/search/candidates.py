@@ -9,6 +9,7 @@ from typing import Any
 
 from minipuzzle.architecture.layer_kinds import LAYER_KINDS
 from minipuzzle.architecture.model import UNIFORM, Architecture
+from minipuzzle.cut.plan import num_layers_different
 from minipuzzle.search.costs import Costs, Limits, Pricing, check_limits
 
 
@@ -47,12 +48,6 @@ class Candidate:
                 counts[self.source.layers[together[0]].kind] += 1
         return counts
 
-    @property
-    def dropped_layers(self) -> tuple[int, ...]:
-        """Positions of the layers that go."""
-        kept = set(self.kept_layers)
-        return tuple(idx for idx in range(len(self.source.layers)) if idx not in kept)
-
     def widths_of(self, layer_idx: int) -> dict[str, int]:
         """Widths of one layer on the axes that it has."""
         sizes = self.source.layers[layer_idx].sizes
@@ -60,9 +55,14 @@ class Candidate:
         return {axis: width for axis, width in widths.items() if axis in sizes}
 
     @cached_property
+    def treatment(self) -> dict[int, dict[str, int]]:
+        """The widths of each layer that stays."""
+        return {layer_idx: self.widths_of(layer_idx) for layer_idx in self.kept_layers}
+
+    @cached_property
     def architecture(self) -> Architecture:
         """What is left of the source."""
-        return resized(self.source, {layer_idx: self.widths_of(layer_idx) for layer_idx in self.kept_layers})
+        return resized(self.source, self.treatment)
 
     def check(self) -> None:
         """Count all costs anew from the whole architecture and hold them against every limit.
@@ -97,7 +97,7 @@ class Candidate:
             "num_parameters": self.costs.num_parameters,
             "num_active_parameters": self.costs.num_active_parameters,
             "predicted_loss": self.predicted_loss,
-            "dropped_layers": list(self.dropped_layers),
+            "dropped_layers": list(self.source.layers_besides(self.kept_layers)),
         }
         if self.layer_widths:
             facts["layer_widths"] = {str(idx): dict(widths) for idx, widths in self.layer_widths.items()}
@@ -114,19 +114,13 @@ def resized(source: Architecture, kept: Mapping[int, Mapping[str, int]]) -> Arch
     return replace(source, layers=layers, hidden=hidden)
 
 
-def num_layers_different(one: Candidate, other: Candidate) -> int:
-    """Layers of the source that two candidates treat differently: kept or not, or at other widths."""
-    kept = [set(candidate.kept_layers) for candidate in (one, other)]
-    num_different = len(kept[0] ^ kept[1])
-    return num_different + sum(one.widths_of(idx) != other.widths_of(idx) for idx in kept[0] & kept[1])
-
-
 def diverse(candidates: Iterable[Candidate], min_different: int, max_number: int | None = None) -> list[Candidate]:
     """The first candidates of a list that differ from each chosen before in at least so many layers."""
     chosen: list[Candidate] = []
     for candidate in candidates:
         if max_number is not None and len(chosen) == max_number:
             break
-        if all(num_layers_different(candidate, earlier) >= min_different for earlier in chosen):
+        differences = (num_layers_different(candidate.treatment, earlier.treatment) for earlier in chosen)
+        if all(different >= min_different for different in differences):
             chosen.append(candidate)
     return chosen

@@ -160,8 +160,7 @@ def plan_of(source: Architecture, scores: Scores, candidate: Candidate, *, metri
         "predicted_loss": candidate.predicted_loss,
         "metric": metric,
     }
-    widths = {layer_idx: candidate.widths_of(layer_idx) for layer_idx in candidate.kept_layers}
-    plan = make_plan(source, scores, kept_layers=candidate.kept_layers, widths=widths, notes=notes)
+    plan = make_plan(source, scores, kept_layers=candidate.kept_layers, widths=candidate.treatment, notes=notes)
     left = plan.apply(source)
     assert left == candidate.architecture, "the plan leaves another model than the one that was priced"
     return plan

@@ -49,7 +49,7 @@ class Refinement:
         }
         if "kl" in scores.layer:
             facts["sum_of_dropped_layers_kl"] = {
-                name: float(scores.layer["kl"][list(item.plan.dropped_layers(source))].sum())
+                name: float(scores.layer["kl"][list(source.layers_besides(item.plan.kept_layers))].sum())
                 for name, item in (("before", start), ("after", best))
             }
         return facts

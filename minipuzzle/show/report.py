@@ -78,7 +78,7 @@ def colored_pattern(architecture: Architecture, dropped: Sequence[int] = ()) -> 
 def plan_summary(source: Architecture, plan: Plan, deployment: Deployment) -> dict[str, Any]:
     """A plan and what is left of the model, for --json."""
     return {
-        "dropped_layers": list(plan.dropped_layers(source)),
+        "dropped_layers": list(source.layers_besides(plan.kept_layers)),
         "kept_layers": list(plan.kept_layers),
         **architecture_summary(plan.apply(source), deployment),
         "source_memory_bytes": memory_breakdown(source, deployment).total_bytes,

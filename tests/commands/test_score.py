@@ -17,7 +17,7 @@ import torch
 from click.testing import Result
 
 from importance.alterations import LayerRequest
-from importance.layers import Hooks, score_layers
+from importance.layers import Hooks
 from importance.measure import measure
 from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
@@ -31,6 +31,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_tokenizer
 from tests.support.cli import run_cli
+from tests.support.scoring import score_layers
 from tests.support.tiny_models import VOCABULARY
 
 SMALL_MEMORY = "800KiB"  # holds any one part of the tiny model, not all of it

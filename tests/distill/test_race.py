@@ -21,7 +21,7 @@ from distill.race import RACE_FILE, RaceResult, RaceSettings, run_race, survivor
 from distill.run import distill_checkpoint
 from distill.settings import DistillSettings
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import keep_everything
+from minipuzzle.cut.plan import keep_everything, num_layers_different
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows
 from minipuzzle.errors import InputChangedError
@@ -29,7 +29,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.ranked import RankedPlan
 from minipuzzle.runtime.models import load_model, load_tokenizer
-from minipuzzle.workflows.choosing.finalists import num_layers_different, pick_finalists
+from minipuzzle.workflows.choosing.finalists import pick_finalists
 from tests.support.cli import run_cli
 from tests.support.cuts import plan_with
 from tests.support.ranking import quality_of
@@ -195,7 +195,8 @@ def test_finalists_differ_and_the_best_fill_up(tiny_checkpoint: Checkpoint) -> N
         replace(whole, kept_layers=(0, 1, 2, 3, 6)),  # in one
         plan_with(tiny_checkpoint, ffn=16),  # in layer 4 and the narrowed layers 1 and 6
     ]
-    assert [num_layers_different(source, plans[0], plan) for plan in plans] == [0, 2, 1, 3]
+    treatments = [plan.treatment(source) for plan in plans]
+    assert [num_layers_different(treatments[0], treatment) for treatment in treatments] == [0, 2, 1, 3]
     ranked = [RankedPlan(plan=plan, quality=quality_of(number, 0, 0, 0)) for number, plan in enumerate(plans)]
 
     def picked(number: int, min_different: int) -> list[int]:

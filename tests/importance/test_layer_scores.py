@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from importance.layers import reserved_bytes, score_layers
+from importance.layers import reserved_bytes
 from importance.metrics import HeadInputMetrics, next_token_labels
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.data.documents import read_documents
@@ -24,6 +24,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, LayerStack, resident_weight_bytes
 from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
 from tests.support.oracles import Scores, assert_same_scores, plain_metrics
+from tests.support.scoring import score_layers
 from tests.support.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
 
 Tensors = dict[str, torch.Tensor]

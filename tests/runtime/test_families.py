@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minipuzzle
-from importance.layers import score_layers
 from minipuzzle.architecture.families import FAMILIES, Config, Family, family_of, read_architecture
 from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES
 from minipuzzle.architecture.model import Architecture
@@ -32,6 +31,7 @@ from minipuzzle.runtime.models import build_model, build_on_meta, load_model, pa
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cuts import half_of_the_units, plan_keeping
 from tests.support.oracles import exact_logits_of, silence
+from tests.support.scoring import score_layers
 from tests.support.text import random_tokens
 from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, write_family_checkpoint
 

@@ -56,7 +56,7 @@ def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> N
     exchanged = set(best.plan.kept_layers) ^ set(start.plan.kept_layers)
     assert found.refinement["layers_exchanged"] == sorted(exchanged)
     added_up = found.refinement["sum_of_dropped_layers_kl"]["after"]
-    dropped = best.plan.dropped_layers(problem.source)
+    dropped = problem.source.layers_besides(best.plan.kept_layers)
     assert added_up == pytest.approx(float(np.sum(problem.scores.layer["kl"][list(dropped)])))
 
 
@@ -79,7 +79,7 @@ def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Prob
     neighbours = problem.neighbours(plan)
     found = {neighbour.kept_layers for neighbour in neighbours}
     assert len(found) == len(neighbours)
-    kept, outside = set(plan.kept_layers), plan.dropped_layers(problem.source)
+    kept, outside = set(plan.kept_layers), problem.source.layers_besides(plan.kept_layers)
     wanted = set()
     for added in [{idx} for idx in outside] + [{a, b} for a in outside for b in outside if a < b]:
         for dropped in [set[int](), *({idx} for idx in kept)] if len(added) == 1 else [{idx} for idx in kept]:

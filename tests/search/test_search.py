@@ -20,13 +20,14 @@ from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.cut.plan import keep_everything
 from minipuzzle.cut.scores import Scores, read_scores, write_scores
-from minipuzzle.cut.selection import keep_best_layers, keep_best_units, make_plan
+from minipuzzle.cut.selection import keep_best_units, make_plan
 from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError, NothingToPruneError
 from minipuzzle.search.candidates import resized
 from minipuzzle.search.costs import Limits
 from minipuzzle.search.engine import find_candidates, plan_of
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.space import requested_space
+from tests.support.cuts import best_layers
 
 PATTERN = "M-M*-MM-*-M-"
 MOE_FIELDS: dict[str, Any] = {
@@ -69,7 +70,7 @@ def test_the_candidates_are_exactly_the_undominated_ones_that_fit(share: str, de
     fitting = []
     for point in itertools.product(*space.counts.values(), *space.widths.values()):
         counts = dict(zip(space.counts, point, strict=False))
-        kept = keep_best_layers(source, scores, counts)
+        kept = best_layers(source, scores, counts)
         layers = tuple(source.layers[idx] for idx in kept)
         layers = tuple(layer.resized(ffn=point[-1]) if layer.kind == "mlp" else layer for layer in layers)
         if memory_breakdown(replace(source, layers=layers), deployment).total_bytes <= budget_bytes:
@@ -100,7 +101,7 @@ def test_layers_are_ranked_inside_their_kind() -> None:
     source = source_architecture()
     scores = np.array([9, 8, 7, 0.1, 6, 5, 4, 3, 0.2, 2, 1, 9.5])
     counts = {"mamba": 4, "attention": 1, "mlp": 4}
-    kept = keep_best_layers(source, scores, counts)
+    kept = best_layers(source, scores, counts)
     assert kept == (0, 1, 2, 4, 5, 6, 7, 8, 11)
     globally_best = tuple(sorted(np.argsort(-scores, kind="stable")[: len(kept)]))
     assert kept != globally_best
@@ -108,7 +109,7 @@ def test_layers_are_ranked_inside_their_kind() -> None:
 
 def test_of_equal_layers_the_later_one_goes_first() -> None:
     source = source_architecture()
-    kept = keep_best_layers(source, np.ones(len(PATTERN)), {"mamba": 2, "mlp": 1, "attention": 1})
+    kept = best_layers(source, np.ones(len(PATTERN)), {"mamba": 2, "mlp": 1, "attention": 1})
     assert kept == (0, 1, 2, 3)
 
 
@@ -173,7 +174,7 @@ def test_all_limits_bounds_and_axes_combine() -> None:
     for point in itertools.product(*space.counts.values(), *space.widths.values()):
         widths = dict(zip(space.widths, point[3:], strict=True))
         counts = dict(zip(space.counts, point[:3], strict=True))
-        kept = keep_best_layers(source, scores.layer["mse"], counts)
+        kept = best_layers(source, scores.layer["mse"], counts)
         of_layer = {idx: {a: w for a, w in widths.items() if a in source.layers[idx].sizes} for idx in kept}
         target = resized(source, of_layer)
         within_memory = memory_breakdown(target, deployment).total_bytes <= limits.memory_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +13,16 @@ from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, kind_of_axi
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
 from minipuzzle.cut.scores import Scores
-from minipuzzle.cut.selection import keep_best_units, norm_scales
+from minipuzzle.cut.selection import keep_best_units, norm_scales, rank_layers
 from minipuzzle.cut.surgery import kept_positions
 from minipuzzle.files.checkpoint import Checkpoint
+
+
+def best_layers(source: Architecture, layer_scores: np.ndarray[Any, Any], counts: Mapping[str, int]) -> tuple[int, ...]:
+    """Layers in order, of each kind as many of the best as asked for."""
+    ranked = rank_layers(source, layer_scores)
+    kept = (together for kind, count in counts.items() for together in ranked[kind][:count])
+    return tuple(sorted(itertools.chain.from_iterable(kept)))
 
 
 def ranking(size: int, num_kept: int, num_groups: int = 1, seed: int = 0) -> tuple[int, ...]:

@@ -10,20 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.plan import num_layers_different
 from minipuzzle.quality.ranked import RankedPlan
-
-
-def num_layers_different(source: Architecture, one: Plan, other: Plan) -> int:
-    """Layers of the source that two plans treat differently: kept or not, or with other units."""
-
-    def treatment(plan: Plan, layer_idx: int) -> object:
-        if layer_idx not in plan.kept_layers:
-            return None
-        axes = ("hidden", *source.layers[layer_idx].sizes)
-        return [(axis, units) for axis in axes if (units := plan.units(axis, layer_idx)) is not None]
-
-    return sum(treatment(one, idx) != treatment(other, idx) for idx in range(len(source.layers)))
 
 
 def pick_finalists(
@@ -35,7 +23,8 @@ def pick_finalists(
     """
     chosen: list[RankedPlan] = []
     for item in ranked:
-        others = (num_layers_different(source, item.plan, earlier.plan) for earlier in chosen)
+        treatment = item.plan.treatment(source)
+        others = (num_layers_different(treatment, earlier.plan.treatment(source)) for earlier in chosen)
         if len(chosen) < number and all(different >= min_different for different in others):
             chosen.append(item)
     fillers = [item for item in ranked if not any(item is earlier for earlier in chosen)]
