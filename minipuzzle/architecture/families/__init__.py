@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
+from typing import Any
 
 from minipuzzle.architecture.configs.family import Config, Family, ModulePaths
 from minipuzzle.architecture.configs.per_layer import PER_LAYER_MODEL_TYPE, base_config, per_layer_family
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.table import Table
 
 __all__ = ["FAMILIES", "Config", "Family", "ModulePaths", "family_of", "read_architecture"]
 
@@ -24,20 +24,16 @@ def _entries() -> Iterator[Family]:
         yield from getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILIES", ())
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in _entries()})
+FAMILIES = Table("model type", "families", entries={family.model_type: family for family in _entries()})
 
 
 def family_of(config: Config) -> Family:
     """The family of a config.json.
 
-    Raises: MinipuzzleError for an unknown ``model_type``.
+    Raises: MinipuzzleError for an unknown ``model_type``, with the nearest names.
     """
-    model_type = base_config(config).get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise MinipuzzleError(
-            f"model_type {model_type!r} is not supported",
-            f"supported families: {', '.join(sorted(FAMILIES))}",
-        )
+    model_type: Any = base_config(config).get("model_type")
+    FAMILIES.check(model_type)
     family = FAMILIES[model_type]
     is_per_layer = config.get("model_type") == PER_LAYER_MODEL_TYPE
     return per_layer_family(family) if is_per_layer else family
