@@ -6,12 +6,9 @@ Every case ends with its stated exit code, a line "error:", a line "hint:", no t
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.outputs import output_folder
 from minipuzzle.files.safetensors_files import ShardWriter
 from tests.support.cli import run_cli
+from tests.support.kills import stop_command_when
 
 
 @pytest.fixture
@@ -274,15 +272,8 @@ def test_a_user_error_takes_its_partial_folder_along_and_a_crash_leaves_it(tmp_p
 
 def kill_half_way(arguments: list[str | Path], out: Path) -> None:
     """Start a command and kill it as soon as it has begun its partial folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minipuzzle", *map(str, arguments)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = out.with_name(out.name + ".partial")
-    deadline = time.monotonic() + 60
-    while not (partial / "minipuzzle.json").is_file() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    stop_command_when(arguments, (partial / "minipuzzle.json").is_file)
     assert partial.is_dir() and not out.exists()
 
 

@@ -9,9 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from minipuzzle.runtime.models import load_model
 from tests.support.cli import run_cli
 from tests.support.distilling import saved_tensors
 from tests.support.jobs import losses, torchrun
+from tests.support.kills import stop_command_when
 from tests.support.tiny_models import write_family_checkpoint, write_tiny_checkpoint
 
 OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")
@@ -146,13 +144,12 @@ def test_a_terminated_command_leaves_a_partial_folder_that_the_same_command_fini
 ) -> None:
     out = tmp_path / "out"
     arguments = command(student, text_file, out, "--tokens", "64k")  # the later --tokens wins
-    process = subprocess.Popen([sys.executable, "-m", "minipuzzle", *arguments], stderr=subprocess.PIPE)
     metrics = tmp_path / "out.partial" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate()
-    assert process.returncode == 130, stderr.decode()
+
+    def has_three_steps() -> bool:
+        return metrics.exists() and metrics.read_text().count("\n") > 2
+
+    assert stop_command_when(arguments, has_three_steps, by=signal.SIGTERM) == 130
     saved = [path.name for path in (tmp_path / "out.partial" / "state").iterdir()]
     assert len(saved) == 1 and int(saved[0].removeprefix("step-")) > 2
     assert os.path.lexists(out) is False

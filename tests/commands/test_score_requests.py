@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,8 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, load_model, parts_of
 from tests.support.cli import run_cli
+from tests.support.jobs import launcher
+from tests.support.kills import stop_command_when
 from tests.support.tiny_models import VOCABULARY
 
 TOKENS = torch.randint(VOCABULARY, (3, 37), generator=torch.Generator().manual_seed(7))
@@ -163,18 +163,21 @@ def score(*arguments: object) -> Any:
     return run_cli("score", *arguments)
 
 
-def score_command(folder: Path, text: Path, out: Path, *extra: str, processes: int = 1) -> list[str]:
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    measuring = ["--samples", "5", "--channel-samples", "6", "--sequence-length", "40", "--json", "-o", str(out)]
-    return [*start, "minipuzzle", "score", str(folder), "--data", str(text), *measuring, *extra]
+def score_arguments(folder: Path, text: Path, out: Path, *extra: str) -> list[object]:
+    measuring = ("--samples", 5, "--channel-samples", 6, "--sequence-length", 40, "--json", "-o", out)
+    return ["score", folder, "--data", text, *measuring, *extra]
 
 
 def run_command(folder: Path, text: Path, out: Path, *extra: str, processes: int = 1) -> Scores:
-    command = score_command(folder, text, out, *extra, processes=processes)
-    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
-    assert json.loads(done.stdout)["processes"] == processes  # one process prints
+    arguments = score_arguments(folder, text, out, *extra)
+    if processes == 1:
+        result = run_cli(*arguments)
+        assert result.exit_code == 0, result.output
+        printed = result.stdout
+    else:
+        command = [*launcher(processes), "-m", "minipuzzle", *map(str, arguments)]
+        printed = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert json.loads(printed)["processes"] == processes  # one process prints
     return read_scores(out)
 
 
@@ -221,12 +224,7 @@ def test_a_killed_process_is_continued_by_the_same_command(tiny_folder: Path, te
     extra = ("--samples", "30", "--channel-samples", "2", "--device-memory", "1MiB")  # 15 slices
     wanted = run_command(tiny_folder, text_file, tmp_path / "whole.safetensors", *extra)
     out, left_over = tmp_path / "s.safetensors", tmp_path / "s.safetensors.partial-sums"
-    process = subprocess.Popen(score_command(tiny_folder, text_file, out, *extra), stdout=subprocess.DEVNULL)
-    while not left_over.is_file():
-        assert process.poll() is None, "it should have been killed before it was done"
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    stop_command_when(score_arguments(tiny_folder, text_file, out, *extra), left_over.is_file)
     assert not out.exists()
     continued = run_command(tiny_folder, text_file, out, *extra)
     for name, values in wanted.layer.items():

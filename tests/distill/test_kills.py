@@ -5,9 +5,7 @@ After every kill each state that has its name is whole: all its tensors can be r
 
 from __future__ import annotations
 
-import multiprocessing
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +14,13 @@ import torch
 from distill.states.checkpointing import STATE_FOLDER, saved_steps, step_folder
 from distill.states.records import METRICS_FILE
 from tests.support.distilling import SETTINGS, assert_same_tensors, metrics, run, saved_tensors
+from tests.support.kills import start, stop_when
 
 STEPS = 16
 KILLS = 5
-# A server that has imported everything forks each run, so that a run starts at once and is a process of its own.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.support.distilling"])
 
 
 def run_to_the_end(models: Path, folder: Path) -> None:
-    torch.set_num_threads(1)  # sums in the same order in every process
     settings = replace(SETTINGS, tokens=STEPS * SETTINGS.tokens_per_step, save_every=1)
     student_model, _ = run(models, folder, settings)
     torch.save(student_model.state_dict(), folder / "weights.pt")
@@ -37,22 +32,14 @@ def num_lines(path: Path) -> int:
 
 def kill_during(models: Path, folder: Path, delay_seconds: float) -> bool:
     """Start or continue a run and kill it some time after its first new step; whether it was still running."""
-    process = PROCESSES.Process(target=run_to_the_end, args=(models, folder))
-    process.start()
     lines_before = num_lines(folder / METRICS_FILE)
-    while process.is_alive() and num_lines(folder / METRICS_FILE) <= lines_before:
-        time.sleep(0.001)
-    time.sleep(delay_seconds)
-    was_running = process.is_alive()
-    process.kill()
-    process.join()
-    return was_running
+    process = start(run_to_the_end, models, folder)
+    return stop_when(process, lambda: num_lines(folder / METRICS_FILE) > lines_before, delay_seconds=delay_seconds)
 
 
 def test_five_kills_at_random_moments_change_nothing(models: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = PROCESSES.Process(target=run_to_the_end, args=(models, whole))
-    process.start()
+    process = start(run_to_the_end, models, whole)
     process.join()
     assert process.exitcode == 0
     dice = random.Random(0)
@@ -63,8 +50,7 @@ def test_five_kills_at_random_moments_change_nothing(models: Path, tmp_path: Pat
             assert all(t.isfinite().all() for t in saved_tensors(step_folder(killed / STATE_FOLDER, step)).values())
             reached.append(step)
         assert not reached or reached[-1] < STEPS, "the run ended before it was killed five times"
-    process = PROCESSES.Process(target=run_to_the_end, args=(models, killed))
-    process.start()
+    process = start(run_to_the_end, models, killed)
     process.join()
     assert process.exitcode == 0
     assert len(set(reached)) > 1, "no kill came after another state was saved"

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +37,7 @@ from tests.support.distilling import (
     saved_tensors,
     windows,
 )
+from tests.support.kills import start, stop_when
 
 
 @pytest.mark.parametrize("stop_after", [2, 3, 5, 7])
@@ -74,28 +72,11 @@ def test_only_the_last_state_is_kept_and_half_written_ones_are_ignored(models: P
     assert [path.name for path in (folder / STATE_FOLDER).iterdir()] == ["step-00000008"]
 
 
-RUN_IN_PROCESS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from tests.support.distilling import run
-run(Path(sys.argv[2]), Path(sys.argv[3]))
-"""
-
-
-def start_process(models: Path, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", RUN_IN_PROCESS, str(Path(__file__).parents[2]), str(models), str(folder)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-
-
 def test_a_run_killed_from_outside_ends_bit_for_bit_like_an_uninterrupted_one(models: Path, tmp_path: Path) -> None:
     wanted_model, _ = run(models, tmp_path / "whole")
-    process = start_process(models, tmp_path / "killed")
     state = tmp_path / "killed" / STATE_FOLDER
-    while process.poll() is None and not list(state.glob("step-0000000?")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(run, models, tmp_path / "killed")
+    stop_when(process, lambda: bool(list(state.glob("step-0000000?"))))
     found_model, progress = run(models, tmp_path / "killed")
     assert progress.step == 8
     assert_same_tensors(found_model.state_dict(), wanted_model.state_dict())

@@ -6,12 +6,7 @@ Each finalist's loss is what distilling it alone gives. `prune` with finalists w
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +27,7 @@ from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.choosing.finalists import pick_finalists
 from tests.support.cli import run_cli
 from tests.support.cuts import plan_with
+from tests.support.kills import stop_command_when
 from tests.support.ranking import quality_of
 
 SETTINGS = RaceSettings(tokens=96, sequence_length=16, batch_sequences=2)
@@ -169,14 +165,8 @@ def test_prune_races_finalists_and_a_killed_race_goes_on(tiny_folder: Path, text
 
 def kill_after_the_first_finalist(arguments: list[str], out: Path) -> None:
     """Start a command and kill it once one finalist is done and another under way."""
-    command = [sys.executable, "-m", "minipuzzle", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     record = out.with_name(out.name + ".partial") / "finalists" / "race" / RACE_FILE
-    deadline = time.monotonic() + 300
-    while not record.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    stop_command_when(arguments, record.is_file)
     assert list(json.loads(record.read_text())["results"]) == ["0-0"] and not out.exists()
 
 

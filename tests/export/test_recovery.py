@@ -5,22 +5,21 @@ finished files again; `minipuzzle verify` states what a folder holds and compute
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from minipuzzle.export.shards import TensorHeader, plan_shards, write_index
+from minipuzzle.export.write import ExportTensors
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
+from tests.support.kills import run_command, start, stop_when
 from tests.support.tiny_models import change_tensors, write_tiny_checkpoint
 
 OPTIONS = ("--fp8", "--samples", "4", "--sequence-length", "32", "--max-shard-size", "20kB")
@@ -33,33 +32,24 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(root / "source", pattern="M-*-" * 4)
 
 
-def test_a_killed_export_leaves_no_target_and_the_same_command_finishes_it(source: Path, tmp_path: Path) -> None:
-    arguments = [
-        "export",
-        str(source),
-        *OPTIONS,
-        "--data",
-        str(source.parent / "text.txt"),
-        "-o",
-        str(tmp_path / "out"),
-    ]
-    # Writing is slowed down from outside, so that the kill falls between two files on any machine.
-    slowed = (
-        "import time, minipuzzle.export.write as w; original = w.ExportTensors.write\n"
-        "def write(*a): time.sleep(0.05); original(*a)\n"
-        "w.ExportTensors.write = write\n"
-        "from minipuzzle.commands.cli import main; main()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slowed, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    partial = tmp_path / "out.partial"
-    deadline = time.monotonic() + 300
-    while len(list(partial.glob("*.safetensors"))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, "the export ended before it could be killed"
+def export_slowly(*arguments: str) -> None:
+    """Writing is slowed down from outside, so that a kill falls between two files on any machine."""
+    write = ExportTensors.write
+
+    def write_slowly(*given: Any) -> None:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+        write(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExportTensors, "write", write_slowly)
+        run_command(*arguments)
+
+
+def test_a_killed_export_leaves_no_target_and_the_same_command_finishes_it(source: Path, tmp_path: Path) -> None:
+    arguments = ["export", source, *OPTIONS, "--data", source.parent / "text.txt", "-o", tmp_path / "out"]
+    partial = tmp_path / "out.partial"
+    process = start(export_slowly, *map(str, arguments))
+    assert stop_when(process, lambda: len(list(partial.glob("*.safetensors"))) >= 3), "it ended before it was killed"
     assert not (tmp_path / "out").exists()
     finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
     result = run_cli(*arguments)
