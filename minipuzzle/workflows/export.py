@@ -14,20 +14,25 @@ from typing import Any
 
 import torch
 
+from minipuzzle.architecture.quantities import parse_bytes
 from minipuzzle.data.windows import check_token_ids
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import CalibrationMethod
-from minipuzzle.export.calibration import ActivationAmax, measure_amax, open_stack
+from minipuzzle.export.calibration import ActivationAmax, calibration_bytes, measure_amax, open_stack
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
 from minipuzzle.export.verify import Verification, verification_slice, verify_export, verify_plain
-from minipuzzle.export.write import ExportTensors, portable_config, write_export
+from minipuzzle.export.write import ExportTensors, export_headers, portable_config, write_export
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
-from minipuzzle.formats.choices import PLAIN, RECIPES
+from minipuzzle.formats.choices import FORMATS, PLAIN, RECIPES
+from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.formats.layout import ExportLayout, export_layout
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_bytes
+from minipuzzle.workflows.settings import ExportSettings, Quality, paths_of
+from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
 from minipuzzle.workflows.verify import random_tokens
 
 CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
@@ -101,6 +106,11 @@ class ExportedFolder:
     verification: Verification | None
     warnings: Sequence[str] = ()
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What was written."""
+        return Checkpoint.open(self.folder)
+
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""
         return {
@@ -173,6 +183,105 @@ def export_checkpoint(
             verification=verification,
             warnings=warnings,
         )
+
+
+def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
+    """What settings ask for in a format.
+
+    Raises: MinipuzzleError for an unknown format or flavour, or activations that the format does not have.
+    """
+    activations = settings.activations or FLAVOURS[settings.flavour].default_activations
+    schemes = FORMATS[format_name].schemes
+    if settings.activations and schemes and settings.activations not in schemes:
+        raise MinipuzzleError(
+            f"{format_name} has no {settings.activations} activations", f"there are {', '.join(schemes)}"
+        )
+    scheme = schemes.get(activations, format_name)
+    return ExportRequest(
+        scheme=scheme,
+        flavour=settings.flavour,
+        recipe=settings.recipe,
+        overrides=tuple((pattern, scheme if wanted == format_name else wanted) for pattern, wanted in settings.overrides),
+        fp8_kv_cache=settings.kv_cache == "fp8",
+        is_puzzle=settings.puzzle,
+        method=CalibrationMethod(algorithm=settings.calibration, percentile=settings.percentile),
+        verifies=not settings.no_verify,
+        device=settings.compute.device,
+        device_memory_bytes=settings.compute.memory_bytes,
+        max_shard_bytes=parse_bytes(settings.max_shard_size),
+        base_model=settings.base_model,
+        quality=_quality(settings.quality),
+        command=settings.command,
+    )
+
+
+def _quality(quality: Quality) -> Mapping[str, Mapping[str, float | None]]:
+    rows = read_json(Path(quality)) if isinstance(quality, str | Path) else quality or {}
+    if not all(isinstance(row, Mapping) for row in rows.values()):
+        raise MinipuzzleError(f"{quality} holds no table of quality", "give what `minipuzzle evaluate --json` printed")
+    return rows
+
+
+def run_export(model: Model, format_name: str, settings: ExportSettings) -> ExportedFolder:
+    """Write a model as a folder for deployment in a format (bf16, fp8, nvfp4), and check it by reading it back.
+
+    Raises: as ``export_checkpoint``.
+    """
+    checkpoint, request, token_ids = _prepared(model, format_name, settings)
+    with settings.compute.progress("exporting", total_steps(checkpoint, request)) as advance:
+        return export_checkpoint(
+            checkpoint,
+            Path(settings.out),
+            request,
+            calibration_token_ids=token_ids,
+            overwrite=settings.overwrite,
+            advance=advance,
+        )
+
+
+export = verb(ExportSettings, run_export)
+
+
+def plan_export(model: Model, format_name: str, settings: ExportSettings) -> dict[str, int]:
+    """What an export will hold and take, after all checks that need no weights.
+
+    Raises: as ``export_checkpoint``.
+    """
+    checkpoint, request, token_ids = _prepared(model, format_name, settings)
+    layout = request.layout(checkpoint)
+    architecture = checkpoint.architecture
+    facts = {
+        "num_quantized_modules": len(layout.quantized),
+        "disk_bytes": sum(header.num_bytes for header in export_headers(architecture, layout).values()),
+        "calibration_tokens": 0,
+        "memory_bytes": 0,
+        "least_memory_bytes": 0,
+    }
+    if token_ids is not None:
+        beside_weights = calibration_bytes(checkpoint, token_ids)
+        facts |= {
+            "calibration_tokens": token_ids.numel() if layout.needs_calibration else 0,
+            "memory_bytes": beside_weights + resident_weight_bytes(architecture, torch.float32),
+            "least_memory_bytes": beside_weights + largest_part_bytes(architecture, torch.float32),
+        }
+    return facts
+
+
+def _prepared(
+    model: Model, format_name: str, settings: ExportSettings
+) -> tuple[Checkpoint, ExportRequest, torch.Tensor | None]:
+    """A checkpoint that can be exported so, and the tokens to calibrate on where there is text."""
+    request, checkpoint, data = export_request(format_name, settings), open_model(model), paths_of(settings.data)
+    checkpoint.require_plain_weights()
+    if request.layout(checkpoint).needs_calibration and not data:
+        raise MinipuzzleError(f"{format_name} needs text to calibrate on", "give --data: text like what the model will see")
+    check_export_target(checkpoint, Path(settings.out), overwrite=settings.overwrite)
+    if not data:
+        return checkpoint, request, None
+    token_ids = sample_text(
+        checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length
+    )
+    return checkpoint, request, token_ids
 
 
 def total_steps(checkpoint: Checkpoint, request: ExportRequest) -> int:

@@ -5,13 +5,16 @@ Free of torch, so that commands can show help.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.export.algorithms import ALGORITHMS
+from minipuzzle.formats.choices import RECIPES
+from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.option import option
 from minipuzzle.runtime.compute import Compute
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
+Quality = str | Path | Mapping[str, Mapping[str, float | None]] | None  # a file, or figures by text and by name
 TEXT_HELP = "Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable."
 OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote; never any other."
 OUT_HELP = "Output folder; appears only when complete."
@@ -103,4 +107,76 @@ class VerifySettings:
     data: Texts = option((), TEXT_HELP, takes="paths")
     samples: int = option(4, "Windows of text to run.")
     sequence_length: int = option(512, "Tokens of a window.")
+    compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """How an export is stored and calibrated, and where it goes. ``command``: for the model card.
+
+    Raises: MinipuzzleError for an unknown algorithm or an impossible percentile.
+    """
+
+    out: str | Path = option(help=OUT_HELP, takes="path")
+    data: Texts = option((), TEXT_HELP, takes="paths")
+    samples: int = option(64, "Calibration windows.")
+    sequence_length: int = option(512, "Tokens of a calibration window.")
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    flavour: str = option(
+        "modelopt",
+        "Layout: modelopt for vLLM, SGLang and TensorRT-LLM; compressed-tensors for vLLM and transformers.",
+        choices=FLAVOURS,
+        section="Format",
+    )
+    recipe: str = option(
+        "default", "mamba-safe leaves attention in BF16; all adds the LM head.", choices=RECIPES, section="Format"
+    )
+    overrides: Sequence[tuple[str, str]] = option(
+        (),
+        "Linear layers whose names fit the pattern: bf16, or the format of this export. Repeatable; the last that fits "
+        "counts. Example: 'backbone.layers.0.*=bf16'.",
+        name="override",
+        takes="patterns",
+        metavar="PATTERN=FORMAT",
+        section="Format",
+    )
+    activations: str | None = option(
+        None,
+        "FP8: one calibrated scale a layer, or one scale a token found while serving, which needs no --data. Default: "
+        "static for modelopt, dynamic for compressed-tensors.",
+        choices=("static", "dynamic"),
+        section="Format",
+    )
+    kv_cache: str = option(
+        "bf16",
+        "fp8 stores scales for an FP8 KV cache, which engines then use.",
+        choices=("bf16", "fp8"),
+        section="Format",
+    )
+    calibration: str = option(
+        "max",
+        "How the largest activation is found, by ModelOpt's calibrators.",
+        choices=ALGORITHMS,
+        section="Format",
+    )
+    percentile: float = option(99.99, "Of --calibration percentile.", above=0, at_most=100, section="Format")
+    puzzle: bool = option(
+        False,
+        "For nemotron_h models whose layers differ in width (Mamba layers may not): config.json as vLLM's "
+        "NemotronHPuzzleForCausalLM reads it, and its class beside it, which vLLM runs with --trust-remote-code only.",
+        section="Folder",
+    )
+    max_shard_size: str = option("5GB", "Size of a file of weights at most.", section="Folder")
+    no_verify: bool = option(
+        False, "Do not read the result back and compare what it computes.", section="Folder"
+    )
+    base_model: str | None = option(None, "The base model's name on a model hub, for the model card.", section="Folder")
+    quality: Quality = option(
+        None,
+        "What `minipuzzle evaluate --json` printed, for the model card.",
+        takes="path",
+        metavar="FILE",
+        section="Folder",
+    )
+    command: str | None = None
     compute: Compute = field(default_factory=Compute)
