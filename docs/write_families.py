@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from minipuzzle.architecture.families import FAMILIES, Family
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.formats.choices import PLAIN, SCHEMES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.architecture.kinds import LAYER_KINDS, prunable_axes
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import Plan
@@ -103,7 +103,7 @@ def parse_widths(texts: Sequence[str], source: Architecture) -> dict[str, tuple[
     Raises: MinipuzzleError for an unknown axis, or a width that is not smaller than the whole.
     """
     widths: dict[str, set[int]] = {}
-    axes = [axis for axis in PRUNABLE_AXES if axis != "hidden"]
+    axes = [axis for axis in prunable_axes() if axis != "hidden"]
     for text in texts:
         axis, _, values = text.partition("=")
         having = [layer for layer in source.layers if axis in LAYER_KINDS[layer.kind].prunable_axes]

@@ -13,17 +13,15 @@ from distill.engine import EngineSettings
 from distill.objective.losses import LossSettings
 from distill.scale.gpus import Hardware
 from distill.settings import DistillSettings
-from minipuzzle.architecture.layer_kinds import HIDDEN
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.runtime.compute import DTYPES
 
 _FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
-# Values that autograd keeps a token for each output of a layer's linears, counted without kernels; and for each channel
-# of a layer's input.
-_KEPT_PER_OUTPUT = {"mamba": 5, "attention": 1, "mlp": 2, "moe": 2}
-_KEPT_PER_CHANNEL = 3
+_KEPT_PER_CHANNEL = 3  # values that autograd keeps a token for each channel of a layer's input
 _UNITS_GATHERED = 2  # the layer that runs, and the next one
 _GPUS_PER_NODE = 8
 _NODE_BYTES_PER_SECOND = 300e9  # collectives over NVLink, each GPU
@@ -197,9 +195,9 @@ def _kept_values_per_token(architecture: Architecture, engine: EngineSettings) -
 def _kept_in_layer(architecture: Architecture, layer_idx: int) -> int:
     values = 0
     for tensor in architecture.layer_tensors(layer_idx):
-        if tensor.part in _KEPT_PER_OUTPUT and tensor.spec.quantized:
+        if tensor.spec.quantized:
             share = tensor.num_active_elements / tensor.num_elements  # of the tokens that a routed expert sees
-            values += round(_KEPT_PER_OUTPUT[tensor.part] * tensor.shape[0] * share)
+            values += round(LAYER_KINDS[tensor.part].kept_per_output * tensor.shape[0] * share)
         elif tensor.spec.dims == (HIDDEN,):
             values += _KEPT_PER_CHANNEL * architecture.hidden
     return values

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from math import prod
 from types import MappingProxyType
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.errors import MinipuzzleError

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, CacheSpec, LayerSpec, NormSpec, TensorSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import HIDDEN, CacheSpec, LayerSpec, NormSpec, TensorSpec
 
 # Layouts of a cut model. Uniform: complete blocks and one width an axis, which every engine loads.
 UNIFORM, PER_LAYER = "uniform", "per-layer"
@@ -19,7 +20,8 @@ UNIFORM, PER_LAYER = "uniform", "per-layer"
 class TensorNames:
     """How a family names its tensors, and how its layers share decoder blocks.
 
-    ``mixers`` maps a layer kind to (mixer prefix, norm name). ``slots`` maps kinds to their place in a decoder block,
+    ``mixers`` maps a layer kind to (mixer prefix, norm name), ``roles`` to the names of modules within, by role, where
+    they are not the kind's own. ``slots`` maps kinds to their place in a decoder block,
     where one holds several layers: a layer joins the block before it if its place there is still to come.
     ``ties_head``: whether engines read a head that is tied to the embeddings.
     """
@@ -31,6 +33,7 @@ class TensorNames:
     head: str
     norm: NormSpec = field(default_factory=NormSpec)
     slots: Mapping[str, int] = field(default_factory=dict)
+    roles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ties_head: bool = True
 
     @property
@@ -160,7 +163,7 @@ class Architecture:
         layer = self.layers[layer_idx]
         mixer_prefix, norm_name = self.names.mixers[layer.kind]
         norms = self.names.norm.tensors(norm_name)
-        mixer = LAYER_KINDS[layer.kind].tensors(layer)
+        mixer = LAYER_KINDS[layer.kind].tensors(layer, self.names.roles.get(layer.kind))
         prefix = self.names.block(self.block_of(layer_idx))
         for spec, path in (*((spec, prefix) for spec in norms), *((spec, prefix + mixer_prefix) for spec in mixer)):
             yield PlacedTensor(

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipuzzle.architecture.layer_kinds import LayerSpec
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.errors import MinipuzzleError
 
 OUTER = "outer"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan
 from minipuzzle.cut.scores import FINAL, Array, Scores

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from minipuzzle.architecture.layer_kinds import Dimension
+from minipuzzle.architecture.layers import Dimension
 from minipuzzle.architecture.model import PlacedTensor
 from minipuzzle.cut.plan import Plan
 from minipuzzle.files.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minipuzzle.architecture.configs.per_layer import PER_LAYER_MODEL_TYPE
 from minipuzzle.architecture.configs.puzzle import ARCHITECTURE, CONFIG_MODULE
-from minipuzzle.architecture.layer_kinds import PRUNABLE_AXES
+from minipuzzle.architecture.kinds import prunable_axes
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_count, format_gib
@@ -101,7 +101,7 @@ def architecture_rows(architecture: Architecture) -> list[tuple[str, str]]:
         ("layer pattern", f"`{architecture.pattern}`"),
         ("vocabulary", f"{architecture.vocabulary:,}"),
     ]
-    widths = ((axis, architecture.width(axis)) for axis in PRUNABLE_AXES)
+    widths = ((axis, architecture.width(axis)) for axis in prunable_axes())
     return rows + [(axis.replace("_", " "), f"{width:,}") for axis, width in widths if width is not None]
 
 

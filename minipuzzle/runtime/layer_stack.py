@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.architecture.quantities import GIB, format_gib
 from minipuzzle.errors import MinipuzzleError

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from minipuzzle.architecture.families import family_of
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan
 from minipuzzle.cut.surgery import cut_tensor

@@ -11,7 +11,7 @@ from torch import nn
 
 from minipuzzle.architecture.configs.per_layer import base_config
 from minipuzzle.architecture.families import family_of
-from minipuzzle.architecture.layer_kinds import LayerSpec
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.runtime.meta_models import uniform_on_meta
 from minipuzzle.runtime.sublayers import NoLayer

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.cut.plan import num_layers_different
 from minipuzzle.search.costs import Costs, Limits, Pricing, check_limits

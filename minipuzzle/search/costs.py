@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minipuzzle.architecture.layer_kinds import LayerSpec
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.memory import Deployment, layer_bytes, memory_breakdown, outer_bytes
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_count, format_gib

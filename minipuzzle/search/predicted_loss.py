@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerKind
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerKind
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.cut.scores import Array, Scores
 from minipuzzle.cut.selection import layer_scores

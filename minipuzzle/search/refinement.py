@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import Array, Scores

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from minipuzzle.architecture.layer_kinds import kind_of_axis
+from minipuzzle.architecture.kinds import kind_of_axis
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_share_or_count
 from minipuzzle.errors import MinipuzzleError
@@ -160,9 +160,8 @@ def default_step(source: Architecture, axis: str, granularity: int) -> int:
     full = source.width(axis) or 1
     if axis in WIDE_AXES:
         return min(granularity, full)
-    kind = kind_of_axis(axis)
-    grouped = kind is not None and axis in kind.unit_groups
-    return (source.width(kind.unit_groups[axis]) or 1) if kind is not None and grouped else 1
+    groups = kind_of_axis(axis).unit_groups
+    return (source.width(groups[axis]) or 1) if axis in groups else 1
 
 
 def _check_width(source: Architecture, axis: str, width: int) -> None:
@@ -174,7 +173,7 @@ def _check_width(source: Architecture, axis: str, width: int) -> None:
     if axis == "expert" and width < (used := source.width("experts_per_token") or 1):
         raise MinipuzzleError(f"cannot cut expert to {width}: the router picks {used} a token", "keep more experts")
     kind = kind_of_axis(axis)
-    if kind is not None and axis in kind.unit_groups:
+    if axis in kind.unit_groups:
         groups = source.width(kind.unit_groups[axis]) or 1
         if width % groups:
             raise MinipuzzleError(f"{axis}={width} does not divide into the model's {groups} groups", "change --width")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.architecture.kinds import LAYER_KINDS, prunable_axes
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.architecture.quantities import format_count, format_gib
@@ -28,7 +28,7 @@ def architecture_summary(architecture: Architecture, deployment: Deployment) -> 
         "pattern": architecture.pattern,
         "num_layers": len(architecture.layers),
         "layers": architecture.layer_counts,
-        "widths": {axis: width for axis in PRUNABLE_AXES if (width := architecture.width(axis)) is not None},
+        "widths": {axis: width for axis in prunable_axes() if (width := architecture.width(axis)) is not None},
         "num_parameters": architecture.num_parameters,
         "num_active_parameters": architecture.num_active_parameters,
         "parameters": architecture.parameters_by_part(),
@@ -44,7 +44,7 @@ def print_architecture(architecture: Architecture, deployment: Deployment) -> No
     console = Console()
     console.print(f"[bold]{architecture.model_type}[/], {len(architecture.layers)} layers", highlight=False)
     console.print(f"pattern  {colored_pattern(architecture)}", highlight=False)
-    widths = ((axis, architecture.width(axis)) for axis in PRUNABLE_AXES)
+    widths = ((axis, architecture.width(axis)) for axis in prunable_axes())
     console.print("widths   " + ", ".join(f"{axis} {width}" for axis, width in widths if width), highlight=False)
     parameters = figures_table("part", "layers", "parameters", "share", title="Parameters")
     counts, total = architecture.layer_counts, architecture.num_parameters
@@ -67,11 +67,10 @@ def print_architecture(architecture: Architecture, deployment: Deployment) -> No
 
 def colored_pattern(architecture: Architecture, dropped: Sequence[int] = ()) -> str:
     """The pattern string in rich markup, one colour a kind, dropped layers struck out."""
-    colors = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow", "moe": "green"}
     pieces = []
     for layer_idx, layer in enumerate(architecture.layers):
-        style = "dim strike" if layer_idx in dropped else colors.get(layer.kind, "white")
-        pieces.append(f"[{style}]{LAYER_KINDS[layer.kind].symbol}[/]")
+        kind = LAYER_KINDS[layer.kind]
+        pieces.append(f"[{'dim strike' if layer_idx in dropped else kind.color}]{kind.symbol}[/]")
     return "".join(pieces)
 
 
@@ -95,7 +94,7 @@ def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int
     for kind, count in source.layer_counts.items():
         left = target.layer_counts.get(kind, 0)
         table.add_row(f"{kind} layers", str(count), str(left), f"{left / count:.0%}")
-    for axis in PRUNABLE_AXES:
+    for axis in prunable_axes():
         before, after = widths_of_axis(source, axis), widths_of_axis(target, axis)
         if before and after:
             table.add_row(axis, _range(before), _range(after), f"{mean(after) / mean(before):.0%}")

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.cut.scores import Scores
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
     from importance.work import PlannedScoring
 
 BAR_COLUMNS = 10
-TERMINAL_COLORS = {"mamba": "cyan", "attention": "magenta", "mlp": "yellow"}
 FORMATS = (".png", ".svg", ".pdf")
-COLORS = {"mamba": "tab:cyan", "attention": "tab:red", "mlp": "tab:olive", "moe": "tab:purple"}
 
 
 def check_plot_path(path: Path) -> None:
@@ -47,7 +46,7 @@ def draw_scores(architecture: Architecture, scores: Scores, path: Path, metric: 
     with output_file(path) as partial, picture(partial, (9, 4), format=path.suffix[1:], dpi=150) as (axes,):
         for kind in architecture.layer_counts:
             indices = [idx for idx in architecture.layer_indices(kind) if values[idx] > 0]
-            axes.plot(indices, values[indices], "o", color=COLORS.get(kind, "tab:gray"), label=kind)
+            axes.plot(indices, values[indices], "o", color=LAYER_KINDS[kind].color, label=kind)
         shown = np.flatnonzero(values > 0)
         axes.plot(shown, values[shown], "-", color="lightgray", zorder=0)
         axes.set_yscale("log")
@@ -67,7 +66,7 @@ def print_scores(architecture: Architecture, scores: Scores, metric: str = "mse"
         if not indices:
             continue
         lowest = min(indices, key=lambda idx: float(values[idx]))
-        color = TERMINAL_COLORS.get(kind, "white")
+        color = LAYER_KINDS[kind].color
         lines = [f"    [bold {color}]{kind}[/]"]
         for idx in indices:
             bar = f"[{color}]{'█' * lengths[idx]:<{BAR_COLUMNS}}[/]"

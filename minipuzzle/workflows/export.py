@@ -201,7 +201,9 @@ def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
         scheme=scheme,
         flavour=settings.flavour,
         recipe=settings.recipe,
-        overrides=tuple((pattern, scheme if wanted == format_name else wanted) for pattern, wanted in settings.overrides),
+        overrides=tuple(
+            (pattern, scheme if wanted == format_name else wanted) for pattern, wanted in settings.overrides
+        ),
         fp8_kv_cache=settings.kv_cache == "fp8",
         is_puzzle=settings.puzzle,
         method=CalibrationMethod(algorithm=settings.calibration, percentile=settings.percentile),
@@ -274,13 +276,13 @@ def _prepared(
     request, checkpoint, data = export_request(format_name, settings), open_model(model), paths_of(settings.data)
     checkpoint.require_plain_weights()
     if request.layout(checkpoint).needs_calibration and not data:
-        raise MinipuzzleError(f"{format_name} needs text to calibrate on", "give --data: text like what the model will see")
+        raise MinipuzzleError(
+            f"{format_name} needs text to calibrate on", "give --data: text like what the model will see"
+        )
     check_export_target(checkpoint, Path(settings.out), overwrite=settings.overwrite)
     if not data:
         return checkpoint, request, None
-    token_ids = sample_text(
-        checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length
-    )
+    token_ids = sample_text(checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length)
     return checkpoint, request, token_ids
 
 

@@ -167,9 +167,7 @@ class ExportSettings:
         section="Folder",
     )
     max_shard_size: str = option("5GB", "Size of a file of weights at most.", section="Folder")
-    no_verify: bool = option(
-        False, "Do not read the result back and compare what it computes.", section="Folder"
-    )
+    no_verify: bool = option(False, "Do not read the result back and compare what it computes.", section="Folder")
     base_model: str | None = option(None, "The base model's name on a model hub, for the model card.", section="Folder")
     quality: Quality = option(
         None,

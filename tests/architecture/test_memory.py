@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from minipuzzle.architecture.families import FAMILIES, read_architecture
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec, TensorSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec, Role
 from minipuzzle.architecture.memory import (
     PRECISIONS,
     TERMS,
@@ -186,10 +187,9 @@ def test_a_token_uses_its_share_of_the_routed_experts(monkeypatch: pytest.Monkey
     """By the registry alone: a kind with routed tensors, whatever its name, counts them once in total and by share."""
     source = read_architecture(FAMILIES["nemotron_h"].tiny_config)
     assert source.num_active_parameters == source.num_parameters
-    experts = TensorSpec(
-        name="experts.weight", dims=((("expert",),), (("ffn",),), (("hidden",),)), quantized=True, routed=True
-    )
-    kinds = {**LAYER_KINDS, "mlp": replace(LAYER_KINDS["mlp"], tensors=lambda _layer: (experts,))}
+    weight = ((("ffn",),), (("hidden",),))
+    routed_role = Role(name="up", module="experts.{unit}", dims=weight, quantized=True, each="expert")
+    kinds = {**LAYER_KINDS, "mlp": replace(LAYER_KINDS["mlp"], roles=(routed_role,))}
     monkeypatch.setattr("minipuzzle.architecture.model.LAYER_KINDS", kinds)
     sizes = {"hidden": source.hidden, "ffn": 48, "expert": 8, "experts_per_token": 2}
     routed = replace(source, layers=(LayerSpec(kind="mlp", sizes=sizes),))

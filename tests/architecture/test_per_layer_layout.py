@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minipuzzle
-from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Plan, keep_everything

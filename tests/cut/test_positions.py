@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipuzzle.architecture.layer_kinds import Dimension
+from minipuzzle.architecture.layers import Dimension
 from minipuzzle.cut.surgery import kept_positions
 
 AXES = ("a", "b", "c")

@@ -14,7 +14,7 @@ import torch
 
 from importance.measure import measure
 from importance.work import open_stack, predict_work
-from minipuzzle.architecture.layer_kinds import HIDDEN
+from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.memory import Deployment
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM
 from minipuzzle.cut.scores import Scores, read_scores, write_scores

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import minipuzzle
 from minipuzzle.architecture.families import FAMILIES, Config, Family, family_of, read_architecture
-from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, PRUNABLE_AXES
+from minipuzzle.architecture.kinds import LAYER_KINDS, prunable_axes
+from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
@@ -39,7 +40,7 @@ Tensors = dict[str, torch.Tensor]
 EVERY_AXIS = [
     (name, axis)
     for name in EVERY_CONFIG
-    for axis in PRUNABLE_AXES
+    for axis in prunable_axes()
     if read_architecture(TINY_CONFIGS[name]).width(axis) is not None
 ]
 
@@ -201,7 +202,7 @@ def cut_of_everything(source: Architecture) -> Plan:
     dropped = source.removable()[1]
     kept_layers = tuple(idx for idx in range(len(source.layers)) if idx not in dropped)
     kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
-    for axis in PRUNABLE_AXES:
+    for axis in prunable_axes():
         if source.width(axis) is not None:
             keys = (
                 [WHOLE_MODEL] if axis == "hidden" else [str(i) for i in kept_layers if axis in source.layers[i].sizes]

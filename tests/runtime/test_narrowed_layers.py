@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minipuzzle.architecture.layer_kinds import LayerSpec
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.files.checkpoint import Checkpoint

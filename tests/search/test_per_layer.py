@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minipuzzle.architecture.families import FAMILIES, read_architecture
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib

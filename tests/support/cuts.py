@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from minipuzzle.architecture.layer_kinds import HIDDEN, LAYER_KINDS, kind_of_axis
+from minipuzzle.architecture.kinds import LAYER_KINDS, kind_of_axis
+from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
 from minipuzzle.cut.scores import Scores

@@ -39,7 +39,8 @@ class Family:
     """One model family.
 
     ``read`` turns config.json into an Architecture. ``write`` turns the source's config.json into that of a cut
-    model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields of config.json with factors that
+    model. ``fields``: those of config.json with the size of an axis, by layer kind and axis. ``embedding_scale``,
+    ``residual_scale`` and ``logit_divisor``: fields of config.json with factors that
     transformers applies beside the embeddings, to what a layer adds, and to the logits.
     ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
     """
@@ -50,6 +51,7 @@ class Family:
     read: Callable[[Config], Architecture]
     write: Callable[[Config, Architecture], dict[str, Any]]
     tiny_config: Config
+    fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     embedding_scale: str = ""
     residual_scale: str = ""
     logit_divisor: str = ""

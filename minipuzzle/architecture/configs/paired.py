@@ -19,7 +19,7 @@ from minipuzzle.architecture.configs.family import (
     require_whole_blocks,
     uniform_sizes,
 )
-from minipuzzle.architecture.layer_kinds import LayerSpec, NormSpec
+from minipuzzle.architecture.layers import LayerSpec, NormSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
 

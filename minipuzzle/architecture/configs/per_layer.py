@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from minipuzzle.architecture.configs.family import Config, Family, require
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
 

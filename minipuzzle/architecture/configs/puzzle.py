@@ -7,12 +7,13 @@ or experts; Mamba-2 layers have one state for all of them, so they cannot differ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from minipuzzle.architecture.configs.family import Config, divide, require
 from minipuzzle.architecture.configs.per_layer import PER_LAYER_MODEL_TYPE, base_config
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
 
@@ -21,18 +22,10 @@ ARCHITECTURE = "NemotronHPuzzleForCausalLM"
 CONFIG_MODULE, CONFIG_CLASS = "configuration_nemotron_h_puzzle", "NemotronHPuzzleConfig"
 _BLOCK_CONFIGS = "block_configs"
 # Fields of config.json by axis; the query heads of attention follow its groups.
-_FIELDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "mamba": {"ssm_head": "mamba_num_heads", "ssm_head_channel": "mamba_head_dim"},
-        "attention": {"kv_group": "num_key_value_heads"},
-        "mlp": {"ffn": "intermediate_size"},
-        "moe": {
-            "expert": "n_routed_experts",
-            "expert_ffn": "moe_intermediate_size",
-            "shared_ffn": "moe_shared_expert_intermediate_size",
-        },
-    }
-)
+_FIELDS: Mapping[str, Mapping[str, str]] = {
+    name: {axis: FAMILIES["nemotron_h"].fields[name][axis] for axis in kind.prunable_axes}
+    for name, kind in LAYER_KINDS.items()
+}
 _QUERIES = "num_attention_heads"
 
 

@@ -26,7 +26,7 @@ from minipuzzle.architecture.configs.paired import (
     TINY_CONFIG,
     attention_sizes,
 )
-from minipuzzle.architecture.layer_kinds import LayerSpec
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
 
@@ -38,6 +38,7 @@ _NAMES = replace(
         "mlp": ("shared_mlp.", f"{MLP_NORM}.weight"),
     },
     slots={"mamba": 0, "attention": 0, "mlp": 1},
+    roles={"mlp": {"gate_up": "input_linear", "down": "output_linear"}},
 )
 _KIND_OF_LAYER_TYPE = {
     "mamba": "mamba",

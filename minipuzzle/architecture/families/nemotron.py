@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from minipuzzle.architecture.configs.family import Config
 from minipuzzle.architecture.configs.paired import TINY_CONFIG, paired_family
-from minipuzzle.architecture.layer_kinds import NormSpec
+from minipuzzle.architecture.layers import NormSpec
 
 
 def _options(config: Config) -> tuple[frozenset[str], frozenset[str]]:

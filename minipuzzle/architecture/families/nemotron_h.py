@@ -14,19 +14,40 @@ from minipuzzle.architecture.configs.family import (
     require_one_of,
     uniform_sizes,
 )
-from minipuzzle.architecture.layer_kinds import LAYER_KINDS, LayerSpec
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
 
 _NAMES = TensorNames(
     block_prefix="backbone.layers.{block_idx}.",
-    mixers=dict.fromkeys(("mamba", "attention", "mlp", "moe"), ("mixer.", "norm.weight")),
+    mixers=dict.fromkeys(LAYER_KINDS, ("mixer.", "norm.weight")),
     embeddings="backbone.embeddings.weight",
     final_norm="backbone.norm_f.weight",
     head="lm_head.weight",
     # vLLM does not look at tie_word_embeddings here and computes garbage from a missing head.
     ties_head=False,
 )
+_FIELDS = {
+    "trunk": {"hidden": "hidden_size"},
+    "mamba": {
+        "ssm_head": "mamba_num_heads",
+        "ssm_head_channel": "mamba_head_dim",
+        "ssm_group": "n_groups",
+        "ssm_state": "ssm_state_size",
+        "conv_kernel": "conv_kernel",
+    },
+    "attention": {"kv_group": "num_key_value_heads", "head_dim": "head_dim"},
+    "mlp": {"ffn": "intermediate_size"},
+    "moe": {
+        "expert": "n_routed_experts",
+        "expert_group": "n_group",
+        "experts_per_token": "num_experts_per_tok",
+        "expert_ffn": "moe_intermediate_size",
+        "shared_ffn": "moe_shared_expert_intermediate_size",
+        "latent": "moe_latent_size",
+    },
+}
 _KIND_OF_SYMBOL = {kind.symbol: kind.name for kind in LAYER_KINDS.values()}
 _KIND_OF_BLOCK_TYPE = {
     "linear_attention": "mamba",
@@ -250,6 +271,7 @@ _NEMOTRON_H = Family(
     ),
     read=_read,
     write=_write,
+    fields=_FIELDS,
     tiny_config=_TINY_CONFIG,
     tiny_variants={
         "moe": {
