@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.table import Table, UnknownNameError
+from tests.support.packages import install_package, run_python
 
 
 @pytest.fixture
@@ -24,23 +24,6 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.table import Table
 colours = Table("colour", "colours", entries={"red": 1}, lazy={"blue": "sys:maxsize"})
 """
-
-
-def run_with_other_package(root: Path, code: str) -> None:
-    """Run code where a package is installed that adds three colours, one of them under a name that is taken.
-
-    In a process of its own, because what is installed is looked up once in each.
-    """
-    (root / "other_colours.py").write_text("PINK = 7\nRED = 8\nAMBER = 9\n", encoding="utf-8")
-    folder = root / "other_colours-1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: other-colours\nVersion: 1.0\n", encoding="utf-8")
-    points = "pink = other_colours:PINK\nred = other_colours:RED\namber = other_colours:AMBER\n"
-    (folder / "entry_points.txt").write_text(f"[minipuzzle.colours]\n{points}", encoding="utf-8")
-    paths = os.pathsep.join([str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    command = [sys.executable, "-c", PRELUDE + code]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, check=False)
-    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_entries_are_found_by_their_names_and_listed_in_order(colours: Table[int]) -> None:
@@ -74,7 +57,7 @@ def test_an_entry_can_be_added_but_none_replaced(colours: Table[int]) -> None:
 def test_another_package_adds_entries_and_cannot_replace_any(tmp_path: Path) -> None:
     code = """
 assert colours.names() == ("blue", "red", "amber", "pink"), colours.names()
-assert "pink" in colours and "other_colours" not in sys.modules
+assert "pink" in colours and "other_package" not in sys.modules
 assert (colours["pink"], colours["amber"], colours["red"]) == (7, 9, 1)
 assert colours.names() == ("blue", "red", "amber", "pink")
 try:
@@ -84,7 +67,9 @@ except MinipuzzleError as error:
 else:
     raise AssertionError("pink was taken")
 """
-    run_with_other_package(tmp_path, code)
+    source = "PINK = 7\nRED = 8\nAMBER = 9\n"
+    environment = install_package(tmp_path, source, colours={"pink": "PINK", "red": "RED", "amber": "AMBER"})
+    run_python(environment, "-c", PRELUDE + code)
 
 
 def test_names_are_told_without_importing_anything() -> None:

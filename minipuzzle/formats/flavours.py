@@ -281,12 +281,7 @@ def _ct_matches(entry: str, module: str) -> bool:
     return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module
 
 
-def no_side_files(_layout: DescribedLayout) -> dict[str, dict[str, Any]]:
-    """The side files of a layout that has none."""
-    return {}
-
-
-_FLAVOURS: Sequence[Flavour] = (
+_FLAVOURS = (
     Flavour(
         name="modelopt",
         engines="vLLM, SGLang, TensorRT-LLM",
@@ -304,7 +299,7 @@ _FLAVOURS: Sequence[Flavour] = (
         engines="vLLM, transformers with the package compressed-tensors",
         forms=_CT_FORMS,
         config=_ct_config,
-        side_files=no_side_files,
+        side_files=lambda _layout: {},
         read=_read_ct,
         matches=_ct_matches,
         has_cache_scales=False,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +9,13 @@ import pytest
 
 from distill.settings import DistillSettings
 from minipuzzle.errors import MinipuzzleError
+from tests.support.packages import install_package, run_python
 
 OTHER_PACKAGE = """
 from distill.objective.divergences import Form, forward_kl
 DOUBLE = Form(lambda p, q, share: forward_kl(p, q, 2 * share), 0.25, 4)
 def halfway(step_idx, last_step_idx, decay_steps):
     return 0.5
-"""
-ENTRY_POINTS = """
-[minipuzzle.losses]
-double = other_package:DOUBLE
-[minipuzzle.schedules]
-halfway = other_package:halfway
 """
 USE = """
 import sys
@@ -43,13 +35,8 @@ assert LossSettings(form="double").chunk_rows(10, torch.device("cpu"), torch.flo
 
 
 def test_a_form_and_a_schedule_of_another_package_can_be_chosen(tmp_path: Path) -> None:
-    (tmp_path / "other_package.py").write_text(OTHER_PACKAGE)
-    metadata = tmp_path / "other_package-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ".")])
-    subprocess.run([sys.executable, "-c", USE], env={**os.environ, "PYTHONPATH": path}, check=True)
+    added = {"losses": {"double": "DOUBLE"}, "schedules": {"halfway": "halfway"}}
+    run_python(install_package(tmp_path, OTHER_PACKAGE, **added), "-c", USE)
 
 
 @pytest.mark.parametrize(
