@@ -3,50 +3,133 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from math import inf
+from pathlib import Path
 
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_budget_bytes, parse_share_or_count
-from minipuzzle.architecture.timings import Timings
+from minipuzzle.architecture.timings import Timings, read_timings
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.option import option
 from minipuzzle.search.costs import Limits
 
 LAYOUTS = (UNIFORM, PER_LAYER)
 DEFAULT_GRANULARITY = 128
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchRequest:
-    """What a user asks for: limits, fixed numbers, bounds, or any mix of them.
+LIMITS = ("memory", "params", "active_params", "throughput", "latency_ms")
+_LIMITS, _BOUNDS = "Limits and targets", "Bounds of the search"
 
-    ``memory``: a size or a share of the source such as ``75%``; ``params``, ``active_params``: a count or a share;
-    ``throughput``: at least so many tokens a second; ``latency_ms``: a step takes at most so long; the latter two need
-    ``timings``. Without any of these limits, everything that is not fixed stays. ``keep``, ``width``: fixed counts by
-    kind and widths by axis. ``minimum``, ``maximum``: bounds on counts. ``widths``: allowed widths by axis, as text.
-    ``keep_layers``: positions that stay in any case. ``diversity``: layers in which candidates differ at least.
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTargets:
+    """What a search may be asked for: limits, fixed numbers, bounds, or any mix of them; all may be left open.
+
+    Without any limit, everything that is not fixed stays.
     """
 
-    memory: str | None = None
-    params: str | None = None
-    active_params: str | None = None
-    throughput: float | None = None
-    latency_ms: float | None = None
+    memory: str | None = option(None, "Budget: 31.7GiB, or a share of the source such as 75%.")
+    params: str | None = option(None, "At most so many parameters: 47B, or a share: 80%.", metavar="N", section=_LIMITS)
+    active_params: str | None = option(None, "At most so many for a token, likewise.", metavar="N", section=_LIMITS)
+    throughput: float | None = option(
+        None, "At least so many tokens/s; needs --timings.", takes="number", above=0, section=_LIMITS
+    )
+    latency_ms: float | None = option(
+        None, "A step in at most so many ms.", name="latency", takes="number", above=0, section=_LIMITS
+    )
+    timings: Timings | str | Path | None = option(
+        None,
+        "Measured times: CSV with columns kind, step_seconds and one for each axis that was varied.",
+        takes="path",
+        section=_LIMITS,
+    )
+    keep: Mapping[str, int] = option(
+        {}, "Keep exactly N layers of a kind. Repeatable.", takes="numbers", metavar="KIND=N", section=_LIMITS
+    )
+    width: Mapping[str, int] = option(
+        {}, "Cut an axis (ffn, ssm_head, ...) to N. Repeatable.", takes="numbers", metavar="AXIS=N", section=_LIMITS
+    )
+    minimum: Mapping[str, int] = option(
+        {}, "Keep at least N of a kind. Repeatable.", name="min", takes="numbers", metavar="KIND=N", section=_BOUNDS
+    )
+    maximum: Mapping[str, int] = option(
+        {}, "Keep at most N of a kind. Repeatable.", name="max", takes="numbers", metavar="KIND=N", section=_BOUNDS
+    )
+    keep_layers: tuple[int, ...] = option(
+        (), "Layers that stay, by index from 0.", takes="positions", metavar="I,J,...", section=_BOUNDS
+    )
+    widths: Mapping[str, str] = option(
+        {},
+        "Search an axis: a range 75%:100%:1024 or a list 24576,32768. Repeatable.",
+        takes="pairs",
+        metavar="AXIS=WIDTHS",
+        section=_BOUNDS,
+    )
+    min_kept_fraction: float = option(
+        0.5,
+        "Share of each kind that stays, if no --min, and of KV groups, if those are searched.",
+        name="min-kept",
+        at_least=0,
+        at_most=1,
+        section=_BOUNDS,
+    )
+    min_ffn_fraction: float = option(
+        0.75, "Narrowest FFN, if no --widths ffn.", name="min-ffn", at_least=0, at_most=1, section=_BOUNDS
+    )
+    depth_step: int = option(1, "Step of counts, from above.", at_least=1, section=_BOUNDS)
+    granularity: int = option(
+        DEFAULT_GRANULARITY,
+        "Step of widths of ffn and hidden; FP8 kernels and tensor parallelism like 128.",
+        at_least=1,
+        section=_BOUNDS,
+    )
+    metric: str = option("mse", "Layer score that the prediction adds up.", choices=LAYER_METRICS, section=_BOUNDS)
+    layout: str = option(
+        UNIFORM,
+        "uniform: one width for all layers, which every engine loads; per-layer: each layer its own.",
+        choices=LAYOUTS,
+        section=_BOUNDS,
+    )
+    diversity: int = option(1, "Layers in which candidates differ.", at_least=1, section=_BOUNDS)
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether a budget or fixed numbers are asked for, beside which that of a named deployment does not count."""
+        return self.memory is not None or bool(self.keep) or bool(self.width)
+
+    def request(self, budget: str | None = None, sweep: str | None = None) -> SearchRequest | None:
+        """What is asked for, None if nothing is.
+
+        ``budget``: of a named deployment, for where there is no target. ``sweep``: LOW:HIGH:STEP, of which the highest
+        budget is asked for.
+
+        Raises: MinipuzzleError for two budgets, or times that cannot be read.
+        """
+        asked = {item.name: getattr(self, item.name) for item in fields(SearchTargets)}
+        if sweep is not None and self.memory is not None:
+            raise MinipuzzleError("--sweep and --memory both set the budget", "give one of them")
+        if sweep is not None:
+            asked["memory"] = sweep.split(":")[1] if sweep.count(":") == 2 else sweep
+        elif not self.is_targeted:
+            asked["memory"] = budget
+        if not self.keep and not self.width and all(asked[name] is None for name in LIMITS):
+            return None
+        if isinstance(self.timings, str | Path):
+            asked["timings"] = read_timings(Path(self.timings))
+        return SearchRequest(**asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(SearchTargets):
+    """Targets that ask for something: the least of a search.
+
+    Raises: MinipuzzleError for targets that ask for nothing, an unknown layout or times without measurements.
+    """
+
     timings: Timings | None = None
-    keep: Mapping[str, int] = field(default_factory=dict)
-    width: Mapping[str, int] = field(default_factory=dict)
-    widths: Mapping[str, str] = field(default_factory=dict)
-    minimum: Mapping[str, int] = field(default_factory=dict)
-    maximum: Mapping[str, int] = field(default_factory=dict)
-    keep_layers: tuple[int, ...] = ()
-    min_kept_fraction: float = 0.5
-    min_ffn_fraction: float = 0.75
-    depth_step: int = 1
-    granularity: int = DEFAULT_GRANULARITY
-    metric: str = "mse"
-    layout: str = UNIFORM
-    diversity: int = 1
 
     def __post_init__(self) -> None:
         if not self.is_limited and not self.keep and not self.width:
@@ -59,8 +142,7 @@ class SearchRequest:
     @property
     def is_limited(self) -> bool:
         """Whether there is any limit to search under."""
-        limits = (self.memory, self.params, self.active_params, self.throughput, self.latency_ms)
-        return any(limit is not None for limit in limits)
+        return any(getattr(self, name) is not None for name in LIMITS)
 
     def budget_bytes(self, source_bytes: int) -> int:
         """The memory budget in bytes; without one, what the source needs."""

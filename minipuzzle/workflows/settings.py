@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minipuzzle.architecture.deployments import NamedDeployment, find_deployment
+from minipuzzle.architecture.memory import Deployment
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import ALGORITHMS
@@ -17,12 +19,14 @@ from minipuzzle.formats.choices import RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.option import option
 from minipuzzle.runtime.compute import Compute
+from minipuzzle.search.request import SearchTargets
 
 if TYPE_CHECKING:
     from minipuzzle.workflows.verbs import Model
 
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
+Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Deployment
 Quality = str | Path | Mapping[str, Mapping[str, float | None]] | None  # a file, or figures by text and by name
 TEXT_HELP = "Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable."
 OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote; never any other."
@@ -32,6 +36,18 @@ OUT_HELP = "Output folder; appears only when complete."
 def paths_of(texts: Texts) -> tuple[Path, ...]:
     """One path or several, as paths."""
     return (Path(texts),) if isinstance(texts, str | Path) else tuple(Path(text) for text in texts)
+
+
+def named_deployment(serving: Serving) -> NamedDeployment:
+    """A deployment with the budget of its machine, where it has a name.
+
+    Raises: MinipuzzleError for an unknown name.
+    """
+    if isinstance(serving, NamedDeployment):
+        return serving
+    if isinstance(serving, str):
+        return find_deployment(serving)
+    return NamedDeployment(name="", deployment=serving or Deployment())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +99,32 @@ class ScoreSettings:
     def num_channel_samples(self) -> int:
         """Samples for channels and heads."""
         return self.samples if self.channel_samples is None else self.channel_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(SearchTargets):
+    """What to search for, for which deployment, and where the best plan goes.
+
+    Raises: MinipuzzleError for outputs that do not go together.
+    """
+
+    deployment: Serving = None
+    out: str | Path | None = option(None, "Write the best plan here, for `prune --plan`.", takes="path")
+    top: int = option(5, "Candidates to show.", at_least=1)
+    sweep: str | None = option(
+        None,
+        "Search for each of many budgets, e.g. 20GiB:40GiB:2GiB or 50%:100%:5%, and chart the frontier.",
+        metavar="LOW:HIGH:STEP",
+        section="Sweep",
+    )
+    csv: str | Path | None = option(None, "Write the frontier of --sweep as CSV.", takes="path", section="Sweep")
+    plot: str | Path | None = option(None, "Draw the frontier of --sweep as PNG.", takes="path", section="Sweep")
+
+    def __post_init__(self) -> None:
+        if self.sweep is not None and self.out is not None:
+            raise MinipuzzleError("a sweep has no one plan to write", "drop --out, then search at the budget you chose")
+        if self.sweep is None and (self.csv is not None or self.plot is not None):
+            raise MinipuzzleError("--csv and --plot belong to a sweep", "add --sweep LOW:HIGH:STEP")
 
 
 @dataclass(frozen=True, kw_only=True)
