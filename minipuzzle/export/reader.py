@@ -19,7 +19,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
 from minipuzzle.formats.e4m3 import fake_quantize
 from minipuzzle.formats.flavours import CODES, HF_QUANT_CONFIG, INPUT_SCALE, SCALES, TENSOR_SCALE
-from minipuzzle.formats.layout import WEIGHT, ExportLayout, cache_scale_name, read_layout
+from minipuzzle.formats.layout import WEIGHT, ExportLayout, read_layout
 from minipuzzle.formats.schemes import Scheme
 from minipuzzle.runtime.models import load_model
 
@@ -44,7 +44,7 @@ class QuantizedCheckpoint(Checkpoint):
         self._stored = {stored.role: stored for stored in self.layout.form}
         codes = self._stored[CODES].suffix
         of_modules = {f"{module}.{stored.suffix}" for module in self.layout.quantized for stored in self.layout.form}
-        of_caches = {cache_scale_name(module) for module in self.layout.cached}
+        of_caches = set(self.layout.cache_scales.values())
         entries = {name: entry for name, entry in source.entries.items() if name not in of_modules | of_caches}
         entries |= {module + WEIGHT: source.entries[f"{module}.{codes}"] for module in self.layout.quantized}
         super().__init__(source.folder, source.config, entries)
@@ -52,7 +52,7 @@ class QuantizedCheckpoint(Checkpoint):
         self.scales = WeightScales(
             weights={module: self._single_scale(module, TENSOR_SCALE) for module in self.layout.quantized},
             inputs={module: self._single_scale(module, INPUT_SCALE) for module in self.layout.calibrated_inputs},
-            caches={module: self._checked_scale(cache_scale_name(module)) for module in self.layout.cached},
+            caches={module: self._checked_scale(name) for module, name in self.layout.cache_scales.items()},
         )
 
     def require_plain_weights(self) -> None:
@@ -150,7 +150,7 @@ def check_quantized(checkpoint: Checkpoint) -> ExportLayout:
         raise MinipuzzleError(f"{checkpoint.folder}: tensor {name} is missing", _MISMATCH)
     for name in sorted(checkpoint.entries.keys() - expected.keys()):
         raise MinipuzzleError(f"{checkpoint.folder}: tensor {name} is unexpected", _MISMATCH)
-    caches = {cache_scale_name(module) for module in layout.cached}
+    caches = set(layout.cache_scales.values())
     for name, header in expected.items():
         entry = checkpoint.entries[name]
         dtypes = (header.dtype,) if name in quantized_names or name in caches else _PLAIN_DTYPES
@@ -187,7 +187,7 @@ def round_activations(find_module: Callable[[str], nn.Module], layout: ExportLay
         # Kept with the module, for those who multiply by its weight without calling it, as they do with large heads.
         linear.__dict__["round_inputs"] = partial(_round_inputs, scheme, scales.inputs.get(module, _ONE))
         linear.register_forward_pre_hook(lambda called, args: (called.round_inputs(args[0]), *args[1:]))
-    for module in layout.cached:
+    for module in layout.cache_scales:
         cache_scale = scales.caches[module]
         find_module(module).register_forward_hook(
             lambda _module, _args, output, scale=cache_scale: fake_quantize(output, scale)

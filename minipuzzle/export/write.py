@@ -24,7 +24,7 @@ from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype
 from minipuzzle.formats.e4m3 import scale_of
 from minipuzzle.formats.flavours import INPUT_SCALE, SCALES, TENSOR_SCALE, StoredTensor
-from minipuzzle.formats.layout import CACHE_SCALES, WEIGHT, ExportLayout, cache_scale_name, last_name, module_of
+from minipuzzle.formats.layout import WEIGHT, ExportLayout, module_of
 from minipuzzle.progress import Advance, no_progress
 
 _PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache
@@ -115,7 +115,7 @@ class ExportTensors:
         return WeightScales(
             weights={module: self.weight_scale(module) for module in self.layout.quantized},
             inputs={module: self.input_scale(module) for module in calibrated},
-            caches={module: scale_of(self._amax.outputs[module]) for module in self.layout.cached},
+            caches={module: scale_of(self._amax.outputs[module]) for module in self.layout.cache_scales},
         )
 
     @property
@@ -152,8 +152,8 @@ class ExportTensors:
                 shard.write(header.name, part.view(-1, *header.shape[1:]), first_row=first)
         if by_role:
             self._write_single_scales(shard, module, by_role)
-        if module in self.layout.cached:
-            shard.write(cache_scale_name(module), scale_of(self._amax.outputs[module]))
+        if module in self.layout.cache_scales:
+            shard.write(self.layout.cache_scales[module], scale_of(self._amax.outputs[module]))
 
     def _write_single_scales(self, shard: Shard, module: str, by_role: Mapping[str, StoredTensor]) -> None:
         for role, find in ((TENSOR_SCALE, self.weight_scale), (INPUT_SCALE, self.input_scale)):
@@ -180,8 +180,8 @@ def tensor_headers(tensor: PlacedTensor, layout: ExportLayout) -> list[TensorHea
             TensorHeader(name=f"{module}.{stored.suffix}", dtype=stored.dtype, shape=stored.shape(out, inputs))
             for stored in layout.form
         ]
-    if layout.fp8_kv_cache and last_name(module) in CACHE_SCALES and tensor.name.endswith(WEIGHT):
-        headers.append(TensorHeader(name=cache_scale_name(module), dtype="F32", shape=()))
+    if module in layout.cache_scales and tensor.name.endswith(WEIGHT):
+        headers.append(TensorHeader(name=layout.cache_scales[module], dtype="F32", shape=()))
     return headers
 
 

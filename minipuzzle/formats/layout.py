@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.model import Architecture, PlacedTensor
@@ -14,25 +15,23 @@ from minipuzzle.formats.flavours import FLAVOURS, DescribedLayout, Flavour, Stor
 from minipuzzle.formats.schemes import Scheme
 
 WEIGHT = ".weight"
-# Engines fuse these into one matrix with one scale; with unequal scales they would round the weights a second time.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Where an FP8 cache's scales are stored: with the module that computes what is cached.
-CACHE_SCALES: Mapping[str, str] = {"k_proj": "k_scale", "v_proj": "v_scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportLayout:
     """What of an architecture is quantised. Module names are those on disk, without ``.weight``.
 
-    ``ignored``: modules with a matrix that stay BF16. ``fp8_kv_cache``: whether scales for the cache are stored.
-    ``scheme`` and ``flavour`` are None where nothing is quantised.
+    ``ignored``: modules with a matrix that stay BF16. ``fused``: the modules that engines fuse into one matrix with
+    one scale, by each of them. ``cache_scales``: the scales of an FP8 cache by the module that computes what is cached;
+    none without one. ``scheme`` and ``flavour`` are None where nothing is quantised.
     """
 
     scheme: Scheme | None = None
     flavour: Flavour | None = None
     quantized: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    fp8_kv_cache: bool = False
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cache_scales: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.scheme is None) == (self.flavour is None)
@@ -49,11 +48,9 @@ class ExportLayout:
         return DescribedLayout(scheme=self.scheme.name, ignore=self.ignored, fp8_kv_cache=self.fp8_kv_cache)
 
     @property
-    def cached(self) -> tuple[str, ...]:
-        """Modules whose outputs an FP8 cache keeps; none without one."""
-        # Keys and values are cached in FP8 whether or not attention's own weights are.
-        modules = (*self.quantized, *self.ignored) if self.fp8_kv_cache else ()
-        return tuple(module for module in modules if last_name(module) in CACHE_SCALES)
+    def fp8_kv_cache(self) -> bool:
+        """Whether scales of an FP8 cache are stored."""
+        return bool(self.cache_scales)
 
     @property
     def needs_calibration(self) -> bool:
@@ -77,14 +74,11 @@ class ExportLayout:
 
     def scale_group(self, module: str) -> tuple[str, ...]:
         """The quantised modules that share scales with one, itself included."""
-        return tuple(name for name in fused_modules(module) if name in self._quantized_set)
+        return tuple(name for name in self.fused.get(module, (module,)) if name in self._quantized_set)
 
-    @property
+    @cached_property
     def _quantized_set(self) -> frozenset[str]:
-        found: frozenset[str] | None = self.__dict__.get("_quantized_names")
-        if found is None:
-            found = self.__dict__["_quantized_names"] = frozenset(self.quantized)
-        return found
+        return frozenset(self.quantized)
 
     def is_quantized(self, module: str) -> bool:
         """Whether a module is quantised."""
@@ -114,14 +108,16 @@ def export_layout(
     linear = {module_of(t) for t in _matrices(architecture) if _is_linear(t)}
     for pattern, wanted in overrides:
         _apply_override(is_quantized, linear, pattern, wanted, scheme)
-    _check_fused(is_quantized)
+    fused = _fused_modules(architecture)
+    _check_fused(is_quantized, fused)
     _check_widths(architecture, is_quantized, chosen_scheme)
     layout = ExportLayout(
         scheme=chosen_scheme,
         flavour=chosen_flavour,
         quantized=tuple(module for module, quantized in is_quantized.items() if quantized),
         ignored=tuple(module for module, quantized in is_quantized.items() if not quantized),
-        fp8_kv_cache=fp8_kv_cache,
+        fused=fused,
+        cache_scales=_cache_scales(architecture) if fp8_kv_cache else {},
     )
     if not layout.quantized:
         raise MinipuzzleError("the overrides leave nothing to quantise", "use --bf16, or narrower patterns")
@@ -147,12 +143,12 @@ def _apply_override(is_quantized: dict[str, bool], linear: set[str], pattern: st
     is_quantized.update(dict.fromkeys(matched, wanted != PLAIN))
 
 
-def _check_fused(is_quantized: Mapping[str, bool]) -> None:
-    for module in is_quantized:
-        group = [name for name in fused_modules(module) if name in is_quantized]
-        if len({is_quantized[name] for name in group}) > 1:
+def _check_fused(is_quantized: Mapping[str, bool], fused: Mapping[str, tuple[str, ...]]) -> None:
+    for group in fused.values():
+        if len({is_quantized[module] for module in group}) > 1:
+            parent = group[0].rpartition(".")[0]
             raise MinipuzzleError(
-                f"{' and '.join(last_name(name) for name in group)} of {module.rpartition('.')[0]} must be quantised "
+                f"{' and '.join(module.removeprefix(parent + '.') for module in group)} of {parent} must be quantised "
                 "together: engines fuse them",
                 "widen or narrow the override",
             )
@@ -175,7 +171,7 @@ def _check_cache(architecture: Architecture, flavour: Flavour) -> None:
             f"scales of an FP8 KV cache are not measured for {architecture.model_type}, whose keys are rotated",
             "leave out --kv-cache fp8",
         )
-    if not any(last_name(module_of(t)) in CACHE_SCALES for t in _matrices(architecture)):
+    if not _cache_scales(architecture):
         raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out --kv-cache fp8")
     if not flavour.has_cache_scales:
         raise MinipuzzleError(
@@ -193,10 +189,19 @@ def module_of(tensor: PlacedTensor) -> str:
     return tensor.name.removesuffix(WEIGHT)
 
 
-def fused_modules(module: str) -> tuple[str, ...]:
-    """The names of modules that engines fuse with one, itself included."""
-    parent = module.removesuffix(last_name(module))
-    return tuple(parent + name for name in next((g for g in FUSED if last_name(module) in g), (last_name(module),)))
+def _fused_modules(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """What engines fuse, by each module of it; with unequal scales they would round the weights a second time."""
+    groups: dict[object, list[str]] = {}
+    for tensor in _matrices(architecture):
+        if tensor.spec.fused:
+            groups.setdefault((tensor.layer_idx, tensor.spec.unit, tensor.spec.fused), []).append(module_of(tensor))
+    return {module: tuple(group) for group in groups.values() for module in group}
+
+
+def _cache_scales(architecture: Architecture) -> dict[str, str]:
+    """Names on disk of the scales of an FP8 cache by module; it is FP8 whether or not attention's weights are."""
+    cached = [tensor for tensor in _matrices(architecture) if tensor.spec.cache_scale]
+    return {module_of(tensor): f"{module_of(tensor)}.{tensor.spec.cache_scale}" for tensor in cached}
 
 
 def read_layout(architecture: Architecture, config: Mapping[str, object]) -> ExportLayout:
@@ -220,15 +225,6 @@ def read_layout(architecture: Architecture, config: Mapping[str, object]) -> Exp
         flavour=flavour,
         quantized=tuple(module for module in linear if module not in plain),
         ignored=(*(module for module in linear if module in plain), *other),
-        fp8_kv_cache=described.fp8_kv_cache,
+        fused=_fused_modules(architecture),
+        cache_scales=_cache_scales(architecture) if described.fp8_kv_cache else {},
     )
-
-
-def cache_scale_name(module: str) -> str:
-    """The name on disk of the scale of what a module puts into an FP8 cache."""
-    return f"{module}.{CACHE_SCALES[last_name(module)]}"
-
-
-def last_name(module: str) -> str:
-    """The last part of a dotted name."""
-    return module.rpartition(".")[2]

@@ -314,7 +314,7 @@ def _calibrate(
         stack,
         token_ids,
         input_modules=layout.calibrated_inputs,
-        output_modules=layout.cached,
+        output_modules=tuple(layout.cache_scales),
         method=request.method,
         advance=advance,
     )
