@@ -55,34 +55,47 @@ def without(checkpoint: Checkpoint, *removed: int) -> Plan:
     return removal_plans(source, [removed[0]], frozenset(removed[1:]))[0]
 
 
-def test_a_variant_scores_what_the_pruned_checkpoint_does(tiny_checkpoint: Checkpoint) -> None:
-    source = tiny_checkpoint.architecture
-    widths = parse_widths(["ffn=75%,50%", "ssm_head=50%", "kv_group=1"], source)
-    assert widths == {"ffn": (24, 36), "ssm_head": (2,), "kv_group": (1,)}
-    scores = measure(tiny_checkpoint, TOKENS, request=LayerRequest(widths=widths), quiet=True)
-    alone = measure(tiny_checkpoint, TOKENS, quiet=True)
-    for metric, values in alone.layer.items():
+WIDTHS = {"ffn": (24, 36), "ssm_head": (2,), "kv_group": (1,)}
+VARIANTS = [(axis, width) for axis, widths in WIDTHS.items() for width in widths]
+
+
+@pytest.fixture(scope="module")
+def with_variants(tiny_folder: Path) -> Scores:
+    return measure(Checkpoint.open(tiny_folder), TOKENS, request=LayerRequest(widths=WIDTHS), quiet=True)
+
+
+def test_widths_are_shares_or_numbers_of_units(tiny_checkpoint: Checkpoint) -> None:
+    assert parse_widths(["ffn=75%,50%", "ssm_head=50%", "kv_group=1"], tiny_checkpoint.architecture) == WIDTHS
+
+
+def test_variants_leave_the_scores_of_whole_layers(tiny_checkpoint: Checkpoint, with_variants: Scores) -> None:
+    for metric, values in measure(tiny_checkpoint, TOKENS, quiet=True).layer.items():
         # A rise of the loss may be near zero; more streams share a tile, so that sums are added in another order.
         absolute = 1e-5 * np.abs(values).mean() if metric == "delta_loss" else 0
-        np.testing.assert_allclose(scores.layer[metric], values, rtol=1e-6, atol=absolute, err_msg=metric)
-    num_variants = 0
-    for axis, axis_widths in widths.items():
-        for width in axis_widths:
-            for layer_idx, layer in enumerate(source.layers):
-                found = {m: scores.variants[f"{m}.{axis}.{width}"][layer_idx] for m in ("mse", "kl", "cosine")}
-                if axis not in layer.sizes:
-                    assert set(found.values()) == {0}
-                    continue
-                num_variants += 1
-                plan = make_plan(source, scores, kept_layers=range(7), widths={layer_idx: {axis: width}})
-                wanted = score_of_cut_model_by_layer(tiny_checkpoint, plan, layer_idx)
-                assert found == pytest.approx({m: wanted[m] for m in found}, rel=1e-4)
-    assert num_variants == 3 + 3 + 3 + 1
-    # L (L + 1) / 2, then for each variant itself and the layers above; L for the channels.
-    above = 0
+        np.testing.assert_allclose(with_variants.layer[metric], values, rtol=1e-6, atol=absolute, err_msg=metric)
+
+
+@pytest.mark.parametrize(("axis", "width"), VARIANTS)
+def test_a_variant_scores_what_the_pruned_checkpoint_does(
+    tiny_checkpoint: Checkpoint, with_variants: Scores, axis: str, width: int
+) -> None:
+    source = tiny_checkpoint.architecture
     for layer_idx, layer in enumerate(source.layers):
-        above += sum(7 - layer_idx for axis in widths for _ in widths[axis] if axis in layer.sizes)
-    assert json.loads(scores.metadata["counters"])["layer_applications"] == 28 + above + 7
+        found = {m: with_variants.variants[f"{m}.{axis}.{width}"][layer_idx] for m in ("mse", "kl", "cosine")}
+        if axis not in layer.sizes:
+            assert set(found.values()) == {0}
+            continue
+        plan = make_plan(source, with_variants, kept_layers=range(7), widths={layer_idx: {axis: width}})
+        wanted = score_of_cut_model_by_layer(tiny_checkpoint, plan, layer_idx)
+        assert found == pytest.approx({m: wanted[m] for m in found}, rel=1e-4)
+
+
+def test_a_variant_costs_itself_and_the_layers_above(tiny_checkpoint: Checkpoint, with_variants: Scores) -> None:
+    layers = tiny_checkpoint.architecture.layers
+    above = [7 - idx for axis, _ in VARIANTS for idx, layer in enumerate(layers) if axis in layer.sizes]
+    assert len(above) == 3 + 3 + 3 + 1
+    # L (L + 1) / 2 for whole layers, and L for the channels.
+    assert json.loads(with_variants.metadata["counters"])["layer_applications"] == 28 + sum(above) + 7
 
 
 def score_of_cut_model_by_layer(checkpoint: Checkpoint, plan: Plan, layer_idx: int) -> dict[str, float]:

@@ -4,12 +4,14 @@ through an export's rounding computes with the very weights that the export stor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
 from distill.engine import EngineSettings
 from distill.objective.pair import HiddenStates
@@ -35,28 +37,38 @@ def hidden_states(checkpoint: Checkpoint) -> HiddenStates:
     return HiddenStates(load_model(checkpoint).requires_grad_(True), checkpoint.family)
 
 
+def linears_to_convert(model: nn.Module) -> set[str]:
+    """Linear layers apart from the head, the first and the last few, and those with a size that 16 does not divide."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inside = [name for name in linears if name != "lm_head"][UNCONVERTED_GEMMS:-UNCONVERTED_GEMMS]
+    return {name for name in inside if not any(size % 16 for size in linears[name].weight.shape)}
+
+
+def gradients_of(part: HiddenStates, names: Iterable[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What a model computes, and the gradients that its square sum gives some of its weights."""
+    output = part(TOKENS_BT)
+    output.square().sum().backward()
+    found = {name: part.model.get_submodule(name).weight.grad for name in names}
+    assert all(isinstance(gradient, torch.Tensor) for gradient in found.values())
+    return output.detach(), found  # type: ignore[return-value]
+
+
 def test_fp8_compute_spares_both_ends_and_odd_shapes_and_still_learns(stored_in_bf16: Checkpoint) -> None:
     pytest.importorskip("torchao")
     part, exact = hidden_states(stored_in_bf16), hidden_states(stored_in_bf16)
-    linears = [name for name, module in part.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    inside = [name for name in linears if name != "lm_head"]
-    names = {name: parameter.shape for name, parameter in part.named_parameters()}
+    shapes, wanted_names = shapes_of(part), linears_to_convert(part.model)
     converted = use_float8_compute(part.model, part.layers, emulate=True)
-    middle = inside[UNCONVERTED_GEMMS:-UNCONVERTED_GEMMS]
-    shapes = {name.removesuffix(".weight"): parameter.shape for name, parameter in part.model.named_parameters()}
-    odd = [name for name in middle if any(size % 16 for size in shapes[name])]
-    assert converted and set(converted) == set(middle) - set(odd)
-    assert {name: parameter.shape for name, parameter in part.named_parameters()} == names
-    rounded, wanted = part(TOKENS_BT), exact(TOKENS_BT)
-    error = float(((rounded - wanted).norm() / wanted.norm()).detach())
-    assert 1e-4 < error < 0.2
-    rounded.square().sum().backward()
-    wanted.square().sum().backward()
-    gradients = [dict(p.model.named_parameters()) for p in (part, exact)]
+    assert converted and set(converted) == wanted_names
+    assert shapes_of(part) == shapes
+    (rounded, gradients), (wanted, exact_gradients) = (gradients_of(p, converted) for p in (part, exact))
+    assert 1e-4 < float((rounded - wanted).norm() / wanted.norm()) < 0.2
     for name in converted:
-        found, exact_gradient = (by_name[f"{name}.weight"].grad for by_name in gradients)
-        assert found is not None and exact_gradient is not None
-        assert F.cosine_similarity(found.flatten(), exact_gradient.flatten(), dim=0) > 0.9, name
+        cosine = F.cosine_similarity(gradients[name].flatten(), exact_gradients[name].flatten(), dim=0)
+        assert cosine > 0.9, name
+
+
+def shapes_of(part: HiddenStates) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in part.named_parameters()}
 
 
 def test_fp8_compute_is_declined_aloud_where_there_is_none(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from importance.candidates import rank_plans
 from importance.measure import measure
 from minipuzzle.architecture.memory import Deployment
+from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.selection import make_plan
 from minipuzzle.data.windows import EvaluationWindows
@@ -74,28 +75,35 @@ def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
     assert len(set(layers)) == len(layers)  # nothing is measured twice
 
 
+def layers_one_exchange_away(problem: Problem, plan: Plan) -> set[tuple[int, ...]]:
+    """By brute force: one or two layers come in, none or one goes, the result fits and keeps layer 0."""
+    kept, outside = set(plan.kept_layers), problem.source.layers_besides(plan.kept_layers)
+    exchanges = [({added}, dropped) for added in outside for dropped in (set[int](), *({idx} for idx in kept))]
+    exchanges += [({*pair}, {dropped}) for pair in itertools.combinations(outside, 2) for dropped in kept]
+    reached = {tuple(sorted((kept - dropped) | added)) for added, dropped in exchanges}
+    plans = {layers: with_layers(problem.source, problem.scores, plan, layers) for layers in reached if 0 in layers}
+    return {layers for layers, found in plans.items() if problem.fits(found.apply(problem.source))}
+
+
+def has_too_few_of_a_kind(source: Architecture, layers: tuple[int, ...]) -> bool:
+    """Whether fewer layers of a kind stay than --min-kept allows, by which attention is not bound."""
+    kinds = [source.layers[idx].kind for idx in layers]
+    bound = {kind: count for kind, count in source.layer_counts.items() if kind != "attention"}
+    return any(kinds.count(kind) < 0.5 * count for kind, count in bound.items())
+
+
 def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Problem) -> None:
     plan = problem.predicted_plans(1)[0]
     neighbours = problem.neighbours(plan)
     found = {neighbour.kept_layers for neighbour in neighbours}
+    wanted = layers_one_exchange_away(problem, plan)
     assert len(found) == len(neighbours)
-    kept, outside = set(plan.kept_layers), problem.source.layers_besides(plan.kept_layers)
-    wanted = set()
-    for added in [{idx} for idx in outside] + [{a, b} for a in outside for b in outside if a < b]:
-        for dropped in [set[int](), *({idx} for idx in kept)] if len(added) == 1 else [{idx} for idx in kept]:
-            layers = tuple(sorted((kept - dropped) | added))
-            candidate = with_layers(problem.source, problem.scores, plan, layers)
-            if problem.fits(candidate.apply(problem.source)) and 0 in layers:
-                wanted.add(layers)
     assert found <= wanted
-    # What is missing has fewer layers of a kind than --min-kept allows.
-    for layers in wanted - found:
-        kinds = [problem.source.layers[idx].kind for idx in layers]
-        assert any(
-            kinds.count(kind) < 0.5 * count
-            for kind, count in problem.source.layer_counts.items()
-            if kind != "attention"
-        )
+    assert all(has_too_few_of_a_kind(problem.source, layers) for layers in wanted - found)
+
+
+def test_neighbours_come_in_the_order_of_their_predictions_and_describe_themselves(problem: Problem) -> None:
+    neighbours = problem.neighbours(problem.predicted_plans(1)[0])
     predicted = [neighbour.notes["predicted_loss"] for neighbour in neighbours]
     assert predicted == sorted(predicted)
     for neighbour in neighbours:
