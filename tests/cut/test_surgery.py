@@ -98,15 +98,15 @@ def plan_without(checkpoint: Checkpoint, axis: str, silent: tuple[int, ...], *, 
     return replace(plan, norm_scales=norm_scales(source, Scores(layer={}, energies=energies), plan))
 
 
-def logits_of(config: Any, tensors: Tensors) -> torch.Tensor:
+def reference_logits(config: Any, tensors: Tensors) -> torch.Tensor:
     logits_BTV, _ = reference_forward(dict(config), tensors, TOKENS_BT)
     return logits_BTV
 
 
 def logits_before_and_after(checkpoint: Checkpoint, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    before = logits_of(checkpoint.config, {name: checkpoint.tensor(name) for name in checkpoint.entries})
+    before = reference_logits(checkpoint.config, {name: checkpoint.tensor(name) for name in checkpoint.entries})
     config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
-    return before, logits_of(config, dict(cut_tensors(checkpoint, plan)))
+    return before, reference_logits(config, dict(cut_tensors(checkpoint, plan)))
 
 
 @pytest.mark.parametrize("axis", sorted(SILENT_UNITS))

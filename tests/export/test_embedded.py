@@ -23,6 +23,7 @@ from minipuzzle.quality.evaluate import divergence_sums
 from minipuzzle.runtime.meta_models import prepare_layers
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.oracles import logits_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
 
@@ -36,12 +37,6 @@ def text_tokens(source: Checkpoint, file: str, num_samples: int) -> torch.Tensor
     documents = read_documents([EXAMPLE / "text" / file])
     tokenizer = load_tokenizer(source.folder)
     return sample_windows(tokenizer, documents, num_samples=num_samples, sequence_length=250)
-
-
-@torch.inference_mode()
-def logits_of(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(token_ids, use_cache=False).logits
-    return logits.float()
 
 
 def loss_of(logits: torch.Tensor, token_ids: torch.Tensor) -> float:
@@ -123,7 +118,7 @@ def test_the_whole_model_computes_what_modelopts_calibrated_model_does(
     heldout = text_tokens(source, "heldout_code.jsonl", 4)
     ours = logits_of(minipuzzle.load(fp8_folder), heldout)
     modelopts = logits_of(modelopts_model, heldout)
-    in_float64 = logits_of(copy.deepcopy(modelopts_model).double(), heldout)
+    in_float64 = logits_of(copy.deepcopy(modelopts_model).double(), heldout).float()
     assert kl_between(modelopts, ours) < 2 * kl_between(in_float64, modelopts) < 4e-3
 
     def one_division(values: torch.Tensor, quantizer: Any) -> torch.Tensor:

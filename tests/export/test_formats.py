@@ -28,7 +28,8 @@ from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
 from tests.support.oracles import e4m3_table, nearest, reference_codes, reference_nvfp4
-from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
+from tests.support.text import random_tokens
+from tests.support.tiny_models import write_tiny_checkpoint
 
 PATTERN = "M-*-"
 EVERY_LAYOUT = [
@@ -41,8 +42,7 @@ EVERY_LAYOUT = [
 ]
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(7))
+TOKEN_IDS = random_tokens(4, 24, first=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def export(source: Checkpoint, out: Path, **settings: Any) -> ExportedFolder:
-    return export_checkpoint(source, out, ExportRequest(**settings), calibration_token_ids=tokens())
+    return export_checkpoint(source, out, ExportRequest(**settings), calibration_token_ids=TOKEN_IDS)
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +160,9 @@ def test_load_gives_a_model_from_every_layout_that_rounds_activations_unless_tol
 ) -> None:
     folder = exported[settings["scheme"], settings["flavour"]]
     with torch.inference_mode():
-        rounded = minipuzzle.load(folder)(tokens(), use_cache=False).logits
-        exact = minipuzzle.load(str(folder), rounds_activations=False)(tokens(), use_cache=False).logits
-        original = load_model(source)(tokens(), use_cache=False).logits
+        rounded = minipuzzle.load(folder)(TOKEN_IDS, use_cache=False).logits
+        exact = minipuzzle.load(str(folder), rounds_activations=False)(TOKEN_IDS, use_cache=False).logits
+        original = load_model(source)(TOKEN_IDS, use_cache=False).logits
     assert 0 < (exact - original).norm() < (rounded - original).norm() < original.norm()
 
 
@@ -171,7 +171,7 @@ def test_evaluation_rounds_what_a_quantised_head_sees(source: Checkpoint, tmp_pa
     export(source, tmp_path / "out", scheme="nvfp4", recipe="all", verifies=False)
     model, without = minipuzzle.load(tmp_path / "out"), minipuzzle.load(tmp_path / "out")
     del without.get_submodule("lm_head").round_inputs
-    windows = EvaluationWindows(token_ids=tokens()[:, :-1], labels=tokens()[:, 1:], num_bytes=100)
+    windows = EvaluationWindows(token_ids=TOKEN_IDS[:, :-1], labels=TOKEN_IDS[:, 1:], num_bytes=100)
     with torch.inference_mode():
         logits = model(windows.token_ids, use_cache=False).logits
     expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows.labels.flatten()))
@@ -241,11 +241,11 @@ def test_streamed_calibration_finds_what_modelopts_calibrator_finds_in_the_whole
 
     method = CalibrationMethod(algorithm=algorithm, percentile=99.0)
     module = "backbone.layers.3.mixer.down_proj"
-    stack = open_stack(source, tokens(), device="cpu", device_memory_bytes=None)
-    found = measure_amax(stack, tokens(), input_modules=[module], method=method).inputs[module]
+    stack = open_stack(source, TOKEN_IDS, device="cpu", device_memory_bytes=None)
+    found = measure_amax(stack, TOKEN_IDS, input_modules=[module], method=method).inputs[module]
     model = load_model(source)
     if algorithm == "max":
-        mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(tokens(), use_cache=False))
+        mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda model: model(TOKEN_IDS, use_cache=False))
         quantizer = model.get_submodule("model.layers.3.mixer.down_proj.input_quantizer")
         assert isinstance(quantizer, torch.nn.Module)
         amax: Any = quantizer.amax
@@ -256,7 +256,7 @@ def test_streamed_calibration_finds_what_modelopts_calibrator_finds_in_the_whole
         lambda _module, args: inputs.append(args[0])
     )
     with torch.inference_mode():
-        model(tokens(), use_cache=False)
+        model(TOKEN_IDS, use_cache=False)
     reference = new_quantizer(method)
     reference(inputs[0])
     assert found == pytest.approx(calibrated_amax(reference, method), rel=0.01)

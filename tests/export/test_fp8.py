@@ -30,6 +30,7 @@ from minipuzzle.runtime.layer_stack import largest_part_bytes
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
 from tests.support.oracles import e4m3_table, reference_codes
+from tests.support.text import random_tokens
 from tests.support.tiny_models import VOCABULARY, write_tiny_checkpoint
 
 PATTERN = "M-M*-M-"
@@ -37,8 +38,7 @@ ATTENTION = "backbone.layers.3.mixer"
 LINEAR = ("in_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def calibration_tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(7))
+TOKEN_IDS = random_tokens(6, 24, first=3)
 
 
 def export_fp8(source: Checkpoint, token_ids: torch.Tensor, out: Path, **settings: Any) -> ExportedFolder:
@@ -54,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def exported(source: Checkpoint) -> Path:
     out = source.folder.parent / "fp8"
-    export_fp8(source, calibration_tokens(), out)
+    export_fp8(source, TOKEN_IDS, out)
     return out
 
 
@@ -121,7 +121,7 @@ def test_input_scales_are_the_largest_calibrated_input_over_448(source: Checkpoi
         if name.endswith(LINEAR):
             module.register_forward_hook(lambda _m, args, _out, name=name: inputs.update({name: args[0]}))
     with torch.inference_mode():
-        model(calibration_tokens(), use_cache=False)
+        model(TOKEN_IDS, use_cache=False)
     stored = load_file(exported / SINGLE_FILE)
     for name, values in inputs.items():
         scale = stored[name.replace("model.", "backbone.") + ".input_scale"]
@@ -161,7 +161,7 @@ def test_no_ignored_name_is_part_of_a_quantised_one_even_with_many_layers(tmp_pa
 
 
 def test_mamba_safe_leaves_all_of_attention_in_bf16_and_lists_it(source: Checkpoint, tmp_path: Path) -> None:
-    export_fp8(source, calibration_tokens(), tmp_path / "out", recipe="mamba-safe")
+    export_fp8(source, TOKEN_IDS, tmp_path / "out", recipe="mamba-safe")
     stored = load_file(tmp_path / "out" / SINGLE_FILE)
     ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -173,14 +173,14 @@ def test_mamba_safe_leaves_all_of_attention_in_bf16_and_lists_it(source: Checkpo
 
 @pytest.mark.parametrize("recipe", ["default", "mamba-safe"])
 def test_an_fp8_cache_stores_the_scales_of_keys_and_values(source: Checkpoint, tmp_path: Path, recipe: str) -> None:
-    export_fp8(source, calibration_tokens(), tmp_path / "out", recipe=recipe, fp8_kv_cache=True)
+    export_fp8(source, TOKEN_IDS, tmp_path / "out", recipe=recipe, fp8_kv_cache=True)
     outputs: dict[str, torch.Tensor] = {}
     model = load_model(source)
     for name in ("k_proj", "v_proj"):
         linear = model.get_submodule(f"model.layers.3.mixer.{name}")
         linear.register_forward_hook(lambda _m, _args, out, name=name: outputs.update({name: out}))
     with torch.inference_mode():
-        model(calibration_tokens(), use_cache=False)
+        model(TOKEN_IDS, use_cache=False)
     stored = load_file(tmp_path / "out" / SINGLE_FILE)
     for name, scale_name in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
         scale = stored[f"{ATTENTION}.{name}.{scale_name}"]
@@ -225,11 +225,11 @@ def test_our_reader_computes_what_modelopt_computes_from_the_source(source: Chec
     folder = write_tiny_checkpoint(tmp_path / "source", pattern=PATTERN)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     checkpoint = Checkpoint.open(folder)
-    export_fp8(checkpoint, calibration_tokens(), tmp_path / "out")
+    export_fp8(checkpoint, TOKEN_IDS, tmp_path / "out")
 
     reference = load_model(checkpoint)
-    mtq.quantize(reference, mtq.FP8_DEFAULT_CFG, lambda model: model(calibration_tokens(), use_cache=False))
-    token_ids = calibration_tokens()
+    mtq.quantize(reference, mtq.FP8_DEFAULT_CFG, lambda model: model(TOKEN_IDS, use_cache=False))
+    token_ids = TOKEN_IDS
     with torch.inference_mode():
         expected = reference(token_ids, use_cache=False).logits
         found = load_any_model(tmp_path / "out")(token_ids, use_cache=False).logits
@@ -242,7 +242,7 @@ def test_our_reader_computes_what_modelopt_computes_from_the_source(source: Chec
 
 
 def test_verification_refuses_a_folder_with_one_scale_slightly_off(source: Checkpoint, copied: Path) -> None:
-    token_ids = calibration_tokens()
+    token_ids = TOKEN_IDS
     model = load_any_model(copied)
     with torch.inference_mode():
         states = torch.cat([model.get_submodule("model")(window[None], use_cache=False)[0][0] for window in token_ids])
@@ -259,21 +259,21 @@ def test_verification_refuses_a_folder_with_one_scale_slightly_off(source: Check
 
 def test_the_source_is_untouched_and_the_export_measures_its_own_cost(source: Checkpoint, tmp_path: Path) -> None:
     before = (source.folder / SINGLE_FILE).read_bytes()
-    found = export_fp8(source, calibration_tokens(), tmp_path / "out").verification
+    found = export_fp8(source, TOKEN_IDS, tmp_path / "out").verification
     assert (source.folder / SINGLE_FILE).read_bytes() == before
     assert found is not None and found.relative_difference == 0.0
     assert 0 < found.kl_from_source < 1
-    assert found.num_tokens == calibration_tokens().numel()
+    assert found.num_tokens == TOKEN_IDS.numel()
 
 
 def test_exporting_twice_gives_the_same_bytes(source: Checkpoint, exported: Path, tmp_path: Path) -> None:
-    export_fp8(source, calibration_tokens(), tmp_path / "again")
+    export_fp8(source, TOKEN_IDS, tmp_path / "again")
     for file in exported.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_shards_hold_the_same_tensors_as_one_file(source: Checkpoint, exported: Path, tmp_path: Path) -> None:
-    export_fp8(source, calibration_tokens(), tmp_path / "out", max_shard_bytes=20_000)
+    export_fp8(source, TOKEN_IDS, tmp_path / "out", max_shard_bytes=20_000)
     sharded, single = Checkpoint.open(tmp_path / "out"), Checkpoint.open(exported)
     assert len({entry.shard for entry in sharded.entries.values()}) > 2
     assert sharded.entries.keys() == single.entries.keys()
@@ -285,7 +285,7 @@ def test_a_tied_model_is_exported_with_a_head_of_its_own(tmp_path: Path) -> None
     tensors = load_file(folder / SINGLE_FILE)
     tensors.pop("lm_head.weight", None)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    export_fp8(Checkpoint.open(folder), calibration_tokens(), tmp_path / "out")
+    export_fp8(Checkpoint.open(folder), TOKEN_IDS, tmp_path / "out")
     stored = load_file(tmp_path / "out" / SINGLE_FILE)
     assert torch.equal(stored["lm_head.weight"], stored["backbone.embeddings.weight"])
 
@@ -339,19 +339,19 @@ def test_exports_are_not_exported_again_and_unknown_tokens_are_refused(
     source: Checkpoint, exported: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(MinipuzzleError, match="quantised export"):
-        export_fp8(Checkpoint.open(exported), calibration_tokens(), tmp_path / "out")
+        export_fp8(Checkpoint.open(exported), TOKEN_IDS, tmp_path / "out")
     with pytest.raises(MinipuzzleError, match=f"token {VOCABULARY}"):
         export_fp8(source, torch.tensor([[1, VOCABULARY]]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_memory_for_one_layer_at_a_time_is_enough(source: Checkpoint, exported: Path, tmp_path: Path) -> None:
-    needed = calibration_bytes(source, calibration_tokens()) + largest_part_bytes(source.architecture, torch.float32)
-    export_fp8(source, calibration_tokens(), tmp_path / "out", device_memory_bytes=needed)
+    needed = calibration_bytes(source, TOKEN_IDS) + largest_part_bytes(source.architecture, torch.float32)
+    export_fp8(source, TOKEN_IDS, tmp_path / "out", device_memory_bytes=needed)
     found, expected = load_file(tmp_path / "out" / SINGLE_FILE), load_file(exported / SINGLE_FILE)
     for name, tensor in expected.items():
         # Other batch sizes may round matrix products, and so measured inputs, differently.
         assert torch.allclose(found[name].float(), tensor.float(), rtol=1e-5, atol=0), name
     with pytest.raises(MinipuzzleError, match="may be used"):
-        export_fp8(source, calibration_tokens(), tmp_path / "small", device_memory_bytes=needed - 1)
+        export_fp8(source, TOKEN_IDS, tmp_path / "small", device_memory_bytes=needed - 1)
     assert not list(tmp_path.glob("small*"))

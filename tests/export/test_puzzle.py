@@ -31,13 +31,13 @@ from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.quality.evaluate import divergence_sums
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
-from tests.support.tiny_models import VOCABULARY, write_family_checkpoint, write_tiny_checkpoint
+from tests.support.text import random_tokens
+from tests.support.tiny_models import write_family_checkpoint, write_tiny_checkpoint
 
 PATTERN = "M-*M-*-"  # MLP in layers 1, 4 and 6, attention in 2 and 5
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(7))
+TOKEN_IDS = random_tokens(3, 24, first=3)
 
 
 def prune_unevenly(source: Path, out: Path, **kept_units: Mapping[str, tuple[int, ...]]) -> Checkpoint:
@@ -104,10 +104,10 @@ def test_it_reads_back_as_the_same_model_and_verifies(uneven: Checkpoint, export
     source = {name: uneven.tensor(name).to(torch.bfloat16) for name in uneven.entries}
     assert all(torch.equal(tensor, source[name]) for name, tensor in load_file(exported / SINGLE_FILE).items())
     with torch.inference_mode():
-        expected = minipuzzle.load(uneven.folder)(tokens(), use_cache=False).logits
-        found = minipuzzle.load(exported)(tokens(), use_cache=False).logits
+        expected = minipuzzle.load(uneven.folder)(TOKEN_IDS, use_cache=False).logits
+        found = minipuzzle.load(exported)(TOKEN_IDS, use_cache=False).logits
     kl, _ = divergence_sums(expected.flatten(0, 1), found.flatten(0, 1))
-    assert kl / tokens().numel() < 1e-3  # BF16 weights against float32 ones
+    assert kl / TOKEN_IDS.numel() < 1e-3  # BF16 weights against float32 ones
     assert run_cli("verify", exported, "--against", uneven.folder).exit_code == 0
     assert run_cli("inspect", exported / "config.json").exit_code == 0
     again = dict(read_config(exported))
@@ -119,7 +119,7 @@ def test_fp8_exports_and_the_card_say_which_engines_read_them(uneven: Checkpoint
         ("puzzle", ExportRequest(scheme="fp8", is_puzzle=True)),
         ("own", ExportRequest(scheme="fp8")),
     ):
-        found = export_checkpoint(uneven, tmp_path / name, request, calibration_token_ids=tokens())
+        found = export_checkpoint(uneven, tmp_path / name, request, calibration_token_ids=TOKEN_IDS)
         assert found.verification is not None and found.verification.relative_difference == 0.0
         assert any("only minipuzzle reads" in warning for warning in found.warnings) == (name == "own")
     card = (tmp_path / "puzzle" / "README.md").read_text()

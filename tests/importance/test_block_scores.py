@@ -23,16 +23,15 @@ from minipuzzle.runtime.models import build_model
 from minipuzzle.search.engine import find_candidates
 from minipuzzle.search.predicted_loss import LossModel
 from minipuzzle.search.request import SearchRequest
-from tests.support.tiny_models import VOCABULARY, write_family_checkpoint
+from tests.support.text import random_tokens
+from tests.support.tiny_models import write_family_checkpoint
+
+TOKEN_IDS = random_tokens(3, 17, seed=3)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(write_family_checkpoint(tmp_path_factory.mktemp("blocks") / "llama", "llama"))
-
-
-def tokens() -> torch.Tensor:
-    return torch.randint(VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(3))
 
 
 def mse_without(checkpoint: Checkpoint, layers: tuple[int, ...]) -> float:
@@ -43,7 +42,7 @@ def mse_without(checkpoint: Checkpoint, layers: tuple[int, ...]) -> float:
                 tensors[placed.name] = torch.zeros_like(tensors[placed.name])
     models = (build_model(checkpoint.config, {**source}.items()) for source in (tensors, stored(checkpoint)))
     with torch.no_grad():
-        changed, full = (model.get_submodule("model")(tokens()).last_hidden_state.double() for model in models)
+        changed, full = (model.get_submodule("model")(TOKEN_IDS).last_hidden_state.double() for model in models)
     return float((changed - full).square().mean())
 
 
@@ -52,7 +51,7 @@ def stored(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def test_a_block_score_is_what_removing_all_its_layers_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    scores = measure(checkpoint, tokens(), quiet=True)
+    scores = measure(checkpoint, TOKEN_IDS, quiet=True)
     wanted = [mse_without(checkpoint, block) for block in checkpoint.architecture.blocks]
     np.testing.assert_allclose(scores.blocks["mse"][::2], wanted, rtol=1e-4)
     assert not scores.blocks["mse"][1::2].any()

@@ -22,7 +22,8 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_model
-from tests.support.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
+from tests.support.text import random_tokens
+from tests.support.tiny_models import change_tensors, write_tiny_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 Captured = dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor]]  # module -> (inputs, output), float64
@@ -33,8 +34,7 @@ MAMBA, ATTENTION, MLP = (0, 2, 5), (4,), (1, 3, 6)
 PATTERN = "M-M-*M-"
 
 
-def random_tokens() -> torch.Tensor:
-    return torch.randint(VOCABULARY, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(5))
+TOKEN_IDS = random_tokens(SAMPLES, TOKENS, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def captured(checkpoint: Checkpoint) -> Captured:
     """Activations of the whole model on all samples at once."""
     model, found = load_model(checkpoint), Captured()
     with torch.no_grad(), capturing(model, found):
-        model(random_tokens(), use_cache=False)
+        model(TOKEN_IDS, use_cache=False)
     return found
 
 
 @pytest.fixture(scope="module")
 def measured(checkpoint: Checkpoint) -> tuple[dict[str, Array], dict[str, Array]]:
-    return score_channels(LayerStack(checkpoint), random_tokens(), slice_samples=2)
+    return score_channels(LayerStack(checkpoint), TOKEN_IDS, slice_samples=2)
 
 
 def l2_over_samples(values_BTU: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_energies_are_mean_squares_of_what_the_norms_average(
 def test_slicing_does_not_change_the_scores(
     checkpoint: Checkpoint, measured: tuple[dict[str, Array], dict[str, Array]], slice_samples: int
 ) -> None:
-    found = score_channels(LayerStack(checkpoint), random_tokens(), slice_samples=slice_samples)
+    found = score_channels(LayerStack(checkpoint), TOKEN_IDS, slice_samples=slice_samples)
     for table, wanted in zip(found, measured, strict=True):
         for key, values in wanted.items():
             np.testing.assert_allclose(table[key], values, rtol=1e-5, err_msg=key)
@@ -177,14 +177,14 @@ def test_slicing_does_not_change_the_scores(
 
 def test_one_pass_applies_every_layer_once_a_slice(checkpoint: Checkpoint) -> None:
     stack = LayerStack(checkpoint)
-    score_channels(stack, random_tokens(), slice_samples=1)
+    score_channels(stack, TOKEN_IDS, slice_samples=1)
     assert stack.counters.layer_applications == SAMPLES * len(PATTERN)
     assert stack.counters.weight_bytes_read == checkpoint.weight_bytes - stack.stored_bytes("head")
 
 
 def test_the_model_is_left_without_hooks(checkpoint: Checkpoint) -> None:
     stack = LayerStack(checkpoint)
-    score_channels(stack, random_tokens())
+    score_channels(stack, TOKEN_IDS)
     layers = [stack.layer(i) for i in range(stack.num_layers)]
     assert not any(m._forward_hooks for layer in (*layers, stack.final_norm_module) for m in layer.modules())
 
@@ -198,7 +198,7 @@ def test_silent_units_score_zero_and_no_others(tmp_path: Path) -> None:
         tensors["backbone.layers.4.mixer.v_proj.weight"][:8] = 0
 
     folder = change_tensors(write_tiny_checkpoint(tmp_path, pattern=PATTERN), silence)
-    units, _ = score_channels(LayerStack(Checkpoint.open(folder)), random_tokens())
+    units, _ = score_channels(LayerStack(Checkpoint.open(folder)), TOKEN_IDS)
     silent = {"ffn.1": [5], "ffn_contribution.1": [5], "ssm_head.0": [2], "ssm_head_channel.2": [3], "kv_group.4": [0]}
     for key, values in units.items():
         assert np.flatnonzero(values == 0).tolist() == silent.get(key, []), key
@@ -210,4 +210,4 @@ def test_an_overflow_is_an_error_and_not_a_score(tmp_path: Path) -> None:
 
     stack = LayerStack(Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), inflate)))
     with pytest.raises(MinipuzzleError, match="layer 1 computes NaN or infinite values for sample 0"):
-        score_channels(stack, random_tokens())
+        score_channels(stack, TOKEN_IDS)

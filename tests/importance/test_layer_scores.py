@@ -25,15 +25,15 @@ from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, LayerStack, r
 from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
 from tests.support.oracles import Scores, assert_same_scores, plain_metrics
 from tests.support.scoring import score_layers
-from tests.support.tiny_models import VOCABULARY, change_tensors, write_tiny_checkpoint
+from tests.support.text import random_tokens
+from tests.support.tiny_models import change_tensors, write_tiny_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 SAMPLES, TOKENS = 3, 37
 EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
 
 
-def random_tokens(samples: int = SAMPLES, tokens: int = TOKENS) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(7))
+TOKEN_IDS = random_tokens(SAMPLES, TOKENS)
 
 
 def scores_by_naive_removal(
@@ -85,8 +85,8 @@ def test_every_score_of_the_embedded_model_is_that_of_naive_removal(real_tokens:
 @pytest.mark.parametrize("pattern", ["M-M*-M-", "M---MM---M*-", "*", "-M"])
 def test_a_score_is_what_removing_that_layer_alone_does(tmp_path: Path, pattern: str) -> None:
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, pattern=pattern))
-    found = score_layers(LayerStack(checkpoint), random_tokens())
-    assert_same_scores(found, scores_by_naive_removal(checkpoint, random_tokens()), relative=1e-5)
+    found = score_layers(LayerStack(checkpoint), TOKEN_IDS)
+    assert_same_scores(found, scores_by_naive_removal(checkpoint, TOKEN_IDS), relative=1e-5)
     assert all((found[metric] > 0).all() for metric in ("mse", "nmse", "cosine", "kl"))
 
 
@@ -94,8 +94,8 @@ def test_a_score_is_what_removing_that_layer_alone_does(tmp_path: Path, pattern:
 def test_a_head_tied_to_the_embeddings_is_read_with_them(tmp_path: Path, fits: bool) -> None:
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, tie_word_embeddings=True))
     stack = open_stack(checkpoint, fits=fits)
-    found = score_layers(stack, random_tokens())
-    assert_same_scores(found, scores_by_naive_removal(checkpoint, random_tokens()), relative=1e-5)
+    found = score_layers(stack, TOKEN_IDS)
+    assert_same_scores(found, scores_by_naive_removal(checkpoint, TOKEN_IDS), relative=1e-5)
     second_read = 0 if fits else stack.stored_bytes(EMBEDDINGS)  # not both in memory at once
     assert stack.counters.weight_bytes_read == checkpoint.weight_bytes + second_read
 
@@ -106,7 +106,7 @@ def test_a_layer_that_adds_nothing_scores_zero(tmp_path: Path) -> None:
         tensors["backbone.layers.3.mixer.o_proj.weight"].zero_()
 
     checkpoint = Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), silence))
-    for metric, values in score_layers(LayerStack(checkpoint), random_tokens()).items():
+    for metric, values in score_layers(LayerStack(checkpoint), TOKEN_IDS).items():
         assert np.flatnonzero(values == 0).tolist() == [2, 3], metric
 
 
@@ -124,9 +124,9 @@ def open_stack(checkpoint: Checkpoint, *, fits: bool) -> LayerStack:
 def test_slicing_and_memory_do_not_change_the_scores(
     tiny_checkpoint: Checkpoint, slice_samples: int, fits: bool
 ) -> None:
-    wanted = score_layers(LayerStack(tiny_checkpoint), random_tokens(), slice_samples=SAMPLES)
+    wanted = score_layers(LayerStack(tiny_checkpoint), TOKEN_IDS, slice_samples=SAMPLES)
     stack = open_stack(tiny_checkpoint, fits=fits)
-    found = score_layers(stack, random_tokens(), slice_samples=slice_samples)
+    found = score_layers(stack, TOKEN_IDS, slice_samples=slice_samples)
     assert_same_scores(found, wanted, relative=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_slicing_and_memory_do_not_change_the_scores(
 def test_the_cost_is_half_a_square_and_one_read_a_slice(tiny_checkpoint: Checkpoint, fits: bool) -> None:
     num_layers, num_slices = len(tiny_checkpoint.architecture.layers), 3
     stack = open_stack(tiny_checkpoint, fits=fits)
-    score_layers(stack, random_tokens(), slice_samples=1)
+    score_layers(stack, TOKEN_IDS, slice_samples=1)
     assert stack.counters.layer_applications == num_slices * num_layers * (num_layers + 1) // 2
     final_norm_bytes = stack.stored_bytes(FINAL_NORM)  # small: it stays in memory
     reads = 1 if fits else num_slices
@@ -145,7 +145,7 @@ def test_the_cost_is_half_a_square_and_one_read_a_slice(tiny_checkpoint: Checkpo
 
 def test_one_part_at_a_time_means_one(tiny_checkpoint: Checkpoint) -> None:
     stack = open_stack(tiny_checkpoint, fits=False)
-    hidden = stack.embed(random_tokens())
+    hidden = stack.embed(TOKEN_IDS)
     for layer_idx in range(stack.num_layers):
         hidden = stack.apply(layer_idx, hidden)
         loaded = [i for i in range(stack.num_layers) if not any(p.is_meta for p in stack.layer(i).parameters())]
@@ -161,9 +161,9 @@ def test_the_next_layer_is_read_in_the_background(tiny_checkpoint: Checkpoint, m
         return read(checkpoint, name)
 
     monkeypatch.setattr(Checkpoint, "tensor", tensor)
-    wanted = score_layers(LayerStack(tiny_checkpoint), random_tokens())
+    wanted = score_layers(LayerStack(tiny_checkpoint), TOKEN_IDS)
     readers.clear()
-    found = score_layers(open_stack(tiny_checkpoint, fits=False), random_tokens())
+    found = score_layers(open_stack(tiny_checkpoint, fits=False), TOKEN_IDS)
     in_background = {name for name, threads in readers.items() if threads != {threading.main_thread().name}}
     assert in_background == {name for name in readers if ".layers." in name}
     assert_same_scores(found, wanted, relative=1e-6)
@@ -180,7 +180,7 @@ def test_an_overflow_is_named_with_the_layer(tmp_path: Path) -> None:
 
     stack = LayerStack(Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), inflate)))
     with pytest.raises(MinipuzzleError, match="layer 1 computes NaN or infinite values for sample 0 in the full model"):
-        score_layers(stack, random_tokens())
+        score_layers(stack, TOKEN_IDS)
 
 
 @pytest.mark.parametrize("slice_samples", [1, 2, 3])
@@ -189,7 +189,7 @@ def test_an_overflow_is_named_with_the_sample(tmp_path: Path, slice_samples: int
         tensors["backbone.embeddings.weight"][5] = 3e38
 
     checkpoint = Checkpoint.open(change_tensors(write_tiny_checkpoint(tmp_path), poison))
-    tokens = random_tokens()
+    tokens = TOKEN_IDS
     tokens[tokens == 5] = 6
     score_layers(LayerStack(checkpoint), tokens)  # nothing overflows without token 5
     tokens[2, 4] = 5

@@ -21,6 +21,7 @@ from minipuzzle.quality.evaluate import combine, documents_within, evaluate
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
+from tests.support.oracles import logits_of
 from tests.support.tiny_models import write_tiny_checkpoint
 
 FAMILY = FAMILIES["nemotron_h"]
@@ -51,18 +52,16 @@ def windows(folder: Path) -> EvaluationWindows:
     return evaluation_windows(load_tokenizer(folder), DOCUMENTS, sequence_length=32)
 
 
-def logits_of(model: torch.nn.Module, windows: EvaluationWindows) -> torch.Tensor:
+def counted_logits_of(model: torch.nn.Module, windows: EvaluationWindows) -> torch.Tensor:
     """Whole float64 logits of the positions that count, by transformers' own forward pass."""
-    with torch.inference_mode():
-        logits: torch.Tensor = model(windows.token_ids, use_cache=False).logits.double()
-    return logits[windows.labels != IGNORE]
+    return logits_of(model, windows.token_ids).double()[windows.labels != IGNORE]
 
 
 def test_loss_accuracy_and_bits_per_byte_equal_a_computation_over_whole_logits(
     student: torch.nn.Module, windows: EvaluationWindows
 ) -> None:
     found = evaluate(student, FAMILY, windows, batch=3)
-    logits, labels = logits_of(student, windows), windows.labels[windows.labels != IGNORE]
+    logits, labels = counted_logits_of(student, windows), windows.labels[windows.labels != IGNORE]
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     assert found.loss == pytest.approx(loss, rel=1e-6)
@@ -78,7 +77,7 @@ def test_divergence_from_a_teacher_equals_a_computation_over_whole_logits(
     student: torch.nn.Module, teacher: torch.nn.Module, windows: EvaluationWindows
 ) -> None:
     found = evaluate(student, FAMILY, windows, against=teacher)
-    student_logits, teacher_logits = logits_of(student, windows), logits_of(teacher, windows)
+    student_logits, teacher_logits = counted_logits_of(student, windows), counted_logits_of(teacher, windows)
     teacher_log, student_log = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
     kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1).mean().item()
     assert found.kl == pytest.approx(kl, rel=1e-5)

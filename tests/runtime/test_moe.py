@@ -27,14 +27,14 @@ from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from minipuzzle.runtime.narrowed_layers import NarrowedLayers, layer_cut
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.text import random_tokens
 from tests.support.tiny_models import TINY_CONFIGS, write_family_checkpoint
 
 MOE_LAYERS = (1, 3)  # of the pattern ME*E-
 EXPERTS, NEURONS = 8, 24
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(270, (3, 19), generator=torch.Generator().manual_seed(1))
+TOKEN_IDS = random_tokens(3, 19, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def inputs_of_moe_layers(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> 
 
 
 def test_scores_of_experts_and_their_neurons_are_what_the_formulas_say(checkpoint: Checkpoint) -> None:
-    units, _ = score_channels(LayerStack(checkpoint), tokens(), slice_samples=2)
+    units, _ = score_channels(LayerStack(checkpoint), TOKEN_IDS, slice_samples=2)
     model = load_model(checkpoint)
-    for layer_idx, hidden_BTH in inputs_of_moe_layers(checkpoint, tokens()).items():
+    for layer_idx, hidden_BTH in inputs_of_moe_layers(checkpoint, TOKEN_IDS).items():
         flat = hidden_BTH.flatten(0, 1)
         mixer = f"model.layers.{layer_idx}.mixer"
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_scores_of_experts_and_their_neurons_are_what_the_formulas_say(checkpoin
 
 def test_every_expert_has_a_gradient_though_no_token_is_given_to_it(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint)
-    model(tokens()[:1, :2], use_cache=False).logits.sum().backward()
+    model(TOKEN_IDS[:1, :2], use_cache=False).logits.sum().backward()
     gradients = [p.grad for name, p in model.named_parameters() if ".experts." in name]
     assert all(gradient is not None for gradient in gradients)
     assert any(not gradient.any() for gradient in gradients if gradient is not None)
@@ -160,8 +160,8 @@ def test_removing_neurons_that_are_silent_in_their_own_expert_keeps_the_logits(t
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
     with torch.no_grad():
-        before = load_model(checkpoint)(tokens(), use_cache=False).logits
-        after = build_model(config, cut_tensors(checkpoint, plan))(tokens(), use_cache=False).logits
+        before = load_model(checkpoint)(TOKEN_IDS, use_cache=False).logits
+        after = build_model(config, cut_tensors(checkpoint, plan))(TOKEN_IDS, use_cache=False).logits
     assert torch.allclose(before, after, rtol=1e-5, atol=1e-5)
 
 
@@ -198,7 +198,7 @@ def test_experts_are_calibrated_on_the_tokens_that_reach_them_and_others_like_th
     folder: Path, tmp_path: Path
 ) -> None:
     """The largest inputs of each expert, against transformers' router; an expert without tokens has the layer's."""
-    checkpoint, few = Checkpoint.open(folder), tokens()[:1, :6]
+    checkpoint, few = Checkpoint.open(folder), TOKEN_IDS[:1, :6]
     found = export_checkpoint(checkpoint, tmp_path / "fp8", ExportRequest(scheme="fp8"), calibration_token_ids=few)
     assert found.verification is not None and found.verification.relative_difference < 1e-5
     stored, model = load_file(tmp_path / "fp8" / "model.safetensors"), load_model(checkpoint)

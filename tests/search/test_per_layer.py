@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from minipuzzle.architecture.families import FAMILIES, read_architecture
-from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
@@ -23,27 +22,12 @@ from minipuzzle.errors import InfeasibleBudgetError
 from minipuzzle.search.candidates import Candidate, resized
 from minipuzzle.search.engine import find_candidates, plan_of
 from minipuzzle.search.request import SearchRequest
+from tests.support.scores import random_scores, tiny_architecture
 
 PATTERN = "M-*M-*"
 DEPLOYMENT = Deployment(context_tokens=300, weights="nvfp4", kv_cache="fp8")
 FFN_WIDTHS, KV_WIDTHS = (32, 48, 64), (1, 2)
 Choice = tuple[dict[str, int] | None, ...]  # widths of each layer, None where it goes
-
-
-def source_architecture() -> Architecture:
-    config = {**FAMILIES["nemotron_h"].tiny_config, "hybrid_override_pattern": PATTERN, "intermediate_size": 64}
-    return read_architecture(config)
-
-
-def random_scores(source: Architecture, seed: int) -> Scores:
-    generator = np.random.default_rng(seed)
-    units = {
-        f"{axis}.{idx}": generator.random(layer.sizes[axis]).astype(np.float32)
-        for idx, layer in enumerate(source.layers)
-        for axis in LAYER_KINDS[layer.kind].prunable_axes
-    }
-    energies = {f"ssm.{idx}": np.ones(32, np.float32) for idx, layer in enumerate(source.layers)}
-    return Scores(layer={"mse": generator.random(len(source.layers))}, units=units, energies=energies)
 
 
 def request(**fields: Any) -> SearchRequest:
@@ -111,7 +95,7 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fields", REQUESTS, ids=str)
 def test_the_best_solutions_are_those_of_enumeration(fields: dict[str, Any], seed: int) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     scores, asked = random_scores(source, seed), request(**fields)
     expected = by_brute_force(source, scores, asked)
     found = find_candidates(source, scores, asked, DEPLOYMENT, max_candidates=5)
@@ -123,7 +107,7 @@ def test_the_best_solutions_are_those_of_enumeration(fields: dict[str, Any], see
 
 @pytest.mark.parametrize("min_different", [2, 3])
 def test_further_solutions_are_the_best_that_differ_enough(min_different: int) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     scores, asked = random_scores(source, 7), request(memory="60%", diversity=min_different)
     expected: list[Choice] = []
     for _, choice in by_brute_force(source, scores, asked):
@@ -136,7 +120,7 @@ def test_further_solutions_are_the_best_that_differ_enough(min_different: int) -
 
 def test_a_budget_that_just_fits_is_used_to_the_last_byte() -> None:
     """Whole numbers decide, not the solver's tolerance: one byte less, and another solution is the best."""
-    source, scores = source_architecture(), random_scores(source_architecture(), 3)
+    source, scores = tiny_architecture(PATTERN), random_scores(tiny_architecture(PATTERN), 3)
     best = find_candidates(source, scores, request(memory="70%"), DEPLOYMENT, max_candidates=1)[0]
     exact = request(memory=f"{best.memory_bytes}B")
     below = request(memory=f"{best.memory_bytes - 1}B")
@@ -146,7 +130,7 @@ def test_a_budget_that_just_fits_is_used_to_the_last_byte() -> None:
 
 
 def test_per_layer_is_never_worse_than_uniform() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     for seed in range(5):
         scores = random_scores(source, seed)
         uniform = find_candidates(source, scores, replace(request(memory="60%"), layout="uniform"), DEPLOYMENT)[0]
@@ -155,7 +139,7 @@ def test_per_layer_is_never_worse_than_uniform() -> None:
 
 
 def test_a_per_layer_plan_leaves_what_was_priced() -> None:
-    source, scores = source_architecture(), random_scores(source_architecture(), 1)
+    source, scores = tiny_architecture(PATTERN), random_scores(tiny_architecture(PATTERN), 1)
     candidate = find_candidates(source, scores, request(memory="60%"), DEPLOYMENT, max_candidates=1)[0]
     plan = plan_of(source, scores, candidate, metric="mse")
     left = plan.apply(source)
@@ -165,7 +149,7 @@ def test_a_per_layer_plan_leaves_what_was_priced() -> None:
 
 
 def test_an_infeasible_budget_names_the_smallest_memory_and_what_binds() -> None:
-    source, scores = source_architecture(), random_scores(source_architecture(), 0)
+    source, scores = tiny_architecture(PATTERN), random_scores(tiny_architecture(PATTERN), 0)
     asked = request(memory="45%", minimum={"attention": 2, "mamba": 1})
     smallest = min(
         memory_breakdown(target, DEPLOYMENT).total_bytes

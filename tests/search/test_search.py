@@ -16,7 +16,6 @@ import pytest
 
 from minipuzzle.architecture.families import FAMILIES, read_architecture
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
-from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.cut.plan import keep_everything
 from minipuzzle.cut.scores import Scores, read_scores, write_scores
@@ -28,6 +27,7 @@ from minipuzzle.search.engine import find_candidates, plan_of
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.space import requested_space
 from tests.support.cuts import best_layers
+from tests.support.scores import random_scores, tiny_architecture
 
 PATTERN = "M-M*-MM-*-M-"
 MOE_FIELDS: dict[str, Any] = {
@@ -43,25 +43,10 @@ MOE_FIELDS: dict[str, Any] = {
 DEPLOYMENTS = (Deployment(), Deployment(context_tokens=1_000_000, batch=3, weights="nvfp4", kv_cache="fp8"))
 
 
-def source_architecture() -> Architecture:
-    config = {**FAMILIES["nemotron_h"].tiny_config, "hybrid_override_pattern": PATTERN, "intermediate_size": 64}
-    return read_architecture(config)
-
-
-def random_scores(source: Architecture, seed: int = 0) -> Scores:
-    generator = np.random.default_rng(seed)
-    units = {}
-    for layer_idx, layer in enumerate(source.layers):
-        for axis in ("ffn", "ssm_head", "ssm_head_channel", "kv_group"):
-            if axis in layer.sizes:
-                units[f"{axis}.{layer_idx}"] = generator.random(layer.sizes[axis]).astype(np.float32)
-    return Scores(layer={"mse": generator.random(len(source.layers))}, units=units)
-
-
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 @pytest.mark.parametrize("share", ["55%", "70%", "90%", "99.9%"])
 def test_the_candidates_are_exactly_the_undominated_ones_that_fit(share: str, deployment: Deployment) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     request = SearchRequest(memory=share, granularity=16, min_ffn_fraction=0.25, min_kept_fraction=0.3)
     found = find_candidates(source, random_scores(source), request, deployment)
     space = requested_space(source, request)
@@ -86,7 +71,7 @@ def test_the_candidates_are_exactly_the_undominated_ones_that_fit(share: str, de
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 def test_every_plan_fits_when_its_terms_are_added_up_again(deployment: Deployment) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     scores = random_scores(source)
     request = SearchRequest(memory="70%", granularity=16)
     budget_bytes = request.budget_bytes(memory_breakdown(source, deployment).total_bytes)
@@ -98,7 +83,7 @@ def test_every_plan_fits_when_its_terms_are_added_up_again(deployment: Deploymen
 
 def test_layers_are_ranked_inside_their_kind() -> None:
     """A global ranking would drop both attention layers here; per kind, one of each kind goes."""
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     scores = np.array([9, 8, 7, 0.1, 6, 5, 4, 3, 0.2, 2, 1, 9.5])
     counts = {"mamba": 4, "attention": 1, "mlp": 4}
     kept = best_layers(source, scores, counts)
@@ -108,7 +93,7 @@ def test_layers_are_ranked_inside_their_kind() -> None:
 
 
 def test_of_equal_layers_the_later_one_goes_first() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     kept = best_layers(source, np.ones(len(PATTERN)), {"mamba": 2, "mlp": 1, "attention": 1})
     assert kept == (0, 1, 2, 3)
 
@@ -148,7 +133,7 @@ def test_the_best_candidate_is_the_best_of_all_subsets(seed: int) -> None:
 
 def test_all_limits_bounds_and_axes_combine() -> None:
     """All points of a grid over five axes and three kinds, each built and priced as a whole model."""
-    source, deployment = source_architecture(), Deployment(context_tokens=100, batch=2, weights="fp8")
+    source, deployment = tiny_architecture(PATTERN), Deployment(context_tokens=100, batch=2, weights="fp8")
     scores = replace(random_scores(source), units={**random_scores(source).units, "hidden": np.ones(32, np.float32)})
     request = SearchRequest(
         memory="80%",
@@ -193,7 +178,7 @@ def test_all_limits_bounds_and_axes_combine() -> None:
 
 
 def test_candidates_that_fit_by_the_search_but_not_by_their_sum_are_refused() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     (candidate,) = find_candidates(source, random_scores(source), SearchRequest(keep={"mamba": 3}), Deployment())
     limits = Limits(memory_bytes=candidate.memory_bytes - 1)
     with pytest.raises(MinipuzzleError, match="exceeds"):
@@ -204,7 +189,7 @@ def test_candidates_that_fit_by_the_search_but_not_by_their_sum_are_refused() ->
 
 @pytest.mark.parametrize("min_different", [1, 3, 6])
 def test_candidates_differ_in_as_many_layers_as_asked(min_different: int) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     loose: dict[str, Any] = {"granularity": 16, "min_kept_fraction": 0.2, "min_ffn_fraction": 0.25}
     request = SearchRequest(memory="65%", diversity=min_different, **loose)
     short = Deployment(context_tokens=64)
@@ -264,7 +249,7 @@ def test_experts_are_counted_once_in_total_and_by_their_share_when_active() -> N
 
 def test_lost_heads_are_counted_in_each_group() -> None:
     """Two groups of two heads, all silent ones in the first: one head of each group goes, so a loud one as well."""
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     heads = np.array([0.0, 0.0, 2.0, 1.0], np.float32)
     units = {f"ssm_head.{idx}": heads for idx in source.layer_indices("mamba")}
     scores = Scores(layer={"mse": np.ones(len(PATTERN))}, units=units)
@@ -273,7 +258,7 @@ def test_lost_heads_are_counted_in_each_group() -> None:
 
 
 def test_measured_losses_of_narrower_layers_are_used_and_interpolated() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     measured = {"mse.ffn.48": np.full(len(PATTERN), 0.1), "mse.ffn.32": np.full(len(PATTERN), 0.4)}
     measured["kl.ffn.32"] = np.full(len(PATTERN), 99.0)  # of another metric than the one that is searched by
     scores = replace(random_scores(source), layer={"mse": np.ones(len(PATTERN))}, variants=measured)
@@ -286,7 +271,7 @@ def test_measured_losses_of_narrower_layers_are_used_and_interpolated() -> None:
 
 
 def test_explicit_targets_give_one_candidate_with_just_these_numbers() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     request = SearchRequest(keep={"mamba": 3, "attention": 1}, width={"ffn": 40, "ssm_head": 2})
     (candidate,) = find_candidates(source, random_scores(source), request, Deployment())
     assert candidate.architecture.layer_counts == {"mamba": 3, "attention": 1, "mlp": 5}
@@ -294,7 +279,7 @@ def test_explicit_targets_give_one_candidate_with_just_these_numbers() -> None:
 
 
 def test_narrowing_costs_more_the_more_the_lost_units_score() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     even = random_scores(source)
     peaked = {}
     for name, values in even.units.items():
@@ -306,7 +291,7 @@ def test_narrowing_costs_more_the_more_the_lost_units_score() -> None:
 
 
 def test_an_infeasible_budget_names_the_smallest_feasible_memory() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     request = SearchRequest(memory="20%", granularity=16)
     with pytest.raises(InfeasibleBudgetError) as caught:
         find_candidates(source, random_scores(source), request, Deployment())
@@ -321,7 +306,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible_memory() -> None:
 
 
 def test_a_bound_that_binds_is_named_and_none_if_none_does() -> None:
-    source, scores = source_architecture(), random_scores(source_architecture())
+    source, scores = tiny_architecture(PATTERN), random_scores(tiny_architecture(PATTERN))
 
     def problem(**fields: Any) -> str:
         with pytest.raises(InfeasibleBudgetError) as caught:
@@ -336,7 +321,7 @@ def test_a_bound_that_binds_is_named_and_none_if_none_does() -> None:
 
 
 def test_a_budget_above_the_source_says_that_nothing_needs_pruning() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     for fields in ({"memory": "100%"}, {"memory": "1TiB"}, {"params": "100%", "memory": "1TiB"}):
         with pytest.raises(NothingToPruneError, match="nothing needs pruning"):
             find_candidates(source, random_scores(source), SearchRequest(**fields), Deployment())  # type: ignore[arg-type]
@@ -366,19 +351,20 @@ def test_a_budget_above_the_source_says_that_nothing_needs_pruning() -> None:
     ],
 )
 def test_an_impossible_request_is_an_error_that_names_it(request_fields: dict[str, Any], word: str) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     with pytest.raises(MinipuzzleError, match=word):
         find_candidates(source, random_scores(source), SearchRequest(**request_fields), Deployment())
 
 
 def test_a_cut_of_heads_without_measured_energies_is_refused() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
+    scores = replace(random_scores(source), energies={})
     with pytest.raises(MinipuzzleError, match="energies"):
-        make_plan(source, random_scores(source), kept_layers=range(len(PATTERN)), widths={0: {"ssm_head": 2}})
+        make_plan(source, scores, kept_layers=range(len(PATTERN)), widths={0: {"ssm_head": 2}})
 
 
 def test_a_plan_that_cuts_nothing_keeps_everything() -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     widths = {1: {"ffn": 64}, 0: {"ssm_head": 4}}
     plan = make_plan(source, random_scores(source), kept_layers=range(len(PATTERN)), widths=widths)
     assert plan == keep_everything(source)
@@ -386,7 +372,9 @@ def test_a_plan_that_cuts_nothing_keeps_everything() -> None:
 
 def test_scores_survive_their_file(tmp_path: Path) -> None:
     variants = {"mse.ffn.32": np.arange(len(PATTERN), dtype=np.float64)}
-    scores = replace(random_scores(source_architecture()), metadata={"model_fingerprint": "abc"}, variants=variants)
+    scores = replace(
+        random_scores(tiny_architecture(PATTERN)), metadata={"model_fingerprint": "abc"}, variants=variants
+    )
     write_scores(scores, tmp_path / "scores.safetensors")
     found = read_scores(tmp_path / "scores.safetensors")
     assert found.metadata["model_fingerprint"] == "abc"
@@ -396,7 +384,7 @@ def test_scores_survive_their_file(tmp_path: Path) -> None:
 
 
 def test_scores_of_another_model_or_with_nan_are_refused(tmp_path: Path) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     scores = replace(random_scores(source), metadata={"model_fingerprint": "abc"})
     with pytest.raises(MinipuzzleError, match="abc"):
         scores.check_against(source, "def")
@@ -411,7 +399,7 @@ def test_scores_of_another_model_or_with_nan_are_refused(tmp_path: Path) -> None
 
 
 def test_plain_json_scores_are_accepted(tmp_path: Path) -> None:
-    source = source_architecture()
+    source = tiny_architecture(PATTERN)
     path = tmp_path / "scores.json"
     path.write_text(json.dumps({"layer": {"mse": list(range(len(PATTERN)))}}))
     scores = read_scores(path)

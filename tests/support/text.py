@@ -7,5 +7,6 @@ import torch
 from tests.support.tiny_models import VOCABULARY
 
 
-def random_tokens(samples: int = 2, tokens: int = 21) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(7))
+def random_tokens(samples: int = 2, tokens: int = 21, *, seed: int = 7, first: int = 0) -> torch.Tensor:
+    """``[samples, tokens]`` of the tiny models' vocabulary, from ``first`` upwards: 3 leaves special tokens out."""
+    return torch.randint(first, VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(seed))
