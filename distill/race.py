@@ -7,18 +7,21 @@ Everything a race has done lies in its folder: a finished round of a finalist is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill.run import distill_checkpoint
-from distill.settings import DistillSettings, OnStep, ignore_step
+from distill.run import DistillRequest, distill_checkpoint
+from distill.scale.estimate import FLOAT32_BYTES, estimate_memory
+from distill.settings import DistillSettings
+from minipuzzle.architecture.model import Architecture
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.quality.evaluate import evaluate
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model
 
 RACE_FILE = "race.json"
@@ -31,44 +34,41 @@ def run_race(
     data: Sequence[Path],
     validation: EvaluationWindows,
     settings: RaceSettings,
-    distill_settings: DistillSettings,
     folder: Path,
-    device: str = "cpu",
-    on_step: OnStep = ignore_step,
-    on_round: Callable[[int, RoundResult], None] = lambda _contender, _result: None,
+    compute: Compute = Compute(),
 ) -> RaceResult:
     """Distil cut checkpoints from their teacher and measure them on validation windows; the lowest loss wins.
 
-    ``distill_settings``: all but the tokens, which ``settings`` gives. With halving, a contender that goes on trains
-    from where its last round ended, with a fresh schedule. ``on_round`` hears of each finished round.
+    With halving, a contender that goes on trains from where its last round ended, with a fresh schedule. Training
+    holds both models whole: a contender that needs more than ``compute.memory_bytes`` by the estimate is refused.
 
-    Raises: InputChangedError if ``folder`` holds a race of other finalists or settings; MinipuzzleError as distilling.
+    Raises: InputChangedError if ``folder`` holds a race of other finalists or settings; MinipuzzleError as distilling,
+    and for too little memory.
     """
+    for student in students:
+        settings.require_room(Checkpoint.open(student).architecture, teacher.architecture, compute)
     folder.mkdir(parents=True, exist_ok=True)
     record = _Record(folder / RACE_FILE, students, settings)
     active = list(range(len(students)))
     num_tokens = 0
-    for round_idx, round_tokens in enumerate(settings.tokens_of_rounds(len(students))):
-        num_tokens += round_tokens
-        for contender in active:
-            if record.result(contender, round_idx) is not None:
-                continue
-            out = folder / f"{contender}-{round_idx}"
-            if not out.is_dir():
-                distill_checkpoint(
+    with compute.progress("racing finalists", settings.total_steps(len(students))) as advance:
+        for round_idx, round_tokens in enumerate(settings.tokens_of_rounds(len(students))):
+            num_tokens += round_tokens
+            for contender in active:
+                if record.result(contender, round_idx) is not None:
+                    continue
+                request = DistillRequest(
                     student=Checkpoint.open(_previous(students, folder, contender, round_idx)),
                     teacher=teacher,
-                    data=data,
-                    settings=_with_tokens(distill_settings, round_tokens, round_idx),
-                    out=out,
-                    device=device,
-                    on_step=on_step,
+                    data=tuple(data),
+                    settings=settings.distillation(round_tokens, round_idx, compute.dtype),
+                    out=folder / f"{contender}-{round_idx}",
                 )
-            result = _measure(Checkpoint.open(out), teacher, validation, num_tokens, device)
-            record.add(contender, round_idx, result)
-            on_round(contender, result)
-        last = {contender: record.loss(contender, round_idx) for contender in active}
-        active = survivors(last) if settings.halving else active
+                if not request.out.is_dir():
+                    distill_checkpoint(request, compute, on_step=lambda _record: advance(1))
+                record.add(contender, round_idx, _measure(request, validation, num_tokens, compute))
+            last = {contender: record.loss(contender, round_idx) for contender in active}
+            active = survivors(last) if settings.halving else active
     winner = min(last, key=lambda contender: (last[contender], contender))
     return RaceResult(
         rounds=tuple(record.rounds(contender) for contender in range(len(students))),
@@ -81,19 +81,13 @@ def _previous(students: Sequence[Path], folder: Path, contender: int, round_idx:
     return students[contender] if round_idx == 0 else folder / f"{contender}-{round_idx - 1}"
 
 
-def _measure(
-    student: Checkpoint, teacher: Checkpoint, validation: EvaluationWindows, num_tokens: int, device: str
-) -> RoundResult:
+def _measure(request: DistillRequest, validation: EvaluationWindows, num_tokens: int, compute: Compute) -> RoundResult:
     """Both models are loaded anew, so that neither is in memory while the next contender trains."""
-    against = load_model(teacher, device=device)
-    found = evaluate(load_model(student, device=device), student.family, validation, against=against, device=device)
+    compute = replace(compute, dtype="float32")
+    student, against = Checkpoint.open(request.out), load_model(request.teacher, compute)
+    found = evaluate(load_model(student, compute), student.family, validation, compute, against=against)
     assert found.kl is not None
     return RoundResult(tokens=num_tokens, loss=found.loss, kl=found.kl)
-
-
-def _with_tokens(settings: DistillSettings, tokens: int, round_idx: int) -> DistillSettings:
-    # Each round takes its text in another order, so that a later round does not repeat the beginning.
-    return replace(settings, tokens=tokens, seed=settings.seed + round_idx)
 
 
 class _Record:
@@ -150,11 +144,6 @@ class RaceResult:
         assert 0 <= self.winner < len(self.rounds)
 
 
-# Trains finalists, given as cut checkpoint folders, and measures them on the windows; keeps its work in the folder, so
-# that an interrupted race continues.
-Race = Callable[[Sequence[Path], EvaluationWindows, Path], RaceResult]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RaceSettings:
     """``tokens`` that each finalist trains on in all, and how. ``halving``: drop the worse half after each round."""
@@ -177,6 +166,29 @@ class RaceSettings:
     def tokens_per_step(self) -> int:
         """Tokens of one optimiser step."""
         return self.batch_sequences * self.sequence_length
+
+    def distillation(self, tokens: int, round_idx: int, dtype: str) -> DistillSettings:
+        """How a round trains. Each takes its text in another order, so that a later one does not repeat the first."""
+        return DistillSettings(
+            tokens=tokens,
+            sequence_length=self.sequence_length,
+            batch_sequences=self.batch_sequences,
+            learning_rate=self.learning_rate,
+            seed=self.seed + round_idx,
+            dtype=dtype,
+        )
+
+    def require_room(self, student: Architecture, teacher: Architecture, compute: Compute) -> None:
+        """Refuse to train and measure a finalist within too little memory, by an estimate; without a limit, nothing.
+
+        Raises: MinipuzzleError with both amounts.
+        """
+        if compute.memory_bytes is None:
+            return
+        training = estimate_memory(student, teacher, self.distillation(self.tokens, 0, compute.dtype), compute.device)
+        weights_bytes = FLOAT32_BYTES * (student.num_parameters + teacher.num_parameters)
+        needed_bytes = max(training.total_bytes, weights_bytes)
+        compute.require_room(needed_bytes, "to train a finalist, both models whole", "drop --finalists")
 
     def tokens_of_rounds(self, num_finalists: int) -> tuple[int, ...]:
         """Tokens of each round: one round, or with halving as many equal ones as it takes to leave one finalist."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from distill.engine import EngineSettings
 from distill.inputs import GIVE_TEACHER, kept_hidden_channels
 from distill.objective.pair import DistillPair
 from distill.objective.teacher_cache import CacheDescription, TeacherCache
-from distill.scale.estimate import RunEstimate, estimate_run
+from distill.scale.estimate import RunEstimate, estimate_run, flops_per_token
+from distill.scale.gpus import Hardware
 from distill.scale.hardware import PeakMemory, hardware_of
 from distill.scale.low_precision import float8_obstacle
 from distill.scale.parallel import Placement, joined_placement, open_pair, rows_of_process
@@ -31,7 +30,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
 from minipuzzle.quality.vocabulary import SharedVocabulary, shared_vocabulary
-from minipuzzle.runtime.compute import DTYPES
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import processes_from_environment
 
 
@@ -47,7 +46,6 @@ class DistillRequest:
     engine: EngineSettings = field(default_factory=EngineSettings)
     validation: tuple[Path, ...] = ()
     teacher_cache: Path | None = None
-    device: str = "cpu"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -70,16 +68,41 @@ class DistillRequest:
 class PreparedRun:
     """A request that passed every check that needs no weights, with its text in tokens.
 
-    ``notes``: what was asked for and will not be done, and why.
+    ``compute``: in the precision of the settings, which shapes the result. ``notes``: what was asked for and will not
+    be done, and why.
     """
 
     request: DistillRequest
+    compute: Compute
     text: TrainingText
     validation_windows: EvaluationWindows | None
     vocabulary: SharedVocabulary
     kept_channels: tuple[int, ...] | None
-    estimate: RunEstimate
+    hardware: Hardware
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def estimate(self) -> RunEstimate:
+        """Memory, speed and hours to expect."""
+        return estimate_run(
+            self.request.student.architecture,
+            self.request.teacher.architecture,
+            self.request.settings,
+            self.request.engine,
+            hardware=self.hardware,
+            num_processes=self.compute.processes.world_size,
+        )
+
+    def used_fraction(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilisation: the share of what the hardware could do at best that so many tokens make."""
+        flops_per_second = self.hardware.bf16_flops * self.compute.processes.world_size
+        return tokens_per_second * self._flops_per_token / flops_per_second
+
+    @cached_property
+    def _flops_per_token(self) -> float:
+        request = self.request
+        architectures = request.student.architecture, request.teacher.architecture
+        return flops_per_token(*architectures, request.settings, request.engine)
 
     @property
     def epochs(self) -> float:
@@ -152,14 +175,15 @@ def find_teacher(student_folder: Path) -> Path:
     return folder
 
 
-def prepare_run(request: DistillRequest) -> PreparedRun:
+def prepare_run(request: DistillRequest, compute: Compute = Compute()) -> PreparedRun:
     """Check everything that can be checked without weights, and tokenise the text.
 
     Raises: MinipuzzleError naming what does not fit.
     """
-    request, notes = _without_unavailable(request)
+    compute = replace(compute, dtype=request.settings.dtype, processes=processes_from_environment())
+    request, notes = _without_unavailable(request, compute)
     settings = request.settings
-    if processes_from_environment().is_first:
+    if compute.processes.is_first:
         check_target_folder(request.out, overwrite=request.overwrite)
     for checkpoint in (request.student, request.teacher):
         checkpoint.require_plain_weights()
@@ -177,25 +201,19 @@ def prepare_run(request: DistillRequest) -> PreparedRun:
         )
     return PreparedRun(
         request=request,
+        compute=compute,
         text=text,
         validation_windows=validation_windows,
         vocabulary=vocabulary,
         kept_channels=kept_channels,
-        estimate=estimate_run(
-            request.student.architecture,
-            request.teacher.architecture,
-            settings,
-            request.engine,
-            hardware=hardware_of(torch.device(request.device), DTYPES[settings.dtype]),
-            num_processes=processes_from_environment().world_size,
-        ),
+        hardware=hardware_of(compute),
         notes=notes,
     )
 
 
-def _without_unavailable(request: DistillRequest) -> tuple[DistillRequest, tuple[str, ...]]:
+def _without_unavailable(request: DistillRequest, compute: Compute) -> tuple[DistillRequest, tuple[str, ...]]:
     """A request without FP8 compute where that cannot be had, and the reason in words."""
-    obstacle = float8_obstacle(torch.device(request.device)) if request.engine.fp8 else None
+    obstacle = float8_obstacle(compute.torch_device) if request.engine.fp8 else None
     if obstacle is None:
         return request, ()
     engine = replace(request.engine, fp8=False)
@@ -210,7 +228,7 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
     Raises: InputChangedError if an interrupted run in the way had other inputs or settings.
     """
     request = prepared.request
-    with joined_placement(request.device, request.engine) as placement:
+    with joined_placement(prepared.compute, request.engine) as placement:
         processes = placement.processes
         rows_of_process(request.settings.batch_sequences, processes)
         with shared_output_folder(
@@ -242,36 +260,13 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
 
 
 def distill_checkpoint(
-    *,
-    student: Checkpoint,
-    teacher: Checkpoint,
-    data: Sequence[Path],
-    settings: DistillSettings,
-    out: Path,
-    validation: Sequence[Path] = (),
-    teacher_cache: Path | None = None,
-    device: str = "cpu",
-    overwrite: bool = False,
-    engine: EngineSettings | None = None,
-    on_step: OnStep = ignore_step,
+    request: DistillRequest, compute: Compute = Compute(), *, on_step: OnStep = ignore_step
 ) -> DistillResult:
-    """Check, distil and write ``out``: what ``minipuzzle distill`` does, for callers in Python.
+    """Check, distil and write the output folder: what ``minipuzzle distill`` does.
 
     Raises: MinipuzzleError for inputs that do not fit together, InputChangedError as in ``run_prepared``.
     """
-    request = DistillRequest(
-        student=student,
-        teacher=teacher,
-        data=tuple(data),
-        settings=settings,
-        out=out,
-        engine=engine or EngineSettings(),
-        validation=tuple(validation),
-        teacher_cache=teacher_cache,
-        device=device,
-        overwrite=overwrite,
-    )
-    return run_prepared(prepare_run(request), on_step=on_step)
+    return run_prepared(prepare_run(request, compute), on_step=on_step)
 
 
 def provenance_of(request: DistillRequest) -> dict[str, Any]:
@@ -300,7 +295,6 @@ def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: O
         student=request.student,
         teacher=request.teacher,
         placement=placement,
-        compute_dtype=DTYPES[request.settings.dtype],
         engine=request.engine,
     )
     cache = request.teacher_cache
@@ -318,7 +312,6 @@ def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: O
         folder=folder,
         validation=prepared.validation_windows,
         engine=request.engine,
-        processes=placement.processes,
         on_step=on_step,
     )
     return pair, progress

@@ -60,6 +60,10 @@ class LayerRequest:
             if axis in LAYER_KINDS[layer.kind].prunable_axes and width < layer.sizes[axis]
         ]
 
+    def num_alterations(self, source: Architecture) -> int:
+        """Altered models of the first round."""
+        return len(self.candidates(source)) + len(self.narrowings(source)) + len(self.blocks(source))
+
     def to_metadata(self) -> dict[str, str]:
         """What distinguishes this request from others, as strings."""
         return {

@@ -16,14 +16,16 @@ import torch
 from torch.nn import functional as F
 
 from importance.prefix_tree import PrefixTree, build_tree, run_level
+from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.progress import Advance, no_progress, progress_bar
+from minipuzzle.progress import Advance
 from minipuzzle.quality.evaluate import ReferenceLogits, TokenSums, head_chunks
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, PlanQuality, RankedPlan, best_first
-from minipuzzle.runtime.layer_stack import LayerStack, default_memory_bytes, largest_activation_bytes
+from minipuzzle.runtime.compute import Compute
+from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet
 from minipuzzle.runtime.narrowed_layers import NarrowedLayers
 from minipuzzle.runtime.processes import Processes
 
@@ -37,78 +39,48 @@ def rank_plans(
     checkpoint: Checkpoint,
     plans: Sequence[Plan],
     windows: EvaluationWindows,
+    compute: Compute = Compute(),
     *,
-    dtype: torch.dtype,
-    device: str,
     rank_by: str = DEFAULT_RANK_BY,
-    device_memory_bytes: int | None = None,
-    processes: Processes | None = None,
-    quiet: bool = True,
 ) -> list[RankedPlan]:
     """Plans by their measured quality, best first; see ``best_first`` for ``rank_by``.
-
-    ``device_memory_bytes``: weights and working memory together (default: most of what is free). ``processes``: those
-    of a torchrun job share the windows. A progress bar is drawn unless ``quiet``.
 
     Raises: MinipuzzleError if the memory is too small or a candidate computes values that are not finite.
     """
     tree = build_tree(checkpoint.architecture, [keep_everything(checkpoint.architecture), *plans])
-    stack = open_stack(checkpoint, tree, windows, dtype=dtype, device=device, device_memory_bytes=device_memory_bytes)
-    with progress_bar("measuring candidates", num_steps(tree, len(windows.token_ids)), quiet=quiet) as advance:
-        qualities = measure_plans(stack, tree, plans, windows, processes=processes, advance=advance)
+    stack = open_stack(checkpoint, tree, windows, compute)
+    qualities = measure_plans(stack, tree, plans, windows)
     return best_first(
         [RankedPlan(plan=plan, quality=quality) for plan, quality in zip(plans, qualities, strict=True)], rank_by
     )
 
 
 def open_stack(
-    checkpoint: Checkpoint,
-    tree: PrefixTree,
-    windows: EvaluationWindows,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    device_memory_bytes: int | None = None,
+    checkpoint: Checkpoint, tree: PrefixTree, windows: EvaluationWindows, compute: Compute = Compute()
 ) -> LayerStack:
     """A layer stack with room for all streams of one window; no weight is read yet.
 
     Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
     """
-    memory_bytes = default_memory_bytes(device) if device_memory_bytes is None else device_memory_bytes
-    num_tokens = windows.token_ids.shape[1]
-    working_bytes = _window_bytes(checkpoint, tree, num_tokens, dtype)
-    working_bytes += largest_activation_bytes(checkpoint, num_tokens, dtype)
-    working_bytes += _head_bytes(checkpoint, dtype, _chunk_logits(device, memory_bytes))
-    return LayerStack(
-        checkpoint, device=device, dtype=dtype, device_memory_bytes=memory_bytes, reserved_bytes=working_bytes
+    compute = compute.with_limit()
+    return working_set(checkpoint.architecture, tree, windows, compute).open_stack(checkpoint, compute)
+
+
+def working_set(source: Architecture, tree: PrefixTree, windows: EvaluationWindows, compute: Compute) -> WorkingSet:
+    """All streams, one more that is being computed, the logits of one chunk, and the head in float32."""
+    wide_head_bytes = 0 if compute.torch_dtype.itemsize >= 4 else source.vocabulary * source.hidden * 4
+    logits_bytes = _CHUNK_BUFFERS * 4 * max(_chunk_logits(compute), source.vocabulary)
+    return WorkingSet(
+        num_tokens=windows.token_ids.shape[1],
+        num_copies=tree.num_streams + 1,
+        head_bytes=logits_bytes + wide_head_bytes,
     )
 
 
-def _window_bytes(checkpoint: Checkpoint, tree: PrefixTree, num_tokens: int, dtype: torch.dtype) -> int:
-    """Memory of all streams of one window; one more is being computed."""
-    return (tree.num_streams + 1) * num_tokens * checkpoint.architecture.hidden * dtype.itemsize
-
-
-def _chunk_logits(device: str, memory_bytes: int) -> int:
+def _chunk_logits(compute: Compute) -> int:
     """Logits of one stream that exist at once."""
-    most = _MAX_CHUNK_LOGITS_CPU if torch.device(device).type == "cpu" else _MAX_CHUNK_LOGITS
-    return min(most, memory_bytes // _CHUNK_MEMORY_SHARE // (4 * _CHUNK_BUFFERS))
-
-
-def _head_bytes(checkpoint: Checkpoint, dtype: torch.dtype, chunk_logits: int) -> int:
-    """Memory of the logits of one chunk, and of the head in float32."""
-    vocabulary, hidden = checkpoint.architecture.vocabulary, checkpoint.architecture.hidden
-    wide_head_bytes = 0 if dtype.itemsize >= 4 else vocabulary * hidden * 4
-    return _CHUNK_BUFFERS * 4 * max(chunk_logits, vocabulary) + wide_head_bytes
-
-
-def windows_per_slice(stack: LayerStack, tree: PrefixTree, windows: EvaluationWindows) -> int:
-    """Windows whose streams fit beside the weights, a layer at work and the logits of a chunk; one always does."""
-    num_windows, num_tokens = windows.token_ids.shape
-    chunk_logits = _chunk_logits(stack.device, stack.memory_bytes)
-    beside_bytes = stack.activation_bytes(num_tokens) + _head_bytes(stack.checkpoint, stack.dtype, chunk_logits)
-    window_bytes = _window_bytes(stack.checkpoint, tree, num_tokens, stack.dtype)
-    return max(1, min(num_windows, (stack.free_bytes - beside_bytes) // window_bytes))
+    most = _MAX_CHUNK_LOGITS_CPU if compute.is_on_cpu else _MAX_CHUNK_LOGITS
+    return min(most, compute.limit_bytes // _CHUNK_MEMORY_SHARE // (4 * _CHUNK_BUFFERS))
 
 
 def num_steps(tree: PrefixTree, num_windows: int) -> int:
@@ -123,26 +95,27 @@ def measure_plans(
     windows: EvaluationWindows,
     *,
     slice_windows: int | None = None,
-    processes: Processes | None = None,
-    advance: Advance = no_progress,
 ) -> list[PlanQuality]:
     """The quality of each plan, in the order given. ``tree`` is that of the source model and then ``plans``.
 
-    ``slice_windows``: windows at a time (default: as many as fit); the slicing changes nothing but rounding.
+    ``slice_windows``: windows at a time (default: as many as fit); the slicing changes nothing but rounding. The
+    processes of a torchrun job share the windows.
 
     Raises: MinipuzzleError if a candidate computes values that are not finite.
     """
-    processes = processes or Processes()
-    slice_windows = slice_windows or windows_per_slice(stack, tree, windows)
+    compute, num_windows = stack.compute, len(windows.token_ids)
+    if slice_windows is None:
+        slice_windows = stack.sequences_that_fit(working_set(stack.architecture, tree, windows, compute), num_windows)
     narrowed = NarrowedLayers(stack)
     sums = [TokenSums() for _ in range(tree.num_streams)]
-    starts = range(0, len(windows.token_ids), slice_windows)
-    for start in processes.share(starts):
-        token_ids_BT = windows.token_ids[start : start + slice_windows]
-        labels_BT = windows.labels[start : start + slice_windows].to(stack.device)
-        streams_BTH = _run_streams(narrowed, tree, token_ids_BT, advance)
-        _compare_streams(narrowed, tree, plans, streams_BTH, labels_BT, sums, advance)
-    _add_up(sums, processes)
+    with compute.progress("measuring candidates", num_steps(tree, num_windows)) as advance:
+        for start in compute.processes.share(range(0, num_windows, slice_windows)):
+            token_ids_BT = windows.token_ids[start : start + slice_windows]
+            labels_BT = windows.labels[start : start + slice_windows].to(stack.device)
+            streams_BTH = _run_streams(narrowed, tree, token_ids_BT, advance)
+            _compare_streams(narrowed, tree, plans, streams_BTH, labels_BT, sums)
+            advance(tree.num_streams * len(labels_BT))
+    _add_up(sums, compute.processes)
     return [_quality(plan, sums[stream]) for plan, stream in zip(plans, tree.stream_of_plan[1:], strict=True)]
 
 
@@ -167,7 +140,6 @@ def _compare_streams(
     streams: list[torch.Tensor],
     labels_BT: torch.Tensor,
     sums: list[TokenSums],
-    advance: Advance,
 ) -> None:
     """Add up what every stream predicts, and how far that is from the source model's stream, the first plan's."""
     source = narrowed.stack.architecture
@@ -179,14 +151,12 @@ def _compare_streams(
     labels_N = labels_BT[counts_BT]
     for stream, norm in enumerate(norms):
         streams[stream] = norm(streams[stream][counts_BT])
-    chunk_logits = _chunk_logits(narrowed.stack.device, narrowed.stack.memory_bytes)
-    for chunk in head_chunks(len(labels_N), head_VH.shape[0], chunk_logits):
+    for chunk in head_chunks(len(labels_N), head_VH.shape[0], _chunk_logits(narrowed.stack.compute)):
         labels_C = labels_N[chunk]
         reference_stream = tree.stream_of_plan[0]
         reference = ReferenceLogits(F.linear(streams[reference_stream][chunk].float(), heads_VH[reference_stream]))
         for stream, stream_NH in enumerate(streams):
             sums[stream].add(F.linear(stream_NH[chunk].float(), heads_VH[stream]), labels_C, reference)
-    advance(len(streams) * len(labels_BT))
 
 
 def _columns(head_VH: torch.Tensor, plan: Plan) -> torch.Tensor:

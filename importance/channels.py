@@ -21,9 +21,7 @@ from importance.observers import OBSERVERS
 from importance.observers.base import Observe, Sums, mean_size, mean_square
 from minipuzzle.cut.scores import FINAL
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.progress import Advance, no_progress
-from minipuzzle.runtime.layer_stack import LayerStack
-from minipuzzle.runtime.processes import Processes
+from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet
 
 UNIT_DEFINITIONS: Mapping[str, str] = {
     "ffn": "input of down_proj: mean over the sequence of |a|, L2 over samples",
@@ -51,8 +49,6 @@ def score_channels(
     token_ids_BT: torch.Tensor,
     *,
     slice_samples: int | None = None,
-    advance: Advance = no_progress,
-    processes: Processes | None = None,
     earlier: Mapping[str, NDArray[np.float64]] | None = None,
     after_slice: Callable[[dict[str, NDArray[np.float64]]], None] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -66,12 +62,13 @@ def score_channels(
     Raises: MinipuzzleError if a value is not a finite number.
     """
     num_samples, num_tokens = token_ids_BT.shape
-    processes = processes or Processes()
+    processes = stack.compute.processes
     samples = share_of_samples(num_samples, processes)
-    slice_samples = slice_samples or samples_per_slice(stack, len(samples), num_tokens)
+    slice_samples = slice_samples or stack.sequences_that_fit(working_set(num_tokens), len(samples))
     sums = Sums() if earlier is None else Sums.from_arrays(earlier)
-    advance(sums.num_samples * stack.num_layers)
-    with _hooks(stack, sums):
+    bar = stack.compute.progress("scoring channels", stack.num_layers * len(samples))
+    with _hooks(stack, sums), bar as advance:
+        advance(sums.num_samples * stack.num_layers)
         for start in range(samples.start + sums.num_samples, samples.stop, slice_samples):
             token_ids = token_ids_BT[start : min(start + slice_samples, samples.stop)]
             hidden_BTH = stack.embed(token_ids)
@@ -90,10 +87,9 @@ def score_channels(
     return units, energies
 
 
-def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int) -> int:
-    """Samples whose hidden states fit beside the weights and a layer at work; one always does."""
-    bytes_per_sample = SLICE_COPIES * num_tokens * stack.architecture.hidden * stack.dtype.itemsize
-    return max(1, min(num_samples, (stack.free_bytes - stack.activation_bytes(num_tokens)) // bytes_per_sample))
+def working_set(num_tokens: int) -> WorkingSet:
+    """What observing activations needs."""
+    return WorkingSet(num_tokens=num_tokens, num_copies=SLICE_COPIES)
 
 
 def _units(sums: Sums, num_samples: int) -> dict[str, Array]:

@@ -12,7 +12,7 @@ Shape suffixes: S streams of altered models, B batch, T tokens, C a chunk of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ from importance.stream_cache import StreamCache, streams_before
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import Plan, keep_everything, plan_without
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import Advance, no_progress
-from minipuzzle.runtime.layer_stack import LayerStack, largest_activation_bytes
+from minipuzzle.runtime.compute import Compute
+from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet
 from minipuzzle.runtime.narrowed_layers import NarrowedLayers
 from minipuzzle.runtime.processes import Processes
 
@@ -45,7 +45,6 @@ class Hooks:
     earlier: HeadInputMetrics | None = None
     after_slice: Callable[[HeadInputMetrics], None] | None = None
     cache: StreamCache | None = None
-    processes: Processes = field(default_factory=Processes)
 
 
 def removal_plans(source: Architecture, layers: Sequence[int], removed: frozenset[int] = frozenset()) -> list[Plan]:
@@ -53,46 +52,16 @@ def removal_plans(source: Architecture, layers: Sequence[int], removed: frozense
     return [plan_without(source, removed | {layer_idx}) for layer_idx in layers]
 
 
-def reserved_bytes(
-    checkpoint: Checkpoint,
-    num_tokens: int,
-    dtype: torch.dtype,
-    memory_bytes: int,
-    *,
-    device: str = "cpu",
-    num_streams: int | None = None,
-) -> int:
-    """The least that scoring needs beside the weights: all streams of one sample, one layer at work on one sequence,
-    and the metrics of one chunk. ``num_streams``: altered models (default: one for each layer)."""
-    num_streams = len(checkpoint.architecture.layers) if num_streams is None else num_streams
-    return (
-        sample_bytes(checkpoint, num_tokens, dtype, num_streams)
-        + largest_activation_bytes(checkpoint, num_tokens, dtype)
-        + head_bytes(checkpoint, num_tokens, memory_bytes, device, num_streams)
-    )
+def working_set(source: Architecture, num_tokens: int, num_streams: int, compute: Compute) -> WorkingSet:
+    """What scoring needs: the altered models' streams, the full model's and one being computed, and the metrics."""
+    sizes = _head_sizes(source, num_streams)
+    chunk = chunk_tokens(num_tokens, compute.limit_bytes, **sizes)
+    head_bytes = chunk_bytes(chunk, on_cpu=compute.is_on_cpu, **sizes)
+    return WorkingSet(num_tokens=num_tokens, num_copies=num_streams + 2, head_bytes=head_bytes)
 
 
-def sample_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype, num_streams: int) -> int:
-    """Memory of all streams of one sample: the altered models', the full model's, and one that is being computed."""
-    return (num_streams + 2) * num_tokens * checkpoint.architecture.hidden * dtype.itemsize
-
-
-def head_bytes(checkpoint: Checkpoint, num_tokens: int, memory_bytes: int, device: str, num_streams: int) -> int:
-    """Memory that the metrics of one chunk of tokens take."""
-    sizes = _head_sizes(checkpoint.architecture, num_streams)
-    return chunk_bytes(chunk_tokens(num_tokens, memory_bytes, **sizes), device, **sizes)
-
-
-def _head_sizes(architecture: Architecture, num_streams: int) -> dict[str, int]:
-    return {"num_streams": num_streams, "hidden": architecture.hidden, "vocabulary": architecture.vocabulary}
-
-
-def samples_per_slice(stack: LayerStack, num_samples: int, num_tokens: int, num_streams: int) -> int:
-    """Samples whose streams fit beside the weights, a layer at work and the metrics; one always does."""
-    beside = stack.activation_bytes(num_tokens)
-    beside += head_bytes(stack.checkpoint, num_tokens, stack.memory_bytes, stack.device, num_streams)
-    fitting = (stack.free_bytes - beside) // sample_bytes(stack.checkpoint, num_tokens, stack.dtype, num_streams)
-    return max(1, min(num_samples, fitting))
+def _head_sizes(source: Architecture, num_streams: int) -> dict[str, int]:
+    return {"num_streams": num_streams, "hidden": source.hidden, "vocabulary": source.vocabulary}
 
 
 def num_steps(tree: PrefixTree, num_samples: int) -> int:
@@ -124,9 +93,11 @@ def score_plans(
     hooks = hooks or Hooks()
     tree = alteration_tree(stack.architecture, plans)
     run = _Run(stack=stack, plans=plans, tree=tree, narrowed=NarrowedLayers(stack), hooks=hooks)
-    samples = share_of_samples(len(token_ids_BT), hooks.processes)
+    samples = share_of_samples(len(token_ids_BT), stack.compute.processes)
     num_tokens = token_ids_BT.shape[1]
-    slice_samples = slice_samples or samples_per_slice(stack, len(samples), num_tokens, len(plans))
+    if slice_samples is None:
+        needs = working_set(stack.architecture, num_tokens, len(plans), stack.compute)
+        slice_samples = stack.sequences_that_fit(needs, len(samples))
     metrics = hooks.earlier or HeadInputMetrics(len(plans))
     num_done = metrics.num_tokens // num_tokens
     hooks.advance(num_steps(tree, num_done))
@@ -136,7 +107,7 @@ def score_plans(
         run.compare(streams_BTH, token_ids, metrics, start)
         if hooks.after_slice is not None:
             hooks.after_slice(metrics)
-    return metrics.summed_over(hooks.processes).result()
+    return metrics.summed_over(stack.compute.processes).result()
 
 
 def share_of_samples(num_samples: int, processes: Processes) -> range:

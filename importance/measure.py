@@ -24,7 +24,7 @@ from minipuzzle.cut.plan import Plan, plan_without
 from minipuzzle.cut.scores import Scores
 from minipuzzle.data.windows import check_token_ids
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.progress import progress_bar
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.mamba_scan import scan_path
 from minipuzzle.runtime.processes import Processes
@@ -39,55 +39,51 @@ class _Measurement:
     """A measurement under way."""
 
     stack: LayerStack
-    processes: Processes
     partial: PartialSums | None
-    quiet: bool
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the samples."""
+        return self.stack.compute.processes
 
 
 def measure(
     checkpoint: Checkpoint,
     token_ids_BT: torch.Tensor,
+    compute: Compute = Compute(),
     *,
     request: LayerRequest | None = None,
     layer_samples: int | None = None,
     channel_samples: int | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    device_memory_bytes: int | None = None,
     partial_file: Path | None = None,
-    processes: Processes | None = None,
-    quiet: bool = False,
 ) -> Scores:
     """Scores of layers, channels and heads of a checkpoint on some windows of tokens.
 
     ``request``: which layers, narrower forms and removals (default: leaving out each layer). ``layer_samples`` and
     ``channel_samples``: how many of the windows, from the first, each measurement takes (default: all).
-    ``device_memory_bytes``: limit of weights and working memory together (default: most of what is free).
     ``partial_file``: keeps the sums of finished slices, so that an interrupted measurement continues (each process
-    but the first has its own beside it). ``processes``: those of a torchrun job share the samples and all get all
-    scores. The metadata hold what is needed to repeat the measurement, and its counters.
+    but the first has its own beside it). The processes of a torchrun job share the samples and all get all scores.
+    The metadata hold what is needed to repeat the measurement, and its counters.
 
-    Shapes: ``token_ids_BT`` ``[samples, sequence_length]`` of token ids, as from ``corpus.sample_windows``.
+    Shapes: ``token_ids_BT`` ``[samples, sequence_length]`` of token ids, as from ``sample_windows``.
     Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a value is not finite;
     InputChangedError if ``partial_file`` belongs to another measurement.
     """
     check_token_ids(token_ids_BT, checkpoint.architecture.vocabulary)
-    request, processes = request or LayerRequest(), processes or Processes()
+    request, processes = request or LayerRequest(), compute.processes
     layer_ids, channel_ids = token_ids_BT[:layer_samples], token_ids_BT[:channel_samples]
-    stack = open_stack(
-        checkpoint,
-        request=request,
-        sequence_length=token_ids_BT.shape[1],
-        device=device,
-        dtype=dtype,
-        device_memory_bytes=device_memory_bytes,
-    )
-    metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), dtype)
-    metadata |= {**request.to_metadata(), "scan": scan_path(device)}
+    stack = open_stack(checkpoint, compute, request=request, sequence_length=token_ids_BT.shape[1])
+    metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), compute.dtype)
+    metadata |= {**request.to_metadata(), "scan": scan_path(stack.device)}
     identity = {key: metadata[key] for key in (*_IDENTITY, *request.to_metadata())}
     partial = None if partial_file is None else _open_partial(partial_file, identity, processes)
-    run = _Measurement(stack=stack, processes=processes, partial=partial, quiet=quiet or not processes.is_first)
-    units, energies = _score_channels(run, channel_ids)
+    run = _Measurement(stack=stack, partial=partial)
+    units, energies = channels.score_channels(
+        stack,
+        channel_ids,
+        earlier=partial.stage("channels") if partial else None,
+        after_slice=(lambda arrays: partial.write("channels", arrays)) if partial else None,
+    )
     of_units = Scores(layer={}, units=units, energies=energies)
     found = _score_layers(run, request, of_units, layer_ids)
     counters = processes.sum_(torch.tensor(list(asdict(stack.counters).values()), dtype=torch.int64)).tolist()
@@ -114,20 +110,6 @@ def _open_partial(path: Path, identity: dict[str, str], processes: Processes) ->
     return PartialSums(path, {**identity, "processes": str(processes.world_size)})
 
 
-def _score_channels(run: _Measurement, token_ids_BT: torch.Tensor) -> tuple[dict[str, channels.Array], ...]:
-    partial = run.partial
-    num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
-    with progress_bar("scoring channels", run.stack.num_layers * num_samples, quiet=run.quiet) as advance:
-        return channels.score_channels(
-            run.stack,
-            token_ids_BT,
-            advance=advance,
-            processes=run.processes,
-            earlier=partial.stage("channels") if partial else None,
-            after_slice=(lambda arrays: partial.write("channels", arrays)) if partial else None,
-        )
-
-
 @dataclass(kw_only=True)
 class _LayerScores:
     layer: dict[str, NDArray[np.float64]]
@@ -147,9 +129,9 @@ def _score_layers(
     candidates, narrowings = request.candidates(source), request.narrowings(source)
     narrowed, blocks = narrowed_plans(source, of_units, request), request.blocks(source)
     num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
-    num_streams = len(candidates) + len(narrowed) + len(blocks)
-    slice_samples = layers.samples_per_slice(run.stack, num_samples, token_ids_BT.shape[1], num_streams)
-    max_bytes = cache_bytes(run.stack, slice_samples, token_ids_BT.shape[1], num_streams) if request.removals else 0
+    needs = layers.working_set(source, token_ids_BT.shape[1], request.num_alterations(source), run.stack.compute)
+    slice_samples = run.stack.sequences_that_fit(needs, num_samples)
+    max_bytes = cache_bytes(run.stack, needs, slice_samples) if request.removals else 0
     cache = StreamCache(max_bytes=max_bytes, num_slices=-(-num_samples // slice_samples)) if max_bytes else None
     found = _LayerScores(layer={metric: np.full(len(source.layers), np.nan) for metric in LAYER_METRICS})
     for round_idx in range(request.removals + 1):
@@ -185,13 +167,12 @@ def _score_round(
     num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
     steps = layers.num_steps(alteration_tree(run.stack.architecture, plans), num_samples)
     title = f"round {round_idx + 1} of layers" if round_idx else "scoring layers"
-    with progress_bar(title, steps, quiet=run.quiet) as advance:
+    with run.stack.compute.progress(title, steps) as advance:
         hooks = Hooks(
             advance=advance,
             earlier=HeadInputMetrics.from_arrays(earlier) if earlier else None,
             after_slice=(lambda metrics: partial.write(stage, metrics.to_arrays())) if partial else None,
             cache=cache,
-            processes=run.processes,
         )
         return score_plans(run.stack, plans, token_ids_BT, slice_samples=slice_samples, hooks=hooks)
 

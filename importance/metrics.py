@@ -44,10 +44,9 @@ def chunk_tokens(num_tokens: int, memory_bytes: int, *, num_streams: int, hidden
     return min(num_tokens, max(MIN_CHUNK_TOKENS, buffer_bytes // token_bytes))
 
 
-def chunk_bytes(num_chunk_tokens: int, device: str, *, num_streams: int, hidden: int, vocabulary: int) -> int:
+def chunk_bytes(num_chunk_tokens: int, *, on_cpu: bool, num_streams: int, hidden: int, vocabulary: int) -> int:
     """Memory that one chunk takes at the worst moment: its tokens, a tile, and a tile's rows of the head."""
     token_bytes = _token_bytes(num_streams=num_streams, hidden=hidden, vocabulary=vocabulary)
-    on_cpu = torch.device(device).type == "cpu"
     tile_tokens, tile_vocabulary = _tile_shape(num_streams, vocabulary, on_cpu=on_cpu)
     tile = 2 * min(tile_tokens, num_chunk_tokens) * num_streams * tile_vocabulary
     return num_chunk_tokens * token_bytes + 4 * (tile + tile_vocabulary * hidden)

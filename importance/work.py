@@ -5,22 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from importance import channels, layers
 from importance.alterations import LayerRequest, plans_of_any_units
 from importance.layers import alteration_tree, removal_plans
 from minipuzzle.cut.plan import plan_without
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.runtime.layer_stack import (
-    EMBEDDINGS,
-    FINAL_NORM,
-    HEAD,
-    LayerStack,
-    default_memory_bytes,
-    largest_part_bytes,
-)
-from minipuzzle.runtime.processes import Processes
+from minipuzzle.runtime.compute import Compute, free_memory_bytes
+from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, WorkingSet, largest_part_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,39 +48,17 @@ class PlannedScoring:
 
 
 def open_stack(
-    checkpoint: Checkpoint,
-    *,
-    sequence_length: int,
-    request: LayerRequest | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    device_memory_bytes: int | None = None,
+    checkpoint: Checkpoint, compute: Compute = Compute(), *, sequence_length: int, request: LayerRequest | None = None
 ) -> LayerStack:
     """A layer stack with room for measuring at a sequence length; no weight is read yet.
 
     Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
     """
-    request = request or LayerRequest()
-    source = checkpoint.architecture
-    compute_dtype: torch.dtype = getattr(torch, dtype)
-    memory_bytes = default_memory_bytes(device) if device_memory_bytes is None else device_memory_bytes
-    reserved_bytes = layers.reserved_bytes(
-        checkpoint,
-        sequence_length,
-        compute_dtype,
-        memory_bytes,
-        device=device,
-        num_streams=len(request.candidates(source)) + len(request.narrowings(source)) + len(request.blocks(source)),
-    )
-    if request.widths:  # a narrowed layer takes at most as much again as the layer itself
-        reserved_bytes += largest_part_bytes(source, compute_dtype)
-    return LayerStack(
-        checkpoint,
-        device=device,
-        dtype=compute_dtype,
-        device_memory_bytes=memory_bytes,
-        reserved_bytes=reserved_bytes,
-    )
+    request, source, compute = request or LayerRequest(), checkpoint.architecture, compute.with_limit()
+    needs = layers.working_set(source, sequence_length, request.num_alterations(source), compute)
+    # A narrowed layer takes at most as much again as the layer itself.
+    extra_bytes = largest_part_bytes(source, compute.torch_dtype) if request.widths else 0
+    return needs.open_stack(checkpoint, compute, extra_bytes=extra_bytes)
 
 
 def predict_work(
@@ -99,17 +68,17 @@ def predict_work(
     channel_samples: int,
     sequence_length: int,
     request: LayerRequest | None = None,
-    processes: Processes | None = None,
 ) -> Work:
     """What ``measure`` will do with a stack as ``open_stack`` gives it; of this process, where there are several."""
-    request, processes = request or LayerRequest(), processes or Processes()
+    request, processes = request or LayerRequest(), stack.compute.processes
     source = stack.architecture
     plans = removal_plans(source, request.candidates(source)) + plans_of_any_units(source, request)
     plans += [plan_without(source, block) for block in request.blocks(source)]
+    needs = layers.working_set(source, sequence_length, len(plans), stack.compute)
     layer_share = len(layers.share_of_samples(layer_samples, processes))
     channel_share = len(layers.share_of_samples(channel_samples, processes))
-    layer_slice = layers.samples_per_slice(stack, layer_share, sequence_length, len(plans))
-    channel_slice = channels.samples_per_slice(stack, channel_share, sequence_length)
+    layer_slice = stack.sequences_that_fit(needs, layer_share)
+    channel_slice = stack.sequences_that_fit(channels.working_set(sequence_length), channel_share)
     layer_slices, channel_slices = -(-layer_share // layer_slice), -(-channel_share // channel_slice)
     rounds = request.removals + 1
     body_bytes = sum(stack.stored_bytes(part) for part in (EMBEDDINGS, *range(stack.num_layers)))
@@ -120,9 +89,8 @@ def predict_work(
         passes = layer_slices * rounds + channel_slices
         read_bytes = passes * body_bytes + layer_slices * rounds * head_bytes + norm_bytes
     applications = layer_slices * alteration_tree(source, plans).num_applications * rounds
-    streams_bytes = layer_slice * layers.sample_bytes(stack.checkpoint, sequence_length, stack.dtype, len(plans))
-    head_work_bytes = layers.head_bytes(stack.checkpoint, sequence_length, stack.memory_bytes, stack.device, len(plans))
-    working_bytes = streams_bytes + max(stack.activation_bytes(sequence_length), head_work_bytes)
+    working_bytes = max(stack.activation_bytes(sequence_length), needs.head_bytes)
+    working_bytes += layer_slice * needs.sequence_bytes(source, stack.dtype)
     return Work(
         layer_slices=layer_slices,
         channel_slices=channel_slices,
@@ -133,12 +101,11 @@ def predict_work(
     )
 
 
-def cache_bytes(stack: LayerStack, slice_samples: int, sequence_length: int, num_streams: int) -> int:
+def cache_bytes(stack: LayerStack, needs: WorkingSet, slice_samples: int) -> int:
     """Memory of the CPU that is left for streams to be used again: half of what is free beside a GPU, else what the
     streams of one slice leave."""
-    if torch.device(stack.device).type != "cpu":
-        return default_memory_bytes("cpu") // 2
-    used = slice_samples * layers.sample_bytes(stack.checkpoint, sequence_length, stack.dtype, num_streams)
-    used += stack.activation_bytes(sequence_length)
-    used += layers.head_bytes(stack.checkpoint, sequence_length, stack.memory_bytes, "cpu", num_streams)
+    if not stack.compute.is_on_cpu:
+        return free_memory_bytes("cpu") // 2
+    used = slice_samples * needs.sequence_bytes(stack.architecture, stack.dtype)
+    used += stack.activation_bytes(needs.num_tokens) + needs.head_bytes
     return max(0, stack.free_bytes - used)

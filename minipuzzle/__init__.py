@@ -21,10 +21,8 @@ def load(
 
     Raises: MinipuzzleError naming the tensor, if the folder is damaged.
     """
-    import torch
-
     from minipuzzle.export.reader import load_any_model
+    from minipuzzle.runtime.compute import Compute
 
-    return load_any_model(
-        Path(folder), dtype=dtype or torch.float32, device=device, rounds_activations=rounds_activations
-    )
+    compute = Compute(device=device, dtype=str(dtype or "float32").removeprefix("torch."))
+    return load_any_model(Path(folder), compute, rounds_activations=rounds_activations)

@@ -32,18 +32,9 @@ MAX_PACKAGE_LINES = 18_500
 UPWARD: set[str] = set()
 LONG_FILES = {"tests/commands/test_distill.py", "tests/search/test_search.py"}
 LONG_FUNCTIONS = {
-    "importance/measure.py:measure",
-    "minipuzzle/commands/distill.py:distill",
     "minipuzzle/commands/prune.py:prune",
 }
-MANY_PARAMETERS = {
-    "distill/race.py:run_race",
-    "distill/run.py:distill_checkpoint",
-    "distill/training/loop.py:distill",
-    "importance/candidates.py:rank_plans",
-    "importance/measure.py:measure",
-    "minipuzzle/search/refinement.py:neighbours_of",
-}
+MANY_PARAMETERS = {"minipuzzle/search/refinement.py:neighbours_of"}
 PRIVATE_NAMES = {
     "tests/quality/test_evaluate.py:_CHUNK_LOGITS",
     "tests/export/test_recovery.py:_PIECE_ELEMENTS",

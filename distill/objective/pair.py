@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ from distill.objective.losses import (
 from distill.objective.teacher_cache import TeacherCache
 from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import ModelParts, parts_of
-from minipuzzle.runtime.processes import Processes
 
 
 class HiddenStates(nn.Module):
@@ -84,10 +84,14 @@ class DistillPair:
 
     teacher: HiddenStates
     student: HiddenStates
-    device: torch.device
-    compute_dtype: torch.dtype = torch.float32
+    compute: Compute = field(default_factory=Compute)
     teacher_cache: TeacherCache | None = None
     kept_channels: tuple[int, ...] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.compute.torch_device
 
     def loss(
         self,
@@ -99,8 +103,8 @@ class DistillPair:
     ) -> LossTerms:
         """Summed loss of a batch over ``denominator``; rows whose label is IGNORE do not count."""
         token_ids_BT, labels_N = token_ids_BT.to(self.device), labels_BT.flatten().to(self.device)
-        if self.compute_dtype != torch.float32:
-            settings = replace(settings, matmul_dtype=self.compute_dtype)
+        if self.compute.dtype != "float32":
+            settings = replace(settings, matmul_dtype=self.compute.torch_dtype)
         if self.teacher_cache is not None and torch.is_grad_enabled():
             targets = self._cached_targets(token_ids_BT, settings)
             student_NH = self._hidden(self.student, token_ids_BT)
@@ -166,15 +170,13 @@ class DistillPair:
         return targets
 
     @torch.no_grad()
-    def distance(
-        self, windows: EvaluationWindows, *, batch_sequences: int, processes: Processes | None = None
-    ) -> Distance:
+    def distance(self, windows: EvaluationWindows, *, batch_sequences: int) -> Distance:
         """Forward KL and the student's own loss over all predictions of some windows, at temperature 1.
 
         Each process takes every ``world_size``-th batch; one that has none left runs the first again, uncounted,
         because a split model answers all processes or none.
         """
-        processes = processes or Processes()
+        processes = self.compute.processes
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         starts = range(0, len(windows.token_ids), batch_sequences)
         settings = LossSettings(ce_weight=0.5)  # any share but none, so that both are computed
@@ -191,5 +193,5 @@ class DistillPair:
 
     def _autocast(self) -> AbstractContextManager[object]:
         # A split model casts its weights as it gathers them.
-        is_low = self.compute_dtype != torch.float32 and not self.student.is_split
-        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=is_low)
+        is_low = self.compute.dtype != "float32" and not self.student.is_split
+        return torch.autocast(self.device.type, dtype=self.compute.torch_dtype, enabled=is_low)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,30 +28,41 @@ from distill.scale.low_precision import float8_obstacle, train_through_fp8, use_
 from minipuzzle.architecture.families import Family
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import ModelParts, build_on_meta, load_model, parts_of
 from minipuzzle.runtime.processes import Processes, joined_processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where models live: this process's device, and the mesh they are split over; None: whole in one process."""
+    """How models compute, among which processes, and the mesh they are split over; None: whole in one process."""
 
-    processes: Processes
-    device: torch.device
+    compute: Compute
     mesh: DeviceMesh | None
+
+    @property
+    def processes(self) -> Processes:
+        """Those of the job."""
+        return self.compute.processes
+
+    @property
+    def device(self) -> torch.device:
+        """This process's own."""
+        return self.compute.torch_device
 
 
 @contextmanager
-def joined_placement(device: str, engine: EngineSettings) -> Iterator[Placement]:
+def joined_placement(compute: Compute, engine: EngineSettings) -> Iterator[Placement]:
     """Connect the processes of the job, if there are several, while the block runs.
 
     A single process on a GPU is a mesh of one, so that it computes exactly as many do; on a CPU models stay whole
     unless the teacher is to be offloaded.
     """
-    with joined_processes(device) as processes:
-        own = torch.device(processes.device(device))
+    with joined_processes(compute.device) as processes:
+        compute = compute.among(processes)
+        own = compute.torch_device
         if processes.world_size == 1 and own.type == "cpu" and engine.teacher_offload == "none":
-            yield Placement(processes=processes, device=own, mesh=None)
+            yield Placement(compute=compute, mesh=None)
             return
         is_ours = not dist.is_initialized()
         if is_ours:
@@ -59,7 +70,7 @@ def joined_placement(device: str, engine: EngineSettings) -> Iterator[Placement]
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         try:
             mesh = init_device_mesh(own.type, (processes.world_size,), mesh_dim_names=("shard",))
-            yield Placement(processes=processes, device=own, mesh=mesh)
+            yield Placement(compute=compute, mesh=mesh)
         finally:
             if is_ours:
                 dist.destroy_process_group()
@@ -70,24 +81,22 @@ def open_pair(
     student: Checkpoint,
     teacher: Checkpoint,
     placement: Placement,
-    compute_dtype: torch.dtype,
     engine: EngineSettings,
 ) -> DistillPair:
     """Student and teacher with their weights on this process's device: whole, or this process's part of them.
 
-    The student's weights are float32, the teacher's are frozen in ``compute_dtype``. A head that is tied to the
-    embeddings stays so where engines read it (``Architecture.deployed``), or the student would outgrow its budget.
+    The student's weights are float32, the teacher's are frozen in the precision of the computation. A head that is
+    tied to the embeddings stays so where engines read it (``Architecture.deployed``), or the student would outgrow its
+    budget.
     """
+    compute = placement.compute
     is_tied = student.architecture.deployed.tied_embeddings
     if placement.mesh is None:
-        models = [
-            load_model(checkpoint, dtype=dtype, device=str(placement.device))
-            for checkpoint, dtype in ((student, torch.float32), (teacher, compute_dtype))
-        ]
+        models = [load_model(student, replace(compute, dtype="float32")), load_model(teacher, compute)]
     else:
         models = [
             build_on_meta({**student.config, "tie_word_embeddings": False}, torch.float32),
-            build_on_meta({**teacher.config, "tie_word_embeddings": False}, compute_dtype),
+            build_on_meta({**teacher.config, "tie_word_embeddings": False}, compute.torch_dtype),
         ]
     student_model, teacher_model = models
     student_parts = parts_of(student_model, student.family)
@@ -95,17 +104,10 @@ def open_pair(
         tie_head(student_parts)
     elif student.architecture.tied_embeddings and placement.mesh is None:
         student_parts.head.weight = nn.Parameter(student_parts.head.weight.detach().clone())
-    pair = make_pair(
-        teacher_model,
-        student_model,
-        student.family,
-        teacher_family=teacher.family,
-        device=placement.device,
-        compute_dtype=compute_dtype,
-    )
+    pair = make_pair(teacher_model, student_model, student.family, compute, teacher_family=teacher.family)
     prepare_student(pair.student, student, engine, placement.device)
     if placement.mesh is not None:
-        low_dtype = None if compute_dtype == torch.float32 else compute_dtype
+        low_dtype = None if compute.dtype == "float32" else compute.torch_dtype
         split(pair.student, placement.mesh, low_dtype=low_dtype)
         split(pair.teacher, placement.mesh, offload_to_cpu=engine.teacher_offload == "cpu")
         fill(pair.student, student, placement.device)
@@ -143,9 +145,8 @@ def make_pair(
     teacher_model: nn.Module,
     student_model: nn.Module,
     family: Family,
+    compute: Compute = Compute(),
     *,
-    device: torch.device,
-    compute_dtype: torch.dtype = torch.float32,
     teacher_family: Family | None = None,
 ) -> DistillPair:
     """A trainable student and a frozen teacher, of the same family unless another is given."""
@@ -154,8 +155,7 @@ def make_pair(
     return DistillPair(
         teacher=HiddenStates(teacher_model, teacher_family or family),
         student=HiddenStates(student_model, family),
-        device=device,
-        compute_dtype=compute_dtype,
+        compute=compute,
     )
 
 

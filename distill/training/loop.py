@@ -18,58 +18,21 @@ from torch import nn
 from distill.engine import SPIKE_WINDOW, EngineSettings
 from distill.objective.losses import LossSettings
 from distill.objective.pair import Distance, DistillPair
-from distill.scale.parallel import make_pair, rows_of_process, whole
+from distill.scale.parallel import rows_of_process, whole
 from distill.settings import DistillSettings, OnStep, StepRecord, ignore_step
 from distill.states.checkpointing import Progress, StateStore, TrainingState
 from distill.states.records import append_metrics, forget_metrics_after
 from distill.training.data import BlendedWindows, PackedWindows
 from distill.training.interrupts import deferred_interrupts
 from distill.training.optimizers import make_optimizer
-from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.runtime.processes import Processes
 
 SAVE_SECONDS = 300.0
 EVALUATED_MICRO_BATCHES = 8  # at once, because an evaluation keeps no activations of earlier layers
 
 Windows = PackedWindows | BlendedWindows
-
-
-def distill(
-    *,
-    teacher_model: nn.Module,
-    student_model: nn.Module,
-    family: Family,
-    data: Windows,
-    settings: DistillSettings,
-    folder: Path,
-    validation: EvaluationWindows | None = None,
-    device: str = "cpu",
-    engine: EngineSettings | None = None,
-    on_step: OnStep = ignore_step,
-) -> Progress:
-    """Train ``student_model`` in place in this process alone; otherwise as ``distill_pair``.
-
-    The student's weights are float32, the teacher's any; both are whole on ``device``.
-    """
-    pair = make_pair(
-        teacher_model,
-        student_model,
-        family,
-        device=torch.device(device),
-        compute_dtype=DTYPES[settings.dtype],
-    )
-    return distill_pair(
-        pair=pair,
-        data=data,
-        settings=settings,
-        folder=folder,
-        validation=validation,
-        engine=engine,
-        on_step=on_step,
-    )
 
 
 def distill_pair(
@@ -80,7 +43,6 @@ def distill_pair(
     folder: Path,
     validation: EvaluationWindows | None = None,
     engine: EngineSettings | None = None,
-    processes: Processes | None = None,
     on_step: OnStep = ignore_step,
 ) -> Progress:
     """Train the student of a pair, from the last state saved in ``folder`` if there is one, and report.
@@ -91,7 +53,7 @@ def distill_pair(
     Raises: MinipuzzleError if too many steps had to be skipped, or a batch cannot be divided among the processes.
     KeyboardInterrupt in all processes after Ctrl-C or a termination signal in one, with the state saved.
     """
-    engine, processes = engine or EngineSettings(), processes or Processes()
+    engine, processes = engine or EngineSettings(), pair.compute.processes
     optimizer = make_optimizer(pair.student.model, settings)
     state = TrainingState(model=pair.student.model, optimizer=optimizer, device=pair.device)
     run = _Run(
@@ -272,7 +234,7 @@ class _Run:
         was_training = model.training
         model.eval()
         batch_sequences = EVALUATED_MICRO_BATCHES * self.settings.micro_batch_sequences
-        distance = self.pair.distance(self.validation, batch_sequences=batch_sequences, processes=self.processes)
+        distance = self.pair.distance(self.validation, batch_sequences=batch_sequences)
         model.train(was_training)
         return distance
 

@@ -99,7 +99,7 @@ def windows() -> PackedWindows:
 
 def run_ours(teacher: nn.Module, student: nn.Module, num_steps: int, on_step: OnStep) -> None:
     """Our loop, whole. Its last step is followed by a save, which copies weights and optimiser."""
-    pair = make_pair(teacher, student, FAMILIES["nemotron_h"], device=torch.device("cpu"))
+    pair = make_pair(teacher, student, FAMILIES["nemotron_h"])
     settings = replace(SETTINGS, tokens=num_steps * SETTINGS.tokens_per_step)
     with tempfile.TemporaryDirectory() as folder:
         distill_pair(pair=pair, data=windows(), settings=settings, folder=Path(folder), on_step=on_step)

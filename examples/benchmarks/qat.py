@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from distill.engine import EngineSettings
-from distill.run import distill_checkpoint
+from distill.run import DistillRequest, distill_checkpoint
 from distill.settings import DistillSettings
 from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
 from minipuzzle.data.documents import read_documents
@@ -24,7 +24,9 @@ from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sampl
 from minipuzzle.export.reader import load_any_model
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import Evaluation, documents_within, evaluate
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.show.bars import drawn_bar
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 
 MEMORY, SAMPLES = "75%", 64  # as the demo prunes
@@ -70,7 +72,7 @@ def run(folder: Path) -> dict[tuple[str, str], Loss]:
     folder.mkdir(parents=True, exist_ok=True)
     teacher, texts = Checkpoint.open(EXAMPLE / "model"), DemoTexts()
     if not (folder / "pruned").is_dir():
-        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, quiet=False)
+        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, Compute(progress=drawn_bar))
     tokenizer = load_tokenizer(teacher.folder)
     calibration = read_documents([texts.calibration])
     calibration_ids = sample_windows(tokenizer, calibration, num_samples=SAMPLES, sequence_length=WINDOW_TOKENS)
@@ -84,17 +86,18 @@ def run(folder: Path) -> dict[tuple[str, str], Loss]:
     for name, way in WAYS.items():
         trained, exported = folder / name, folder / f"{name}-fp8"
         if not trained.is_dir():
-            distill_checkpoint(
+            request = DistillRequest(
                 student=Checkpoint.open(folder / way.begins_as),
                 teacher=teacher,
-                data=[texts.distillation],
+                data=(texts.distillation,),
                 settings=way.settings,
                 engine=way.engine,
                 out=trained,
             )
+            distill_checkpoint(request)
         if not exported.is_dir():
-            request = ExportRequest(scheme="fp8", verifies=False)
-            export_checkpoint(Checkpoint.open(trained), exported, request, calibration_token_ids=calibration_ids)
+            unverified = ExportRequest(scheme="fp8", verifies=False)
+            export_checkpoint(Checkpoint.open(trained), exported, unverified, calibration_token_ids=calibration_ids)
         for stored, path in (("BF16", trained), ("FP8", exported)):
             kept = folder / f"{name}-{stored}.json"
             if not kept.exists():

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distill.race import RaceSettings
-from distill.run import distill_checkpoint
+from distill.run import DistillRequest, distill_checkpoint
 from distill.settings import DistillSettings
 from minipuzzle.architecture.memory import Deployment
 from minipuzzle.cut.folder import write_pruned
@@ -161,8 +161,10 @@ def distil_and_measure(setting: Setting, plan: Plan, work: Path) -> dict[str, An
     )
     student, out = Checkpoint.open(cut), work / "distilled"
     if not out.is_dir():
-        data = [_training_text(setting)]
-        distill_checkpoint(student=student, teacher=setting.teacher, data=data, settings=settings, out=out)
+        data = (_training_text(setting),)
+        distill_checkpoint(
+            DistillRequest(student=student, teacher=setting.teacher, data=data, settings=settings, out=out)
+        )
     before = evaluate(load_model(student), student.family, setting.heldout)
     model = load_model(Checkpoint.open(out))
     return {

@@ -17,14 +17,16 @@ from statistics import mean, stdev
 
 import torch
 
-from distill.run import distill_checkpoint
+from distill.run import DistillRequest, distill_checkpoint
 from distill.states.records import read_metrics
 from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import evaluation_windows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import documents_within, evaluate
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model, load_tokenizer
+from minipuzzle.show.bars import drawn_bar
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -79,20 +81,23 @@ def measure(folder: Path) -> Recovery:
     teacher, texts = Checkpoint.open(EXAMPLE / "model"), DemoTexts()
     held_out = held_out_file(folder, teacher)
     if not (folder / "pruned").is_dir():
-        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, quiet=False)
+        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, Compute(progress=drawn_bar))
     student = Checkpoint.open(folder / "pruned")
     curves = {}
     for seed in SEEDS:
         out = folder / f"seed-{seed}"
         settings = demo_distillation(TOKENS, seed=seed, evaluations=EVALUATIONS)
         if not out.is_dir():
-            result = distill_checkpoint(
+            request = DistillRequest(
                 student=student,
                 teacher=teacher,
-                data=[texts.distillation],
-                validation=[held_out],
+                data=(texts.distillation,),
+                validation=(held_out,),
                 settings=settings,
                 out=out,
+            )
+            result = distill_checkpoint(
+                request,
                 on_step=lambda record: print(record, flush=True) if record.validation_kl is not None else None,
             )
             before = {"kl": result.validation_kl_before, "loss": result.validation_loss_before}

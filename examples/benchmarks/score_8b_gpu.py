@@ -19,6 +19,7 @@ from minipuzzle.architecture.quantities import GIB
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import ShardWriter
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.mamba_scan import scan_path
 
 SAMPLES, TOKENS = 128, 4096
@@ -80,9 +81,8 @@ def main(device: str = "cuda") -> None:
         torch.cuda.reset_peak_memory_stats()
         tokens = torch.randint(SIZES["vocab_size"], (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
         start = time.perf_counter()
-        stack = open_stack(
-            checkpoint, sequence_length=TOKENS, device=device, dtype="bfloat16", device_memory_bytes=LIMIT_BYTES
-        )
+        compute = Compute(device=device, dtype="bfloat16", memory_bytes=LIMIT_BYTES)
+        stack = open_stack(checkpoint, compute, sequence_length=TOKENS)
         score_plans(stack, removal_plans(stack.architecture, range(stack.num_layers)), tokens)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start

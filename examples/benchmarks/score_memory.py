@@ -24,6 +24,7 @@ from minipuzzle.architecture.quantities import GIB, MIB
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import ShardWriter
+from minipuzzle.runtime.compute import Compute
 
 PATTERN = "M---*---M---*---M---M---M---M---"
 SIZES = {
@@ -67,7 +68,7 @@ def score(folder: Path, limit_bytes: int) -> dict[str, Any]:
     checkpoint = Checkpoint.open(folder)
     vocabulary = checkpoint.architecture.vocabulary
     tokens = torch.randint(vocabulary, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1))
-    stack = open_stack(checkpoint, sequence_length=TOKENS, device_memory_bytes=limit_bytes)
+    stack = open_stack(checkpoint, Compute(memory_bytes=limit_bytes), sequence_length=TOKENS)
     start = time.perf_counter()
     scores = score_plans(stack, removal_plans(stack.architecture, range(stack.num_layers)), tokens)
     return {

@@ -35,6 +35,7 @@ from minipuzzle.architecture.quantities import GIB
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import ShardWriter
+from minipuzzle.runtime.compute import Compute
 
 FAMILY = FAMILIES["nemotron_h"]
 TEACHER_PATTERN = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
@@ -138,13 +139,13 @@ def measure(case: Case, student: Checkpoint, teacher: Checkpoint, engine: Engine
     settings = case.settings
     tokens = torch.randint(3, student.architecture.vocabulary, (settings.tokens + 1,))
     data = PackedWindows([tokens.tolist()], sequence_length=settings.sequence_length)
-    with joined_placement(case.device, engine) as placement, tempfile.TemporaryDirectory() as folder:
+    compute = Compute(device=case.device, dtype=settings.dtype)
+    with joined_placement(compute, engine) as placement, tempfile.TemporaryDirectory() as folder:
         memory = PeakMemory(placement.device)
         pair = open_pair(
             student=student,
             teacher=teacher,
             placement=placement,
-            compute_dtype=getattr(torch, settings.dtype),
             engine=engine,
         )
         distill_pair(
@@ -153,7 +154,6 @@ def measure(case: Case, student: Checkpoint, teacher: Checkpoint, engine: Engine
             settings=settings,
             folder=Path(folder),
             engine=engine,
-            processes=placement.processes,
             on_step=records.append,
         )
         peak_bytes = memory.extra_bytes()
@@ -211,7 +211,7 @@ def main() -> None:
     else:
         properties = torch.cuda.get_device_properties(device)
         case, device_name, size = full_case("cuda", properties.total_memory), properties.name, 8192
-    matmul_flops = matmul_flops_per_second(device, getattr(torch, case.settings.dtype), size)
+    matmul_flops = matmul_flops_per_second(Compute(device=device.type, dtype=case.settings.dtype), size)
     results: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         student = write_random_checkpoint(Path(folder) / "student", case.student, case.device)

@@ -21,6 +21,9 @@ from minipuzzle.commands.options.shared import (
     overwrite_option,
 )
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.progress import silent
+from minipuzzle.runtime.compute import Compute, peak_memory_bytes
+from minipuzzle.show.bars import drawn_bar
 
 if TYPE_CHECKING:
     from distill.settings import DistillSettings
@@ -87,13 +90,14 @@ def demo(
     if dry_run:
         _print_dry_run(teacher, settings, as_json)
         return
+    compute = Compute(progress=silent if as_json else drawn_bar)
     start = time.perf_counter()
     provenance = {"command": "demo", "teacher_fingerprint": teacher.fingerprint, "settings": settings}
     with output_folder(out, provenance, overwrite=overwrite) as folder:
-        stages = run_demo(teacher, folder, memory=memory, tokens=tokens, samples=samples, quiet=as_json)
+        stages = run_demo(teacher, folder, memory=memory, tokens=tokens, samples=samples, compute=compute)
         draw_stages(stages, folder / PICTURE)
     seconds = time.perf_counter() - start
-    peak_bytes = _peak_rss_bytes()
+    peak_bytes = peak_memory_bytes(compute.torch_device)
     if as_json:
         stages_json = [stage.to_json() for stage in stages]
         echo_json({"seconds": seconds, "peak_rss_bytes": peak_bytes, "stages": stages_json})
@@ -102,14 +106,16 @@ def demo(
     click.echo(f"{seconds:.0f} s, peak memory {peak_bytes / 2**30:.2f} GiB; picture: {out / PICTURE}")
 
 
-def run_demo(teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, samples: int, quiet: bool) -> list[Stage]:
+def run_demo(
+    teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, samples: int, compute: Compute
+) -> list[Stage]:
     """Prune, distil and export into subfolders of ``folder``; a step that an interrupted run finished is kept."""
     from minipuzzle.files.checkpoint import Checkpoint
 
-    texts = DemoTexts()
+    texts, quiet = DemoTexts(), compute.progress is silent
     if not (folder / "pruned").is_dir():
         _say("measuring, searching and cutting", quiet)
-        prune_demo(teacher, folder / "pruned", texts, memory, samples, quiet)
+        prune_demo(teacher, folder / "pruned", texts, memory, samples, compute)
     pruned = Checkpoint.open(folder / "pruned")
     if not (folder / "distilled").is_dir():
         _say("distilling", quiet)
@@ -121,7 +127,7 @@ def run_demo(teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, sam
     fp8 = Checkpoint.open(folder / "fp8")
     _say("evaluating on held-out text", quiet)
     models = {"teacher": teacher, "pruned": pruned, "distilled": distilled, "FP8": fp8}
-    return _evaluate(models, teacher, texts, quiet)
+    return _evaluate(models, teacher, texts, compute)
 
 
 def _say(step: str, quiet: bool) -> None:
@@ -129,9 +135,8 @@ def _say(step: str, quiet: bool) -> None:
         click.echo(click.style(f"» {step}", bold=True), err=True)
 
 
-def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, quiet: bool) -> None:
+def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, compute: Compute) -> None:
     """Measure, search and cut as the demo does."""
-    from minipuzzle.commands.prune import measurer
     from minipuzzle.search.request import SearchRequest
     from minipuzzle.show.report import print_plan
     from minipuzzle.workflows.prune import PruneRequest, prune
@@ -144,9 +149,8 @@ def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sa
         samples=samples,
         sequence_length=256,
     )
-    measure = measurer(device=request.choosing.device, dtype=request.choosing.dtype, quiet=quiet)
-    choice = prune(request, measure, out=out, overwrite=False, quiet=quiet)
-    if not quiet:
+    choice = prune(request, compute, out=out)
+    if compute.progress is not silent:
         source = teacher.architecture
         print_plan(source, choice.plan.apply(source), source.layers_besides(choice.plan.kept_layers), DEPLOYMENT)
 
@@ -169,20 +173,19 @@ def demo_distillation(tokens: int, *, seed: int = 0, evaluations: int = 0) -> Di
 
 
 def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTexts, tokens: int, quiet: bool) -> None:
-    from distill.run import distill_checkpoint
+    from distill.run import DistillRequest, distill_checkpoint
     from minipuzzle.show.distill import distill_progress
 
-    settings = demo_distillation(tokens)
-    with distill_progress(settings.total_steps, quiet=quiet) as on_step:
-        distill_checkpoint(
-            student=student,
-            teacher=teacher,
-            data=(texts.distillation,),
-            validation=(texts.validation,),
-            settings=settings,
-            out=out,
-            on_step=on_step,
-        )
+    request = DistillRequest(
+        student=student,
+        teacher=teacher,
+        data=(texts.distillation,),
+        validation=(texts.validation,),
+        settings=demo_distillation(tokens),
+        out=out,
+    )
+    with distill_progress(request.settings.total_steps, quiet=quiet) as on_step:
+        distill_checkpoint(request, on_step=on_step)
 
 
 def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
@@ -196,12 +199,11 @@ def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
     export_checkpoint(checkpoint, out, ExportRequest(scheme="fp8"), calibration_token_ids=token_ids)
 
 
-def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: DemoTexts, quiet: bool) -> list[Stage]:
+def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: DemoTexts, compute: Compute) -> list[Stage]:
     from minipuzzle.architecture.memory import memory_breakdown
     from minipuzzle.data.documents import read_documents
     from minipuzzle.data.windows import evaluation_windows
     from minipuzzle.export.reader import load_any_model
-    from minipuzzle.progress import progress_bar
     from minipuzzle.quality.evaluate import combine, documents_within, evaluate
     from minipuzzle.runtime.models import load_tokenizer
     from minipuzzle.show.demo import Stage
@@ -214,7 +216,7 @@ def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: Demo
     num_windows = sum(len(domain_windows.token_ids) for domain_windows in windows.values())
     reference = load_any_model(teacher)
     stages = []
-    with progress_bar("evaluating", num_windows * len(models), quiet=quiet) as advance:
+    with compute.progress("evaluating", num_windows * len(models)) as advance:
         for name, checkpoint in models.items():
             model = load_any_model(checkpoint)
             by_domain = {
@@ -232,15 +234,6 @@ def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: Demo
                 )
             )
     return stages
-
-
-def _peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _print_dry_run(teacher: Checkpoint, settings: dict[str, Any], as_json: bool) -> None:

@@ -19,11 +19,11 @@ from minipuzzle.commands.options.engine import (
     show_comparison,
     show_estimates,
 )
+from minipuzzle.commands.options.generate import compute_of
 from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
-    default_device,
     device_option,
     dry_run_option,
     echo_json,
@@ -32,8 +32,7 @@ from minipuzzle.commands.options.shared import (
     out_option,
     overwrite_option,
 )
-from minipuzzle.runtime.compute import DTYPES
-from minipuzzle.runtime.processes import processes_from_environment
+from minipuzzle.runtime.compute import DTYPES, Compute
 
 if TYPE_CHECKING:
     from distill.run import DistillResult, PreparedRun
@@ -209,6 +208,7 @@ def distill(
     GPUs: torchrun --nproc-per-node=8 -m minipuzzle distill ...; any number of processes continues what any other
     number began.
     """
+    from distill.run import DistillRequest, find_teacher, prepare_run
     from minipuzzle.files.checkpoint import Checkpoint
 
     if to_hf is not None:
@@ -219,77 +219,47 @@ def distill(
     require_options(tokens=tokens)
     if teacher_cache is not None:
         options["top_k"] = options["top_k"] or DEFAULT_TOP_K
-    device = "cuda" if estimate and gpus else default_device(device)
-    settings = _settings({"tokens": tokens, **options}, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    of_others = Compute(device="cuda", dtype=dtype or "bfloat16") if estimate and gpus else None
+    compute = of_others or compute_of({"device": device, "dtype": dtype}, is_quiet=as_json)
+    settings = _settings({"tokens": tokens, **options}, compute.dtype)
     if estimate:
-        from distill.run import find_teacher
-
         teacher = teacher or find_teacher(student)
-        show_estimates(student, teacher, settings, engine, gpus=gpus, gpu=gpu, device=device, as_json=as_json)
+        show_estimates(student, teacher, settings, engine, compute, gpus=gpus, gpu=gpu, as_json=as_json)
         return
     require_options(data=data, out=out)
     assert out is not None
-    _distill(
-        student,
-        teacher,
-        out,
-        data=data,
-        validation=validation,
-        teacher_cache=teacher_cache,
-        tensorboard=tensorboard,
-        settings=settings,
-        engine=engine,
-        device=device,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        as_json=as_json,
-    )
-
-
-def _distill(
-    student: Path,
-    teacher: Path | None,
-    out: Path,
-    *,
-    tensorboard: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    **request_fields: Any,
-) -> None:
-    from distill.run import DistillRequest, find_teacher, prepare_run, run_prepared
-    from distill.states.records import tensorboard_log
-    from minipuzzle.files.checkpoint import Checkpoint
-    from minipuzzle.show.distill import distill_progress, measure_work
-
     request = DistillRequest(
         student=Checkpoint.open(student),
         teacher=Checkpoint.open(teacher or find_teacher(student)),
         out=out,
-        **request_fields,
+        data=data,
+        validation=validation,
+        teacher_cache=teacher_cache,
+        settings=settings,
+        engine=engine,
+        overwrite=overwrite,
     )
-    prepared = prepare_run(request)
-    processes = processes_from_environment()
-    for note in prepared.notes if processes.is_first else ():
+    _distill(prepare_run(request, compute), tensorboard, dry_run=dry_run, as_json=as_json)
+
+
+def _distill(prepared: PreparedRun, tensorboard: Path | None, *, dry_run: bool, as_json: bool) -> None:
+    from distill.run import run_prepared
+    from distill.states.records import tensorboard_log
+    from minipuzzle.show.distill import distill_progress
+
+    is_first = prepared.compute.processes.is_first
+    for note in prepared.notes if is_first else ():
         click.echo(note, err=True)
     if dry_run:
-        if processes.is_first:
+        if is_first:
             _show_plan(prepared, as_json=as_json)
         return
-    quiet = as_json or not processes.is_first
-    if quiet:
-        work = None
-    else:
+    quiet = as_json or not is_first
+    if not quiet:
         _show_text(prepared)
-        work = measure_work(
-            request.student.architecture,
-            request.teacher.architecture,
-            device=request.device,
-            dtype=request.settings.dtype,
-            num_processes=processes.world_size,
-        )
     with (
-        tensorboard_log(tensorboard if processes.is_first else None) as log,
-        distill_progress(request.settings.total_steps, quiet=quiet, work=work) as draw,
+        tensorboard_log(tensorboard if is_first else None) as log,
+        distill_progress(prepared.request.settings.total_steps, quiet=quiet, prepared=prepared) as draw,
     ):
 
         def on_step(record: StepRecord) -> None:
@@ -297,7 +267,7 @@ def _distill(
             draw(record)
 
         result = run_prepared(prepared, on_step=on_step)
-    if processes.is_first:
+    if is_first:
         _show_result(result, as_json=as_json)
 
 

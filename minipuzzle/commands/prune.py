@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minipuzzle.architecture.memory import Deployment
+from minipuzzle.commands.options.generate import compute_of
 from minipuzzle.commands.options.search import search_options
 from minipuzzle.commands.options.shared import (
     COUNT,
     FOLDER_OR_FILE,
     data_option,
-    default_device,
     device_option,
     dry_run_option,
     echo_json,
@@ -28,14 +28,9 @@ from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.search.request import SearchRequest
 
 if TYPE_CHECKING:
-    import torch
-
-    from distill.race import Race, RaceResult
-    from minipuzzle.cut.scores import Scores
-    from minipuzzle.data.windows import EvaluationWindows
-    from minipuzzle.files.checkpoint import Checkpoint
+    from minipuzzle.runtime.compute import Compute
     from minipuzzle.workflows.choosing.compare import ChoosingSettings
-    from minipuzzle.workflows.prune import Choice, Measure, PruneRequest
+    from minipuzzle.workflows.prune import Choice, PruneRequest
 
 
 @click.command(short_help="Cut a model to a memory budget.")
@@ -86,7 +81,10 @@ if TYPE_CHECKING:
     "against KL (CSV, PNG, JSON and a plan for each budget) to OUT.",
 )
 @click.option(
-    "--device-memory", default=None, help="Memory for comparing candidates, e.g. 16GiB; default: what is free."
+    "--device-memory",
+    default=None,
+    help="Memory to measure and compare in, a layer at a time if need be, e.g. 16GiB; a race that would train in more "
+    "is refused. Default: most of what is free.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES.names()), default="float32", show_default=True)
 @device_option
@@ -127,6 +125,7 @@ def prune(
     from minipuzzle.workflows.prune import PruneRequest
     from minipuzzle.workflows.prune import prune as run_prune
 
+    compute = compute_of(choosing, is_quiet=as_json)
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain_weights()
     prune_request = PruneRequest(
@@ -145,15 +144,12 @@ def prune(
     )
     check_target_folder(out, overwrite=overwrite)
     if dry_run:
-        _print_dry_run(prune_request, as_json)
+        _print_dry_run(prune_request, compute, as_json)
         return
-    settings = prune_request.choosing
     if sweep is not None:
-        _sweep(prune_request, sweep, out=out, overwrite=overwrite, as_json=as_json)
+        _sweep(prune_request, sweep, compute, out=out, overwrite=overwrite, as_json=as_json)
         return
-    measure = measurer(device=settings.device, dtype=settings.dtype, quiet=as_json)
-    race = racer(prune_request, quiet=as_json)
-    choice = run_prune(prune_request, measure, out=out, overwrite=overwrite, quiet=as_json, race=race)
+    choice = run_prune(prune_request, compute, out=out, overwrite=overwrite)
     source = checkpoint.architecture
     if as_json:
         echo_json({"out": str(out), **plan_summary(source, choice.plan, deployment), **choice.table})
@@ -163,15 +159,14 @@ def prune(
     click.echo(f"written to {out}\nnext: minipuzzle distill {out} --data ... --tokens ... -o ...")
 
 
-def _sweep(request: PruneRequest, budgets: str, *, out: Path, overwrite: bool, as_json: bool) -> None:
+def _sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, overwrite: bool, as_json: bool) -> None:
     from minipuzzle.show.frontier import frontier_chart
     from minipuzzle.workflows.choosing.frontier import QUALITY, sweep
 
     settings = request.choosing
     if settings.race is not None or settings.refine or request.plan is not None:
         raise MinipuzzleError("a sweep measures candidates and cuts nothing", "drop --finalists, --refine and --plan")
-    measure = measurer(device=settings.device, dtype=settings.dtype, quiet=as_json)
-    found = sweep(request, budgets, measure, out=out, overwrite=overwrite, quiet=as_json)
+    found = sweep(request, budgets, compute, out=out, overwrite=overwrite)
     if as_json:
         echo_json({"out": str(out), **found.to_json()})
         return
@@ -183,23 +178,16 @@ def _sweep(request: PruneRequest, budgets: str, *, out: Path, overwrite: bool, a
 
 def _choosing_settings(options: dict[str, Any], sequence_length: int, seed: int) -> ChoosingSettings:
     from distill.race import RaceSettings
-    from minipuzzle.architecture.quantities import parse_bytes
     from minipuzzle.workflows.choosing.compare import ChoosingSettings
 
     race = {name.removeprefix("race_"): options.pop(name) for name in list(options) if name.startswith("race_")}
     batch, tokens = race.pop("batch"), race.pop("tokens")
-    device, device_memory = options.pop("device"), options.pop("device_memory")
     settings = None
     if tokens is not None:
         settings = RaceSettings(
             tokens=tokens, batch_sequences=batch, sequence_length=sequence_length, seed=seed, **race
         )
-    return ChoosingSettings(
-        race=settings,
-        device=default_device(device),
-        device_memory_bytes=None if device_memory is None else parse_bytes(device_memory),
-        **options,
-    )
+    return ChoosingSettings(race=settings, **options)
 
 
 def _print_choice(choice: Choice) -> None:
@@ -226,64 +214,11 @@ def _print_choice(choice: Choice) -> None:
         )
 
 
-def racer(request: PruneRequest, *, quiet: bool) -> Race | None:
-    """How `prune` races finalists: by distilling them with the settings of the request; None without a race."""
-    settings = request.choosing.race
-    if settings is None:
-        return None
-    from collections.abc import Sequence
-
-    from distill.race import run_race
-    from distill.settings import DistillSettings, StepRecord
-    from minipuzzle.progress import progress_bar
-
-    distill_settings = DistillSettings(
-        tokens=settings.tokens,
-        sequence_length=settings.sequence_length,
-        batch_sequences=settings.batch_sequences,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        dtype=request.choosing.dtype,
-    )
-
-    def race(students: Sequence[Path], windows: EvaluationWindows, folder: Path) -> RaceResult:
-        with progress_bar("racing finalists", settings.total_steps(len(students)), quiet=quiet) as advance:
-
-            def on_step(_record: StepRecord) -> None:
-                advance(1)
-
-            return run_race(
-                students,
-                teacher=request.checkpoint,
-                data=request.training_data,
-                validation=windows,
-                settings=settings,
-                distill_settings=distill_settings,
-                folder=folder,
-                device=request.choosing.device,
-                on_step=on_step,
-            )
-
-    return race
-
-
-def measurer(*, device: str, dtype: str, quiet: bool) -> Measure:
-    """How `prune` and `demo` measure: all scores of all windows, continued if interrupted."""
-    from importance.measure import measure
-
-    def measure_all(checkpoint: Checkpoint, token_ids_BT: torch.Tensor, partial_file: Path) -> Scores:
-        return measure(checkpoint, token_ids_BT, device=device, dtype=dtype, partial_file=partial_file, quiet=quiet)
-
-    return measure_all
-
-
-def _print_dry_run(request: PruneRequest, as_json: bool) -> None:
+def _print_dry_run(request: PruneRequest, compute: Compute, as_json: bool) -> None:
     from minipuzzle.architecture.quantities import format_gib
     from minipuzzle.workflows.prune import planned_work
 
-    facts = planned_work(request)
-    if request.scores is None and request.data:
-        facts |= _measuring_work(request)
+    facts = planned_work(request, compute)
     if as_json:
         echo_json(facts)
         return
@@ -291,18 +226,3 @@ def _print_dry_run(request: PruneRequest, as_json: bool) -> None:
         label = name.replace("_bytes", "").replace("_", " ")
         click.echo(f"{label:<30} {format_gib(value) if name.endswith('_bytes') else f'{value:,}'}")
     click.echo("dry run: nothing was written")
-
-
-def _measuring_work(request: PruneRequest) -> dict[str, int]:
-    from importance.work import open_stack, predict_work
-
-    length = request.sequence_length
-    stack = open_stack(
-        request.checkpoint, sequence_length=length, device=request.choosing.device, dtype=request.choosing.dtype
-    )
-    work = predict_work(stack, layer_samples=request.samples, channel_samples=request.samples, sequence_length=length)
-    return {
-        "layer_applications": work.layer_applications,
-        "weights_to_read_bytes": work.weight_bytes_read,
-        "memory_while_measuring_bytes": work.peak_bytes,
-    }

@@ -53,7 +53,7 @@ def score(model: Path, plot: Path | None, dry_run: bool, as_json: bool, **option
     if plot is not None:
         check_plot_path(plot)
     with joined_processes(compute.device) as processes:
-        settings = replace(settings, compute=replace(compute, processes=processes))
+        settings = replace(settings, compute=compute.among(processes))
         if dry_run:
             planned = plan_score(checkpoint, settings)
             if processes.is_first:

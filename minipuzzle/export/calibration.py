@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from minipuzzle.export.algorithms import ALGORITHMS, Algorithm, CalibrationMetho
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.e4m3 import E4M3_MAX, fake_quantize
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack, largest_activation_bytes
 
 
@@ -37,19 +38,13 @@ class ActivationAmax:
         return {"inputs": dict(self.inputs), "outputs": dict(self.outputs)}
 
 
-def open_stack(
-    checkpoint: Checkpoint, token_ids_BT: torch.Tensor, *, device: str, device_memory_bytes: int | None
-) -> LayerStack:
+def open_stack(checkpoint: Checkpoint, token_ids_BT: torch.Tensor, compute: Compute = Compute()) -> LayerStack:
     """A float32 layer stack with room for the hidden states of all windows.
 
     Raises: MinipuzzleError if the memory does not suffice.
     """
-    return LayerStack(
-        checkpoint,
-        device=device,
-        device_memory_bytes=device_memory_bytes,
-        reserved_bytes=calibration_bytes(checkpoint, token_ids_BT),
-    )
+    in_float32 = replace(compute, dtype="float32")
+    return LayerStack(checkpoint, in_float32, reserved_bytes=calibration_bytes(checkpoint, token_ids_BT))
 
 
 def calibration_bytes(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> int:

@@ -21,6 +21,7 @@ from minipuzzle.formats.e4m3 import fake_quantize
 from minipuzzle.formats.flavours import CODES, HF_QUANT_CONFIG, INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.formats.layout import WEIGHT, ExportLayout, read_layout
 from minipuzzle.formats.schemes import Scheme
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
@@ -99,11 +100,7 @@ class QuantizedCheckpoint(Checkpoint):
 
 
 def load_any_model(
-    source: Path | Checkpoint,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    rounds_activations: bool = True,
+    source: Path | Checkpoint, compute: Compute = Compute(), *, rounds_activations: bool = True
 ) -> nn.Module:
     """The whole model of a checkpoint with plain weights or of a quantised export, in evaluation mode.
 
@@ -114,9 +111,9 @@ def load_any_model(
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
     if not checkpoint.is_quantized:
-        return load_model(checkpoint, dtype=dtype, device=device)
+        return load_model(checkpoint, compute)
     export = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else QuantizedCheckpoint(checkpoint)
-    model = load_model(export, dtype=dtype, device=device)
+    model = load_model(export, compute)
     if rounds_activations:
         modules = export.family.modules
         round_activations(lambda name: model.get_submodule(modules.module_name(name)), export.layout, export.scales)

@@ -29,6 +29,7 @@ from minipuzzle.export.write import (
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.layout import WEIGHT, ExportLayout
 from minipuzzle.quality.evaluate import divergence_sums, head_chunks
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 
 # Same codes, same scales and same kernels give the same states to the last bit. The room is for kernels that are not
@@ -119,30 +120,24 @@ def verify_export(
     tensors: ExportTensors,
     folder: Path,
     token_ids_BT: torch.Tensor,
-    *,
-    device: str = "cpu",
-    device_memory_bytes: int | None = None,
+    compute: Compute = Compute(),
 ) -> Verification:
     """Read a written folder, run it on tokens, and compare it with its source as it is and rounded alike.
 
     Raises: MinipuzzleError if it does not compute what was expected of it.
     """
-    expected = expected_states(tensors, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
-    return verify_against(
-        tensors, folder, token_ids_BT, expected, device=device, device_memory_bytes=device_memory_bytes
-    )
+    expected = expected_states(tensors, token_ids_BT, compute)
+    return verify_against(tensors, folder, token_ids_BT, expected, compute)
 
 
-def expected_states(
-    tensors: ExportTensors, token_ids_BT: torch.Tensor, *, device: str = "cpu", device_memory_bytes: int | None = None
-) -> ExpectedStates:
+def expected_states(tensors: ExportTensors, token_ids_BT: torch.Tensor, compute: Compute = Compute()) -> ExpectedStates:
     """Run a source on tokens as it is, and with weights and activations rounded as its export rounds them."""
     _return_freed_memory()  # of calibration
-    plain = open_stack(tensors.checkpoint, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    plain = open_stack(tensors.checkpoint, token_ids_BT, compute)
     source_NH = head_inputs(plain, token_ids_BT)
     del plain
     _return_freed_memory()
-    rounded = open_stack(RoundedSource(tensors), token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    rounded = open_stack(RoundedSource(tensors), token_ids_BT, compute)
     return ExpectedStates(source=source_NH, rounded=head_inputs(rounded, token_ids_BT, tensors.layout, tensors.scales))
 
 
@@ -151,9 +146,7 @@ def verify_against(
     folder: Path,
     token_ids_BT: torch.Tensor,
     expected: ExpectedStates,
-    *,
-    device: str = "cpu",
-    device_memory_bytes: int | None = None,
+    compute: Compute = Compute(),
 ) -> Verification:
     """Read a written folder, run it on tokens, and compare it with what was expected.
 
@@ -161,7 +154,7 @@ def verify_against(
     """
     written = open_any(folder)
     _return_freed_memory()
-    stack = open_stack(written, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+    stack = open_stack(written, token_ids_BT, compute)
     found_NH = head_inputs(stack, token_ids_BT, *_rounding(written))
     del stack
     _return_freed_memory()
@@ -171,7 +164,7 @@ def verify_against(
             f"{folder} does not compute what was calibrated: its states differ by {difference:.2%}",
             "do not deploy it; check the disk and run the command again",
         )
-    compared = compare(written, found_NH, token_ids_BT, tensors.checkpoint, expected.source, device=device)
+    compared = compare(written, found_NH, token_ids_BT, tensors.checkpoint, expected.source, compute)
     assert compared.kl is not None and compared.agreement is not None and compared.against_loss is not None
     return Verification(
         relative_difference=difference,
@@ -187,9 +180,7 @@ def compare_folders(
     model: Checkpoint,
     against: Checkpoint | None,
     token_ids_BT: torch.Tensor,
-    *,
-    device: str = "cpu",
-    device_memory_bytes: int | None = None,
+    compute: Compute = Compute(),
 ) -> Comparison:
     """Run one or two readable checkpoints on tokens, a layer at a time where memory holds no more.
 
@@ -198,12 +189,12 @@ def compare_folders(
     states = []
     for checkpoint in (model, against):
         if checkpoint is not None:
-            stack = open_stack(checkpoint, token_ids_BT, device=device, device_memory_bytes=device_memory_bytes)
+            stack = open_stack(checkpoint, token_ids_BT, compute)
             states.append(head_inputs(stack, token_ids_BT, *_rounding(checkpoint)))
             del stack
             if not torch.isfinite(states[-1]).all():
                 raise MinipuzzleError(f"{checkpoint.folder} computes NaN or infinite values", "do not deploy it")
-    return compare(model, states[0], token_ids_BT, against, states[-1], device=device)
+    return compare(model, states[0], token_ids_BT, against, states[-1], compute)
 
 
 def open_any(source: Path | Checkpoint) -> Checkpoint:
@@ -270,10 +261,10 @@ def compare(
     token_ids_BT: torch.Tensor,
     against: Checkpoint | None,
     against_NH: torch.Tensor,
-    *,
-    device: str = "cpu",
+    compute: Compute = Compute(),
 ) -> Comparison:
     """Losses, KL and agreement from what two LM heads see; windows follow each other in ``states_NH``."""
+    device = compute.torch_device
     head_VH = _head(model, device)
     against_head_VH = None if against is None else _head(against, device)
     labels_N = F.pad(token_ids_BT[:, 1:], (0, 1), value=-100).flatten().to(device)
@@ -306,7 +297,7 @@ def _return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _head(checkpoint: Checkpoint, device: str) -> torch.Tensor:
+def _head(checkpoint: Checkpoint, device: torch.device) -> torch.Tensor:
     """As stored: two heads of a small model in float32 would be most of the memory in use."""
     architecture = checkpoint.architecture.deployed
     name = architecture.names.embeddings if architecture.tied_embeddings else architecture.names.head

@@ -20,10 +20,12 @@ from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import IGNORE, PIECE_CHARACTERS, EvaluationWindows, document_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import ModelParts, parts_of
 
 _CHARACTERS_OF_TOKEN = 64  # at most, on average over a text
 _CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
+_LIMIT_BYTES_PER_LOGIT = 256  # under a limit: with what is computed from them, logits take a tenth of it
 _MAX_LOSS_NATS = 700.0  # exp of more overflows float64; no sane model is near
 
 
@@ -108,11 +110,11 @@ def evaluate(
     model: nn.Module,
     family: Family,
     windows: EvaluationWindows,
+    compute: Compute = Compute(),
     *,
     against: nn.Module | None = None,
     against_family: Family | None = None,
     batch: int = 4,
-    device: str = "cpu",
     advance: Advance = no_progress,
 ) -> Evaluation:
     """Measure a model on windows, and its distance from a teacher that shares its vocabulary if one is given.
@@ -125,8 +127,11 @@ def evaluate(
     student = _Scored(parts_of(model, family))
     teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
     sums = TokenSums()
+    device, max_logits = compute.torch_device, _CHUNK_LOGITS
+    if compute.memory_bytes is not None:
+        max_logits = min(max_logits, compute.memory_bytes // _LIMIT_BYTES_PER_LOGIT)
     for token_ids_BT, labels_BT in _batches_without_padding(windows, batch):
-        _add_batch(sums, student, teacher, token_ids_BT.to(device), labels_BT.to(device))
+        _add_batch(sums, student, teacher, token_ids_BT.to(device), labels_BT.to(device), max_logits)
         advance(len(token_ids_BT))
     return _finish(sums, windows.num_bytes, has_teacher=teacher is not None)
 
@@ -217,13 +222,18 @@ class _Scored:
 
 
 def _add_batch(
-    sums: TokenSums, student: _Scored, teacher: _Scored | None, token_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+    sums: TokenSums,
+    student: _Scored,
+    teacher: _Scored | None,
+    token_ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    max_logits: int,
 ) -> None:
     counts_BT = labels_BT != IGNORE
     labels_N = labels_BT[counts_BT]
     student_hidden_NH = _timed(sums, labels_N.device, lambda: student.hidden(token_ids_BT, counts_BT))
     teacher_hidden_NH = teacher.hidden(token_ids_BT, counts_BT) if teacher else None
-    for chunk in head_chunks(len(labels_N), student.weight_VH.shape[0]):
+    for chunk in head_chunks(len(labels_N), student.weight_VH.shape[0], max_logits):
         labels_C = labels_N[chunk]
         logits_CV = _timed(sums, labels_C.device, lambda chunk=chunk: student.logits(student_hidden_NH[chunk]))
         reference = None

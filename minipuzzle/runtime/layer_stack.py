@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,18 +18,16 @@ from torch import nn
 from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, PlacedTensor
-from minipuzzle.architecture.quantities import GIB, format_gib
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import build_on_meta, parts_of
 
 # Larger batches make a layer no faster, only larger. On a CPU they fall out of its caches, and the allocator hands
 # their results back to the system: layers of a small model take up to twice as long at 2,048 tokens as at 512.
 MAX_BATCH_TOKENS_CPU = 512
 MAX_BATCH_TOKENS = 16384
-MEMORY_SHARE = 0.8  # of the free memory, where no limit was given: working sets are estimates
 DEFAULT_CHUNK_TOKENS = 128  # of Mamba-2's scan, where config.json does not say
-FALLBACK_MEMORY_BYTES = 4 * GIB  # where the system does not say what is free
 
 EMBEDDINGS, FINAL_NORM, HEAD = "embeddings", "final_norm", "head"
 PartName = int | str  # a layer index, or one of the three above
@@ -47,59 +44,74 @@ class WorkCounters:
     weight_bytes_read: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkingSet:
+    """What work on sequences of a length needs beside the weights.
+
+    ``num_copies``: of the hidden states of a sequence, alive at once. ``head_bytes``: for what is done with the logits
+    of a chunk of tokens.
+    """
+
+    num_tokens: int
+    num_copies: int
+    head_bytes: int = 0
+
+    def sequence_bytes(self, architecture: Architecture, dtype: torch.dtype) -> int:
+        """Memory of all copies of the hidden states of one sequence."""
+        return self.num_copies * self.num_tokens * architecture.hidden * dtype.itemsize
+
+    def reserved_bytes(self, checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+        """The least: for one sequence, a layer at work on it, and the head."""
+        states_bytes = self.sequence_bytes(checkpoint.architecture, dtype)
+        return states_bytes + largest_activation_bytes(checkpoint, self.num_tokens, dtype) + self.head_bytes
+
+    def open_stack(self, checkpoint: Checkpoint, compute: Compute, *, extra_bytes: int = 0) -> LayerStack:
+        """A stack with room for that and ``extra_bytes``; no weight is read yet.
+
+        Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
+        """
+        reserved_bytes = self.reserved_bytes(checkpoint, compute.torch_dtype) + extra_bytes
+        return LayerStack(checkpoint, compute, reserved_bytes=reserved_bytes)
+
+
 class LayerStack:
     """Runs the layers of a checkpoint, one at a time, in float32 or another precision."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        device_memory_bytes: int | None = None,
-        reserved_bytes: int = 0,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, compute: Compute = Compute(), *, reserved_bytes: int = 0) -> None:
         """Lay out the model without reading weights.
 
-        ``device_memory_bytes`` limits weights and working sets together (default: most of what is free);
-        ``reserved_bytes`` is what the caller needs beside the weights. If that leaves no room for all weights, only
-        the part in use stays in memory and is read again each time its turn comes.
+        ``compute.memory_bytes`` limits weights and working sets together; ``reserved_bytes`` is what the caller needs
+        beside the weights. If that leaves no room for all weights, only the part in use stays in memory and is read
+        again each time its turn comes.
 
         Raises: MinipuzzleError if not even the largest part fits, or if the checkpoint is inconsistent.
         """
         checkpoint.require_plain_weights()
         self.checkpoint = checkpoint
         self.architecture: Architecture = checkpoint.architecture
-        self.device = device
-        self.dtype = dtype
-        self.memory_bytes = default_memory_bytes(device) if device_memory_bytes is None else device_memory_bytes
+        self.compute = compute.with_limit()
+        self.device, self.dtype = compute.device_of_process, compute.torch_dtype
+        self.memory_bytes = self.compute.limit_bytes
         self.counters = WorkCounters()
-        model = build_on_meta(checkpoint.config, dtype)
+        model = build_on_meta(checkpoint.config, self.dtype)
         self._model = model.eval()
         self._modules = parts_of(model, checkpoint.family)
         self._loaded: set[PartName] = set()
         self._activation_bytes: dict[tuple[int, int], int] = {}
-        all_weights = resident_weight_bytes(self.architecture, dtype)
+        all_weights = resident_weight_bytes(self.architecture, self.dtype)
         self.is_resident = all_weights + reserved_bytes <= self.memory_bytes
-        one_part, next_part = (
-            largest_part_bytes(self.architecture, dtype),
-            largest_layer_bytes(self.architecture, dtype),
-        )
+        one_part = largest_part_bytes(self.architecture, self.dtype)
+        next_part = largest_layer_bytes(self.architecture, self.dtype)
         self._reads_ahead = not self.is_resident and one_part + next_part + reserved_bytes <= self.memory_bytes
         self.weight_bytes = all_weights if self.is_resident else one_part + (next_part if self._reads_ahead else 0)
         self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1)  # starts no thread before there is something to read
-        self._require_room(reserved_bytes)
-
-    def _require_room(self, reserved_bytes: int) -> None:
-        needed_bytes = self.weight_bytes + reserved_bytes
-        if needed_bytes > self.memory_bytes:
-            raise MinipuzzleError(
-                f"the work needs {format_gib(needed_bytes)} ({format_gib(self.weight_bytes)} for the largest part of "
-                f"the model, {format_gib(reserved_bytes)} for activations), but {format_gib(self.memory_bytes)} "
-                "may be used",
-                "raise --device-memory, or lower --sequence-length or the precision (--dtype bfloat16)",
-            )
+        self.compute.require_room(
+            self.weight_bytes + reserved_bytes,
+            f"{format_gib(self.weight_bytes)} for the largest part of the model, {format_gib(reserved_bytes)} for "
+            "activations",
+            "lower --sequence-length or the precision (--dtype bfloat16)",
+        )
 
     @property
     def num_layers(self) -> int:
@@ -185,8 +197,14 @@ class LayerStack:
     def sequences_at_once(self, layer_idx: int, num_tokens: int) -> int:
         """Sequences of a length that one call of a layer takes: one at least, else within a quarter of the memory."""
         needed_bytes = self._activation_bytes_of(layer_idx, num_tokens)
-        max_tokens = MAX_BATCH_TOKENS_CPU if torch.device(self.device).type == "cpu" else MAX_BATCH_TOKENS
+        max_tokens = MAX_BATCH_TOKENS_CPU if self.compute.is_on_cpu else MAX_BATCH_TOKENS
         return max(1, min(self.free_bytes // 4 // needed_bytes, max_tokens // num_tokens))
+
+    def sequences_that_fit(self, working_set: WorkingSet, num_sequences: int) -> int:
+        """Of some sequences, as many as fit beside the weights and a layer at work; one always does."""
+        beside_bytes = self.activation_bytes(working_set.num_tokens) + working_set.head_bytes
+        fitting = (self.free_bytes - beside_bytes) // working_set.sequence_bytes(self.architecture, self.dtype)
+        return max(1, min(num_sequences, fitting))
 
     def activation_bytes(self, num_tokens: int) -> int:
         """An estimate of what the layers need while they run, at sequences of a length."""
@@ -309,28 +327,3 @@ def activation_bytes(checkpoint: Checkpoint, layer: LayerSpec, num_tokens: int, 
 def largest_activation_bytes(checkpoint: Checkpoint, num_tokens: int, dtype: torch.dtype) -> int:
     """The estimate for the most demanding layer."""
     return max(activation_bytes(checkpoint, layer, num_tokens, dtype) for layer in checkpoint.architecture.layers)
-
-
-def default_memory_bytes(device: str) -> int:
-    """Most of the memory that is free on a device: MemAvailable, within the control group, for the CPU."""
-    if torch.device(device).type == "cuda":
-        return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(MEMORY_SHARE * min(_available_bytes(), _control_group_bytes()))
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return FALLBACK_MEMORY_BYTES
-
-
-def _control_group_bytes() -> float:
-    """What a container may still use; without a limit, infinity."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no version-2 control group, or the word "max"
-        return float("inf")

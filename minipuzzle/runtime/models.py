@@ -14,6 +14,7 @@ from minipuzzle.architecture.configs.per_layer import PER_LAYER_MODEL_TYPE
 from minipuzzle.architecture.families import Family, family_of
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.meta_models import uniform_on_meta
 from minipuzzle.runtime.sublayers import runnable_layers, scaled
 from minipuzzle.runtime.unequal_layers import narrow_on_meta
@@ -71,11 +72,10 @@ def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 def build_model(
     config: Mapping[str, Any],
     tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    compute: Compute = Compute(),
 ) -> nn.Module:
     """A model in evaluation mode from named tensors as on disk; a missing or unexpected name is an error."""
+    device, dtype = compute.device_of_process, compute.torch_dtype
     family = family_of(config)
     model = build_on_meta(config, dtype)
     # A copy, because a tensor of a safetensors file is a view of the mapped file: training it in place would change
@@ -88,14 +88,14 @@ def build_model(
     return model.eval()
 
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def load_model(checkpoint: Checkpoint, compute: Compute = Compute()) -> nn.Module:
     """The whole model of a checkpoint with plain weights.
 
     Raises: MinipuzzleError if names, shapes or values are wrong.
     """
     checkpoint.require_plain_weights()
     tensors = ((name, checkpoint.tensor(name)) for name in checkpoint.entries)
-    return build_model(checkpoint.config, tensors, dtype=dtype, device=device)
+    return build_model(checkpoint.config, tensors, compute)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
@@ -15,49 +13,12 @@ from rich.table import Table
 
 from distill.settings import DOCUMENTS, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
-from minipuzzle.progress import steps_bar
+from minipuzzle.runtime.compute import Compute, peak_memory_bytes
+from minipuzzle.show.bars import steps_bar
 from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
     from distill.run import PreparedRun
-    from minipuzzle.architecture.model import Architecture
-
-_MATRIX = 1024  # side of the products by which a device's rate is measured
-_MATRIX_PRODUCTS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelWork:
-    """What a training token costs in floating-point operations, and what the device does a second at best.
-
-    The work is an estimate: 2 a teacher's parameter for its forward pass, 6 a student's for both passes.
-    """
-
-    flops_per_token: float
-    flops_per_second: float
-
-    def used_fraction(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation."""
-        return tokens_per_second * self.flops_per_token / self.flops_per_second
-
-
-def measure_work(
-    student: Architecture, teacher: Architecture, *, device: str, dtype: str, num_processes: int = 1
-) -> ModelWork:
-    """The work of a token, and the rate of square matrix products on this device times the number of processes."""
-    import torch
-
-    matrix = torch.ones(_MATRIX, _MATRIX, device=device, dtype=getattr(torch, dtype))
-    rates = []
-    for _ in range(_MATRIX_PRODUCTS):  # the first starts threads and loads kernels
-        start = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()  # waits for the device
-        rates.append(2 * _MATRIX**3 / (time.perf_counter() - start))
-    return ModelWork(
-        flops_per_token=2.0 * teacher.num_parameters + 6.0 * student.num_parameters,
-        flops_per_second=max(rates) * num_processes,
-    )
 
 
 def text_plan(prepared: PreparedRun) -> Table:
@@ -97,14 +58,17 @@ def text_notes(prepared: PreparedRun) -> list[str]:
 
 
 @contextmanager
-def distill_progress(total_steps: int, *, quiet: bool = False, work: ModelWork | None = None) -> Iterator[OnStep]:
-    """Yield an OnStep that draws; nothing is drawn where ``quiet``. A continued run starts where it stopped."""
+def distill_progress(total_steps: int, *, quiet: bool = False, prepared: PreparedRun | None = None) -> Iterator[OnStep]:
+    """Yield an OnStep that draws; nothing is drawn where ``quiet``. A continued run starts where it stopped.
+
+    ``prepared``: what a step's speed is compared with; without it the share of the hardware's best is not shown.
+    """
     if quiet:
         yield ignore_step
         return
     console = Console(stderr=True)
     bar = steps_bar(console)
-    task = bar.add_task("distilling", total=total_steps, figures="")
+    task = bar.add_task("distilling", total=total_steps)
     held_out_kl: list[float] = []
     with Live(bar, console=console, refresh_per_second=4) as live:
 
@@ -112,35 +76,23 @@ def distill_progress(total_steps: int, *, quiet: bool = False, work: ModelWork |
             bar.update(task, completed=record.step)
             if record.validation_kl is not None:
                 held_out_kl.append(record.validation_kl)
-            live.update(Group(step_table(record, held_out_kl[-1] if held_out_kl else None, work), bar))
+            live.update(Group(step_table(record, held_out_kl[-1] if held_out_kl else None, prepared), bar))
 
         yield on_step
 
 
-def step_table(record: StepRecord, held_out_kl: float | None, work: ModelWork | None) -> Table:
+def step_table(record: StepRecord, held_out_kl: float | None, prepared: PreparedRun | None) -> Table:
     """The figures of a step in one row."""
+    compute = Compute() if prepared is None else prepared.compute
     figures = {
         "loss": f"{record.loss:.4f}",
         "KL": f"{record.kl:.4f}",
         "held-out KL": "-" if held_out_kl is None else f"{held_out_kl:.4f}",
         "rate": f"{record.learning_rate:.1e}",
         "tokens/s": f"{record.tokens_per_second:,.0f}",
-        "MFU (est.)": "-" if work is None else f"{work.used_fraction(record.tokens_per_second):.0%}",
-        "memory": format_gib(memory_in_use_bytes()),
+        "MFU (est.)": "-" if prepared is None else f"{prepared.used_fraction(record.tokens_per_second):.0%}",
+        "memory": format_gib(peak_memory_bytes(compute.torch_device)),
     }
     table = Table(*figures, box=SIMPLE, expand=True)
     table.add_row(*figures.values())
     return table
-
-
-def memory_in_use_bytes() -> int:
-    """The largest memory so far: of the GPU where one is used, else of this process."""
-    import resource
-    import sys
-
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -44,10 +44,8 @@ def run_evaluate(model: Model, settings: EvaluateSettings) -> EvaluatedModel:
     student, teacher = _opened(model, settings)
     windows = _windows_by_name(student, settings)
     compute = settings.compute
-    loaded = load_any_model(student, dtype=compute.torch_dtype, device=compute.device)
-    against = None
-    if teacher is not None:
-        against = load_any_model(teacher, dtype=compute.torch_dtype, device=compute.device)
+    loaded = load_any_model(student, compute)
+    against = None if teacher is None else load_any_model(teacher, compute)
     rows = {}
     with compute.progress("evaluating", sum(len(part.token_ids) for part in windows.values())) as advance:
         for name, part in windows.items():
@@ -55,10 +53,10 @@ def run_evaluate(model: Model, settings: EvaluateSettings) -> EvaluatedModel:
                 loaded,
                 student.family,
                 part,
+                compute,
                 against=against,
                 against_family=teacher.family if teacher is not None else None,
                 batch=settings.batch,
-                device=compute.device,
                 advance=advance,
             )
     return EvaluatedModel(rows={**rows, TOTAL: combine(list(rows.values()))} if len(rows) > 1 else rows)

@@ -29,7 +29,8 @@ from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
 from minipuzzle.formats.choices import FORMATS, PLAIN, RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.formats.layout import ExportLayout, export_layout
-from minipuzzle.progress import Advance, no_progress
+from minipuzzle.progress import Advance
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_bytes
 from minipuzzle.workflows.settings import ExportSettings, Quality, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
@@ -44,8 +45,7 @@ class ExportRequest:
 
     ``scheme``: ``bf16`` or a name in SCHEMES; ``overrides``: (pattern of module names, the scheme or ``bf16``).
     ``is_puzzle``: config.json with ``block_configs``, for a model whose layers differ in width.
-    ``device_memory_bytes`` limits weights and working memory of calibration and verification (default: most of what is
-    free). ``base_model``, ``quality`` (data name -> metric -> value) and ``command`` go into the model card.
+    ``base_model``, ``quality`` (data name -> metric -> value) and ``command`` go into the model card.
     """
 
     scheme: str = PLAIN
@@ -56,8 +56,6 @@ class ExportRequest:
     is_puzzle: bool = False
     method: CalibrationMethod = field(default_factory=CalibrationMethod)
     verifies: bool = True
-    device: str = "cpu"
-    device_memory_bytes: int | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     base_model: str | None = None
     quality: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
@@ -141,15 +139,16 @@ def export_checkpoint(
     checkpoint: Checkpoint,
     out: Path,
     request: ExportRequest,
+    compute: Compute = Compute(),
     *,
     calibration_token_ids: torch.Tensor | None = None,
     overwrite: bool = False,
-    advance: Advance = no_progress,
 ) -> ExportedFolder:
     """Calibrate a checkpoint on tokens where its format needs it, write the folder, reload it and compare.
 
     Shapes: ``calibration_token_ids`` [windows, tokens] int64; without them a format that needs none is verified on
-    random tokens. ``advance`` is called once a layer of the calibration and once a tensor written: ``total_steps``.
+    random tokens. ``compute.memory_bytes`` limits calibration and verification. Progress: a step for each layer of the
+    calibration and each tensor written.
 
     Raises: MinipuzzleError for a quantised or damaged source, a target that may not be replaced, activations that are
     not finite, or a written folder that does not compute what was calibrated.
@@ -161,17 +160,22 @@ def export_checkpoint(
     elif layout.needs_calibration:
         raise MinipuzzleError(f"{request.scheme} needs text to calibrate on", "give --data")
     check_export_target(checkpoint, out, overwrite=overwrite)
+    num_steps = sum(1 for _ in checkpoint.architecture.deployed.tensors())
+    num_steps += len(checkpoint.architecture.layers) if layout.needs_calibration else 0
     with output_folder(out, request.provenance(checkpoint, calibration_token_ids), overwrite=overwrite) as partial:
-        amax = _calibrate(checkpoint, layout, request, calibration_token_ids, partial, advance)
-        tensors = ExportTensors(checkpoint, layout, amax)
-        write_export(
-            tensors,
-            partial,
-            is_puzzle=request.is_puzzle,
-            max_shard_bytes=request.max_shard_bytes,
-            advance=advance,
-        )
-        verification = _verify(tensors, request, calibration_token_ids, partial) if request.verifies else None
+        with compute.progress("exporting", num_steps) as advance:
+            amax = ActivationAmax()
+            if layout.needs_calibration and calibration_token_ids is not None:
+                amax = _calibrate(checkpoint, layout, request.method, calibration_token_ids, partial, compute, advance)
+            tensors = ExportTensors(checkpoint, layout, amax)
+            write_export(
+                tensors,
+                partial,
+                is_puzzle=request.is_puzzle,
+                max_shard_bytes=request.max_shard_bytes,
+                advance=advance,
+            )
+            verification = _verify(tensors, calibration_token_ids, partial, compute) if request.verifies else None
         facts = _card_facts(layout, request, calibration_token_ids, verification)
         warnings = write_model_card(partial, checkpoint, facts)
         (partial / CALIBRATION_FILE).unlink(missing_ok=True)
@@ -208,8 +212,6 @@ def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
         is_puzzle=settings.puzzle,
         method=CalibrationMethod(algorithm=settings.calibration, percentile=settings.percentile),
         verifies=not settings.no_verify,
-        device=settings.compute.device,
-        device_memory_bytes=settings.compute.memory_bytes,
         max_shard_bytes=parse_bytes(settings.max_shard_size),
         base_model=settings.base_model,
         quality=_quality(settings.quality),
@@ -230,15 +232,14 @@ def run_export(model: Model, format_name: str, settings: ExportSettings) -> Expo
     Raises: as ``export_checkpoint``.
     """
     checkpoint, request, token_ids = _prepared(model, format_name, settings)
-    with settings.compute.progress("exporting", total_steps(checkpoint, request)) as advance:
-        return export_checkpoint(
-            checkpoint,
-            Path(settings.out),
-            request,
-            calibration_token_ids=token_ids,
-            overwrite=settings.overwrite,
-            advance=advance,
-        )
+    return export_checkpoint(
+        checkpoint,
+        Path(settings.out),
+        request,
+        settings.compute,
+        calibration_token_ids=token_ids,
+        overwrite=settings.overwrite,
+    )
 
 
 export = verb(ExportSettings, run_export)
@@ -260,6 +261,7 @@ def plan_export(model: Model, format_name: str, settings: ExportSettings) -> dic
         "least_memory_bytes": 0,
     }
     if token_ids is not None:
+        open_stack(checkpoint, token_ids, settings.compute)  # refuses too little memory
         beside_weights = calibration_bytes(checkpoint, token_ids)
         facts |= {
             "calibration_tokens": token_ids.numel() if layout.needs_calibration else 0,
@@ -286,36 +288,27 @@ def _prepared(
     return checkpoint, request, token_ids
 
 
-def total_steps(checkpoint: Checkpoint, request: ExportRequest) -> int:
-    """How often ``export_checkpoint`` advances."""
-    num_tensors = sum(1 for _ in checkpoint.architecture.deployed.tensors())
-    num_layers = len(checkpoint.architecture.layers) if request.layout(checkpoint).needs_calibration else 0
-    return num_tensors + num_layers
-
-
 def _calibrate(
     checkpoint: Checkpoint,
     layout: ExportLayout,
-    request: ExportRequest,
-    token_ids: torch.Tensor | None,
+    method: CalibrationMethod,
+    token_ids: torch.Tensor,
     partial: Path,
+    compute: Compute,
     advance: Advance,
 ) -> ActivationAmax:
-    """What an interrupted run has measured, or a measurement; nothing where the layout needs none."""
-    if not layout.needs_calibration:
-        return ActivationAmax()
-    assert token_ids is not None
+    """What an interrupted run has measured, or a measurement."""
     path = partial / CALIBRATION_FILE
     if path.is_file():
         advance(len(checkpoint.architecture.layers))
         return ActivationAmax(**read_json(path))
-    stack = open_stack(checkpoint, token_ids, device=request.device, device_memory_bytes=request.device_memory_bytes)
+    stack = open_stack(checkpoint, token_ids, compute)
     amax = measure_amax(
         stack,
         token_ids,
         input_modules=layout.calibrated_inputs,
         output_modules=tuple(layout.cache_scales),
-        method=request.method,
+        method=method,
         advance=advance,
     )
     write_json(path.with_name(path.name + ".new"), amax.to_json())
@@ -324,16 +317,14 @@ def _calibrate(
 
 
 def _verify(
-    tensors: ExportTensors, request: ExportRequest, token_ids: torch.Tensor | None, folder: Path
+    tensors: ExportTensors, token_ids: torch.Tensor | None, folder: Path, compute: Compute
 ) -> Verification | None:
     if tensors.layout.scheme is None:
         verify_plain(tensors, folder)
         if token_ids is None:
             return None
     tokens_BT = random_tokens(tensors.checkpoint) if token_ids is None else verification_slice(token_ids)
-    return verify_export(
-        tensors, folder, tokens_BT, device=request.device, device_memory_bytes=request.device_memory_bytes
-    )
+    return verify_export(tensors, folder, tokens_BT, compute)
 
 
 def _card_facts(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.race import Race, finalist_table
+from distill.race import finalist_table, run_race
+from importance.measure import measure
+from importance.work import open_stack, predict_work
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import PLAN_FILE, Plan, read_plan
@@ -22,8 +23,8 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, fingerprint_files, output_file, output_folder
-from minipuzzle.progress import progress_bar
 from minipuzzle.quality.evaluate import documents_within
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates
@@ -35,9 +36,6 @@ UNFINISHED_SCORES_FILE = "scores.unfinished.json"
 CANDIDATES_FILE = "candidates.json"
 FINALISTS_FOLDER = "finalists"
 VALIDATION_TOKENS = 1_000_000  # at most, of each file; as published
-
-# Measures a checkpoint on some token windows; the file keeps what an interrupted measurement has done.
-Measure = Callable[[Checkpoint, torch.Tensor, Path], Scores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +75,10 @@ class PruneRequest:
         """Text for the race."""
         return self.race_data or self.data
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, compute: Compute) -> dict[str, Any]:
         """What the output remembers: its teacher, for `distill`, and what was asked."""
         texts = (*self.data, *self.validation, *self.race_data)
         files = [path for path in (self.plan, self.scores, *texts) if path is not None]
-        choosing = asdict(self.choosing)
-        for where in ("device", "device_memory_bytes"):  # changes nothing but rounding
-            del choosing[where]
         return {
             "command": "prune",
             "teacher": str(self.checkpoint.folder.resolve()),
@@ -92,7 +87,8 @@ class PruneRequest:
                 "target": asdict(self.target) if self.target else None,
                 "deployment": asdict(self.deployment),
                 **{name: getattr(self, name) for name in ("samples", "sequence_length", "seed")},
-                **choosing,
+                **asdict(self.choosing),
+                "dtype": compute.dtype,
                 "inputs_fingerprint": fingerprint_files(files),
             },
         }
@@ -119,31 +115,29 @@ def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: De
     return find_candidates(checkpoint.architecture, Scores(layer={target.metric: no_scores}), target, deployment)
 
 
-def prune(
-    request: PruneRequest, measure: Measure, *, out: Path, overwrite: bool, quiet: bool, race: Race | None = None
-) -> Choice:
+def prune(request: PruneRequest, compute: Compute = Compute(), *, out: Path, overwrite: bool = False) -> Choice:
     """Find the best plan and write the cut checkpoint to ``out``; with a race, the winner with its trained weights.
 
     Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
     """
     checkpoint = request.checkpoint
-    if request.target is not None:
-        check_feasible(checkpoint, request.target, request.deployment)
+    candidates = check_feasible(checkpoint, request.target, request.deployment) if request.target is not None else []
+    _check_memory(request, candidates, compute)
     # Read before the output folder is begun, so that a broken file leaves no trace.
     tokenizer = load_tokenizer(checkpoint.folder) if request.data or request.validation else None
     documents = read_documents(request.data, tokenizer) if request.data else []
     validation = read_documents(request.validation, tokenizer) if request.validation else []
     plan = read_plan(request.plan) if request.plan is not None else None
     scores = read_scores(request.scores) if request.scores is not None else None
-    with output_folder(out, request.provenance(), overwrite=overwrite) as folder:
+    with output_folder(out, request.provenance(compute), overwrite=overwrite) as folder:
         if plan is not None:
             choice = Choice(plan=plan)
         else:
-            scores = scores or measured_scores(request, documents, measure, folder)
-            choice = _choose(request, scores, validation, folder, race, quiet)
+            scores = scores or measured_scores(request, documents, compute, folder)
+            choice = _choose(request, scores, validation, folder, compute)
         if not choice.is_trained:
             num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
-            with progress_bar("cutting", num_tensors, quiet=quiet) as advance:
+            with compute.progress("cutting", num_tensors) as advance:
                 write_pruned(checkpoint, choice.plan, folder, advance)
         if choice.table:
             write_json(folder / CANDIDATES_FILE, choice.table)
@@ -151,7 +145,7 @@ def prune(
     return choice
 
 
-def measured_scores(request: PruneRequest, documents: list[str], measure: Measure, folder: Path) -> Scores:
+def measured_scores(request: PruneRequest, documents: list[str], compute: Compute, folder: Path) -> Scores:
     """Scores measured by an interrupted run of the same command, or measured now and kept in ``folder``."""
     kept = folder / SCORES_FILE
     if kept.is_file():
@@ -163,15 +157,13 @@ def measured_scores(request: PruneRequest, documents: list[str], measure: Measur
         sequence_length=request.sequence_length,
         seed=request.seed,
     )
-    scores = measure(request.checkpoint, token_ids, folder / UNFINISHED_SCORES_FILE)
+    scores = measure(request.checkpoint, token_ids, compute, partial_file=folder / UNFINISHED_SCORES_FILE)
     with output_file(kept) as path:
         write_scores(scores, path)
     return scores
 
 
-def _choose(
-    request: PruneRequest, scores: Scores, validation: list[str], folder: Path, race: Race | None, quiet: bool
-) -> Choice:
+def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder: Path, compute: Compute) -> Choice:
     """The best candidate: predicted if there is nothing to measure on, else measured, or the winner of a race."""
     assert request.target is not None
     checkpoint, choosing = request.checkpoint, request.choosing
@@ -179,12 +171,12 @@ def _choose(
     problem = Problem(checkpoint=checkpoint, scores=scores, target=request.target, deployment=request.deployment)
     windows = comparison_windows(request, scores, validation)
     if choosing.race is not None:
-        if windows is None or race is None:
+        if windows is None:
             raise MinipuzzleError("a race needs text to measure finalists on", "give --validation")
-        return _race(problem, request, windows, folder, race, quiet)
+        return _race(problem, request, windows, folder, compute)
     if windows is None or (choosing.num_candidates == 1 and not choosing.refine):
         return Choice(plan=problem.predicted_plans(1)[0])
-    found = compare(problem, windows, choosing, quiet=quiet)
+    found = compare(problem, windows, choosing, compute)
     return Choice(plan=found.ranked[0].plan, table=found.to_json())
 
 
@@ -201,7 +193,7 @@ def comparison_windows(request: PruneRequest, scores: Scores, validation: list[s
 
 
 def _race(
-    problem: Problem, request: PruneRequest, windows: EvaluationWindows, folder: Path, race: Race, quiet: bool
+    problem: Problem, request: PruneRequest, windows: EvaluationWindows, folder: Path, compute: Compute
 ) -> Choice:
     """Compare, cut the finalists, race them and put the winner's trained weights into ``folder``.
 
@@ -210,7 +202,7 @@ def _race(
     work = folder / FINALISTS_FOLDER
     table_file = work / CANDIDATES_FILE
     if not table_file.is_file():
-        found = compare(problem, windows, request.choosing, quiet=quiet)
+        found = compare(problem, windows, request.choosing, compute)
         for number, item in enumerate(found.finalists):
             shutil.rmtree(work / str(number), ignore_errors=True)
             (work / str(number)).mkdir(parents=True)
@@ -220,7 +212,16 @@ def _race(
             write_json(path, {**found.to_json(), "finalists": finalists})
     table = read_json(table_file)
     folders = [work / str(number) for number in range(len(table["finalists"]))]
-    result = race(folders, windows, work / "race")
+    assert request.choosing.race is not None
+    result = run_race(
+        folders,
+        teacher=problem.checkpoint,
+        data=request.training_data,
+        validation=windows,
+        settings=request.choosing.race,
+        folder=work / "race",
+        compute=compute,
+    )
     for path in result.winner_folder.iterdir():
         if path.is_file() and path.name != PROVENANCE_FILE:
             shutil.copyfile(path, folder / path.name)
@@ -229,15 +230,15 @@ def _race(
     return Choice(plan=read_plan(folder / PLAN_FILE), table=table, is_trained=True)
 
 
-def planned_work(request: PruneRequest) -> dict[str, int]:
-    """What a run would do apart from measuring, after checking all that can be checked without weights.
+def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
+    """What a run would do, after checking all that can be checked without weights.
 
     Units: as the names say; ``disk_at_most_bytes`` is the weights of the largest candidate.
     """
     checkpoint = request.checkpoint
     source = checkpoint.architecture
     facts = {"source_memory_bytes": memory_breakdown(source, request.deployment).total_bytes}
-    num_kept_parameters = source.num_parameters
+    num_kept_parameters, candidates = source.num_parameters, list[Candidate]()
     if request.plan is not None:
         plan = read_plan(request.plan)
         plan.check_against(source)
@@ -259,5 +260,29 @@ def planned_work(request: PruneRequest) -> dict[str, int]:
             "documents": len(read_documents(request.data, load_tokenizer(checkpoint.folder))),
             "calibration_tokens": request.samples * request.sequence_length,
         }
-    disk_bytes = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
-    return {**facts, "disk_at_most_bytes": disk_bytes}
+    _check_memory(request, candidates, compute)
+    facts["disk_at_most_bytes"] = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
+    return facts | (_measuring_work(request, compute) if request.scores is None and request.data else {})
+
+
+def _check_memory(request: PruneRequest, candidates: list[Candidate], compute: Compute) -> None:
+    """Refuse before any work what the memory is too small for: measuring, or a race of even the smallest candidates.
+
+    Raises: MinipuzzleError with the amount that is needed.
+    """
+    if request.scores is None and request.data:
+        open_stack(request.checkpoint, compute, sequence_length=request.sequence_length)
+    if (race := request.choosing.race) is not None:
+        smallest = min(candidates, key=lambda candidate: candidate.num_parameters)
+        race.require_room(smallest.architecture, request.checkpoint.architecture, compute)
+
+
+def _measuring_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
+    length = request.sequence_length
+    stack = open_stack(request.checkpoint, compute, sequence_length=length)
+    work = predict_work(stack, layer_samples=request.samples, channel_samples=request.samples, sequence_length=length)
+    return {
+        "layer_applications": work.layer_applications,
+        "weights_to_read_bytes": work.weight_bytes_read,
+        "memory_while_measuring_bytes": work.peak_bytes,
+    }

@@ -11,7 +11,6 @@ from importance.work import PlannedScoring, open_stack, predict_work
 from minipuzzle.cut.scores import Scores, write_scores
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.outputs import check_target_file, fingerprint_files, output_file
-from minipuzzle.progress import silent
 from minipuzzle.runtime.mamba_scan import scan_path
 from minipuzzle.workflows.settings import ScoreSettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
@@ -41,15 +40,11 @@ def run_score(model: Model, settings: ScoreSettings) -> Scores:
             seed=settings.seed,
             is_shuffled=True,
         ),
+        compute,
         request=request,
         layer_samples=settings.samples,
         channel_samples=settings.num_channel_samples,
-        device=compute.device_of_process,
-        dtype=compute.dtype,
-        device_memory_bytes=compute.memory_bytes,
         partial_file=None if out is None else out.with_name(f"{out.name}.partial-sums"),
-        processes=compute.processes,
-        quiet=compute.progress is silent,
     )
     provenance = {"data_fingerprint": fingerprint_files(list(data)), "seed": str(settings.seed)}
     scores = replace(scores, metadata={**scores.metadata, **provenance})
@@ -78,20 +73,12 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
         samples=max(samples.values()),
         sequence_length=settings.sequence_length,
     )
-    stack = open_stack(
-        checkpoint,
-        request=request,
-        sequence_length=settings.sequence_length,
-        device=compute.device_of_process,
-        dtype=compute.dtype,
-        device_memory_bytes=compute.memory_bytes,
-    )
-    length, processes = settings.sequence_length, compute.processes
-    work = predict_work(stack, request=request, processes=processes, sequence_length=length, **samples)
+    stack = open_stack(checkpoint, compute, request=request, sequence_length=settings.sequence_length)
+    work = predict_work(stack, request=request, sequence_length=settings.sequence_length, **samples)
     return PlannedScoring(
         work=work,
         memory_limit_bytes=stack.memory_bytes,
-        processes=processes.world_size,
+        processes=compute.processes.world_size,
         scan=scan_path(stack.device),
         removals=request.removals,
     )

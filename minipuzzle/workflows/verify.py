@@ -58,8 +58,7 @@ def run_verify(model: Model, settings: VerifySettings) -> VerifiedFolder:
         sample_text(checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length)
         if data
         else random_tokens(checkpoint),
-        device=settings.compute.device,
-        device_memory_bytes=settings.compute.memory_bytes,
+        settings.compute,
     )
     return VerifiedFolder(checkpoint=checkpoint, has_text=bool(data), computed=computed)
 

@@ -31,6 +31,7 @@ from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from tests.support.tiny_models import write_tiny_checkpoint
 
 EMBEDDED_MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
@@ -91,7 +92,9 @@ def test_cache_terms_are_the_bytes_of_the_filled_cache(embedded: Checkpoint, cut
     plan, context, batch = cuts_of(embedded.architecture)[cut], 70, 3
     target = plan.apply(embedded.architecture)
     config = embedded.family.write(embedded.config, target)
-    model = build_model(config, cut_tensors(embedded, plan), dtype=TORCH_DTYPES[precision])
+    model = build_model(
+        config, cut_tensors(embedded, plan), Compute(dtype=str(TORCH_DTYPES[precision]).removeprefix("torch."))
+    )
     with torch.no_grad():
         cache = model(torch.ones(batch, context, dtype=torch.long), use_cache=True).past_key_values
     real: Counter[str] = Counter()

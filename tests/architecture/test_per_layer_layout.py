@@ -23,6 +23,7 @@ from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
@@ -76,7 +77,7 @@ def test_removing_a_silent_layer_and_silent_units_of_one_layer_keeps_the_logits(
     cut_into(checkpoint, plan, tmp_path / "pruned")
     written = Checkpoint.open(tmp_path / "pruned")
     assert written.architecture.fingerprint() == plan.apply(checkpoint.architecture).fingerprint()
-    before = exact_logits_of(load_model(checkpoint, dtype=torch.float64), random_tokens())
+    before = exact_logits_of(load_model(checkpoint, Compute(dtype="float64")), random_tokens())
     after = exact_logits_of(minipuzzle.load(tmp_path / "pruned", dtype=torch.float64), random_tokens())
     assert (before - after).abs().max() < 1e-9 * before.abs().max()
     assert before.std() > 0.1

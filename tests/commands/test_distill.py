@@ -18,7 +18,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file
 
-from distill.run import distill_checkpoint, find_teacher
+from distill.run import DistillRequest, distill_checkpoint, find_teacher
 from distill.settings import DistillSettings, StepRecord
 from distill.states.checkpointing import step_folder
 from minipuzzle.errors import MinipuzzleError
@@ -111,14 +111,14 @@ def distil_in_python(student: Path, teacher: Path, text_file: Path, out: Path, s
             raise RuntimeError("crash")
 
     settings = DistillSettings(tokens=384, sequence_length=32, batch_sequences=2, learning_rate=3e-3)
-    distill_checkpoint(
+    request = DistillRequest(
         student=Checkpoint.open(student),
         teacher=Checkpoint.open(teacher),
-        data=[text_file],
+        data=(text_file,),
         settings=replace(settings, save_every=2),
         out=out,
-        on_step=crash,
     )
+    distill_checkpoint(request, on_step=crash)
 
 
 def crash_after_three_steps(student: Path, teacher: Path, text_file: Path, out: Path) -> None:

@@ -28,6 +28,7 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.errors import InputChangedError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_tokenizer
 from tests.support.cli import run_cli
@@ -78,7 +79,7 @@ def test_the_tokens_in_the_file_repeat_the_measurement(
     score_json(tiny_folder, text_file, tmp_path / "s.safetensors")
     scores = read_scores(tmp_path / "s.safetensors")
     assert scores.token_ids is not None
-    again = measure(tiny_checkpoint, torch.from_numpy(scores.token_ids).long(), quiet=True)
+    again = measure(tiny_checkpoint, torch.from_numpy(scores.token_ids).long())
     for metric, values in scores.layer.items():
         np.testing.assert_array_equal(again.layer[metric], values)
     for key, unit_values in scores.units.items():
@@ -147,7 +148,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_measuring(
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tiny_checkpoint: Checkpoint) -> None:
     with pytest.raises(Exception, match=f"token id {VOCABULARY}"):
-        measure(tiny_checkpoint, torch.full((1, 8), VOCABULARY), quiet=True)
+        measure(tiny_checkpoint, torch.full((1, 8), VOCABULARY))
 
 
 def test_a_killed_run_continues_with_the_samples_that_are_left(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -194,10 +195,9 @@ def test_a_run_killed_in_any_stage_gives_the_same_scores(
         return measure(
             tiny_checkpoint,
             tokens,
+            Compute(memory_bytes=SMALL_BYTES),
             request=request,
-            device_memory_bytes=SMALL_BYTES,
             partial_file=path,
-            quiet=True,
         )
 
     with monkeypatch.context() as patch:
@@ -246,7 +246,7 @@ def test_bfloat16_ranks_layers_as_float32_does(tiny_checkpoint: Checkpoint, text
     tokens = sample_windows(
         load_tokenizer(tiny_checkpoint.folder), read_documents([text_file]), num_samples=4, sequence_length=40
     )
-    wide, narrow = (measure(tiny_checkpoint, tokens, dtype=dtype, quiet=True) for dtype in ("float32", "bfloat16"))
+    wide, narrow = (measure(tiny_checkpoint, tokens, Compute(dtype=dtype)) for dtype in ("float32", "bfloat16"))
     for metric in ("mse", "nmse", "cosine", "kl"):
         np.testing.assert_allclose(narrow.layer[metric], wide.layer[metric], rtol=0.1)
 

@@ -61,7 +61,7 @@ VARIANTS = [(axis, width) for axis, widths in WIDTHS.items() for width in widths
 
 @pytest.fixture(scope="module")
 def with_variants(tiny_folder: Path) -> Scores:
-    return measure(Checkpoint.open(tiny_folder), TOKENS, request=LayerRequest(widths=WIDTHS), quiet=True)
+    return measure(Checkpoint.open(tiny_folder), TOKENS, request=LayerRequest(widths=WIDTHS))
 
 
 def test_widths_are_shares_or_numbers_of_units(tiny_checkpoint: Checkpoint) -> None:
@@ -69,7 +69,7 @@ def test_widths_are_shares_or_numbers_of_units(tiny_checkpoint: Checkpoint) -> N
 
 
 def test_variants_leave_the_scores_of_whole_layers(tiny_checkpoint: Checkpoint, with_variants: Scores) -> None:
-    for metric, values in measure(tiny_checkpoint, TOKENS, quiet=True).layer.items():
+    for metric, values in measure(tiny_checkpoint, TOKENS).layer.items():
         # A rise of the loss may be near zero; more streams share a tile, so that sums are added in another order.
         absolute = 1e-5 * np.abs(values).mean() if metric == "delta_loss" else 0
         np.testing.assert_allclose(with_variants.layer[metric], values, rtol=1e-6, atol=absolute, err_msg=metric)
@@ -119,8 +119,8 @@ def score_of_cut_model_by_layer(checkpoint: Checkpoint, plan: Plan, layer_idx: i
 
 
 def test_layers_are_removed_one_after_another_by_what_the_smaller_model_loses(tiny_checkpoint: Checkpoint) -> None:
-    single = measure(tiny_checkpoint, TOKENS, quiet=True)
-    scores = measure(tiny_checkpoint, TOKENS, request=LayerRequest(removals=2, metric="kl"), quiet=True)
+    single = measure(tiny_checkpoint, TOKENS)
+    scores = measure(tiny_checkpoint, TOKENS, request=LayerRequest(removals=2, metric="kl"))
     first, second = json.loads(scores.metadata["removed_layers"])
     assert first == int(np.argmin(single.layer["kl"]))
     assert scores.layer["kl"][first] == pytest.approx(single.layer["kl"][first], rel=1e-6)
@@ -163,8 +163,8 @@ def test_chosen_layers_cost_less_and_are_not_enough_to_search(tiny_checkpoint: C
     source = tiny_checkpoint.architecture
     layers = parse_layers("1, 3-4,attention", source)
     assert layers == (1, 3, 4)
-    chosen = measure(tiny_checkpoint, TOKENS, request=LayerRequest(layers=layers), quiet=True)
-    every = measure(tiny_checkpoint, TOKENS, quiet=True)
+    chosen = measure(tiny_checkpoint, TOKENS, request=LayerRequest(layers=layers))
+    every = measure(tiny_checkpoint, TOKENS)
     np.testing.assert_allclose(chosen.layer["mse"][list(layers)], every.layer["mse"][list(layers)], rtol=1e-6)
     assert np.isnan(chosen.layer["mse"][[0, 2, 5, 6]]).all()
     assert json.loads(chosen.metadata["counters"])["layer_applications"] == 7 + 5 + 3 + 2 + 7

@@ -19,6 +19,7 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import IGNORE, document_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
 
 LENGTH = 8
@@ -164,7 +165,7 @@ def test_separate_documents_do_not_reach_each_other(tiny_checkpoint: Checkpoint)
     inputs, labels = data.batch(0, data.windows_per_epoch)
     assert data.windows_per_epoch == 4  # the second document fills two windows
     assert data.labels_per_epoch == int((labels != IGNORE).sum()) == 3 + 10 + 6
-    parts = parts_of(load_model(tiny_checkpoint, dtype=torch.float64), tiny_checkpoint.family)
+    parts = parts_of(load_model(tiny_checkpoint, Compute(dtype="float64")), tiny_checkpoint.family)
     with torch.no_grad():
         for row, label in zip(inputs, labels, strict=True):
             num_real = int((label != IGNORE).sum())

@@ -16,6 +16,7 @@ from distill.scale.parallel import joined_placement
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import keep_everything
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from tests.support.distill_job import run
 from tests.support.jobs import ROOT, STEPS, keep_only_step_10, losses, torchrun
 from tests.support.tiny_models import write_family_checkpoint
@@ -28,8 +29,8 @@ def test_two_processes_train_a_llama_without_one_attention_as_one_does(tmp_path:
     (models / "student").mkdir()
     write_pruned(teacher, replace(keep_everything(teacher.architecture), kept_layers=kept), models / "student")
     engine = EngineSettings(keep_last=2, activation_checkpointing=True)
-    with joined_placement("cpu", engine) as placement:
-        run(models, tmp_path / "one", placement, engine, "float32", num_steps=STEPS, count=False)
+    with joined_placement(Compute(), engine) as placement:
+        run(models, tmp_path / "one", placement, engine, num_steps=STEPS, count=False)
     keep_only_step_10(tmp_path / "one", tmp_path / "one_two")
     folders = [tmp_path / "two", tmp_path / "one_two"]
     arguments = [str(part) for folder in folders for part in (models, folder, STEPS)]

@@ -17,10 +17,11 @@ import torch
 
 from distill.engine import EngineSettings
 from distill.scale.estimate import estimate_memory
+from distill.scale.parallel import make_pair
 from distill.settings import DistillSettings, StepRecord
 from distill.states.checkpointing import STATE_FOLDER
 from distill.states.records import METRICS_FILE
-from distill.training.loop import distill
+from distill.training.loop import distill_pair
 from distill.training.optimizers import make_optimizer
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
@@ -91,10 +92,10 @@ def test_ctrl_c_saves_the_step_in_progress(models: Path, tmp_path: Path) -> None
 
     folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        distill(
-            teacher_model=load_model(Checkpoint.open(models / "teacher")),
-            student_model=load_model(Checkpoint.open(models / "student")),
-            family=FAMILY,
+        distill_pair(
+            pair=make_pair(
+                load_model(Checkpoint.open(models / "teacher")), load_model(Checkpoint.open(models / "student")), FAMILY
+            ),
             data=windows(),
             settings=settings,
             folder=folder,
@@ -134,10 +135,10 @@ def test_the_weights_of_the_best_evaluation_are_kept(models: Path, tmp_path: Pat
 
 
 def test_a_student_equal_to_its_teacher_is_at_distance_zero(models: Path, tmp_path: Path) -> None:
-    progress = distill(
-        teacher_model=load_model(Checkpoint.open(models / "teacher")),
-        student_model=load_model(Checkpoint.open(models / "teacher")),
-        family=FAMILY,
+    progress = distill_pair(
+        pair=make_pair(
+            load_model(Checkpoint.open(models / "teacher")), load_model(Checkpoint.open(models / "teacher")), FAMILY
+        ),
         data=windows(),
         settings=replace(SETTINGS, tokens=1, weight_decay=0.0),
         folder=tmp_path,
@@ -149,10 +150,8 @@ def test_a_student_equal_to_its_teacher_is_at_distance_zero(models: Path, tmp_pa
 def test_the_teacher_stays_as_it_was(models: Path, tmp_path: Path) -> None:
     teacher_model = load_model(Checkpoint.open(models / "teacher"))
     before = {name: tensor.clone() for name, tensor in teacher_model.state_dict().items()}
-    distill(
-        teacher_model=teacher_model,
-        student_model=load_model(Checkpoint.open(models / "student")),
-        family=FAMILY,
+    distill_pair(
+        pair=make_pair(teacher_model, load_model(Checkpoint.open(models / "student")), FAMILY),
         data=windows(),
         settings=replace(SETTINGS, tokens=1),
         folder=tmp_path,
@@ -177,10 +176,8 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run(models:
         next(student_model.parameters()).fill_(float("inf"))
     before = {name: tensor.clone() for name, tensor in student_model.state_dict().items()}
     with pytest.raises(MinipuzzleError, match="in 21 of 21 steps"):
-        distill(
-            teacher_model=load_model(Checkpoint.open(models / "teacher")),
-            student_model=student_model,
-            family=FAMILY,
+        distill_pair(
+            pair=make_pair(load_model(Checkpoint.open(models / "teacher")), student_model, FAMILY),
             data=windows(),
             settings=replace(SETTINGS, tokens=30 * SETTINGS.tokens_per_step, save_every=100),
             folder=tmp_path,

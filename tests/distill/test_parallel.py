@@ -23,6 +23,7 @@ from distill.scale.parallel import joined_placement, rows_of_process
 from distill.states.records import METRICS_FILE
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import Processes
 from tests.support.distill_job import run
 from tests.support.jobs import ROOT, STEPS, environment, keep_only_step_10, launcher, losses, torchrun
@@ -41,9 +42,9 @@ def family_of(pid: int) -> list[int]:
 
 def run_alone(models: Path, folder: Path, num_steps: int = STEPS) -> Job:
     engine = EngineSettings(keep_last=2)
-    with joined_placement("cpu", engine) as placement:
+    with joined_placement(Compute(), engine) as placement:
         assert placement.mesh is None
-        return run(models, folder, placement, engine, "float32", num_steps=num_steps, count=False)
+        return run(models, folder, placement, engine, num_steps=num_steps, count=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +130,9 @@ def test_one_process_with_an_offloaded_teacher_splits_among_itself_alone(
 ) -> None:
     """The way a single GPU goes: the same hooks and gathers as with many, over a mesh of one."""
     engine = EngineSettings(teacher_offload="cpu", activation_checkpointing=True, keep_last=2)
-    with joined_placement("cpu", engine) as placement:
+    with joined_placement(Compute(), engine) as placement:
         assert placement.mesh is not None
-        report = run(models, tmp_path / "run", placement, engine, "float32", num_steps=FEW_STEPS)
+        report = run(models, tmp_path / "run", placement, engine, num_steps=FEW_STEPS)
     assert report["all_split"]
     assert not torch.distributed.is_initialized()
     assert losses(tmp_path / "run")[0] == pytest.approx(losses(jobs / "one")[0], abs=1e-6)
@@ -150,8 +151,8 @@ def test_bfloat16_in_two_processes_stays_near_float32(jobs: Path, models: Path, 
 def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:
     found = []
     for name, engine in (("plain", EngineSettings()), ("compiled", EngineSettings(compile_layers=True))):
-        with joined_placement("cpu", engine) as placement:
-            run(models, tmp_path / name, placement, engine, "float32", num_steps=FEW_STEPS, count=False)
+        with joined_placement(Compute(), engine) as placement:
+            run(models, tmp_path / name, placement, engine, num_steps=FEW_STEPS, count=False)
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distill.race import RACE_FILE, RaceResult, RaceSettings, run_race, survivors
-from distill.run import distill_checkpoint
+from distill.run import DistillRequest, distill_checkpoint
 from distill.settings import DistillSettings
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import keep_everything, num_layers_different
@@ -30,8 +30,8 @@ from tests.support.cuts import plan_with
 from tests.support.kills import stop_command_when
 from tests.support.ranking import quality_of
 
-SETTINGS = RaceSettings(tokens=96, sequence_length=16, batch_sequences=2)
-DISTILL = DistillSettings(tokens=1, sequence_length=16, batch_sequences=2, learning_rate=3e-3)
+SETTINGS = RaceSettings(tokens=96, sequence_length=16, batch_sequences=2, learning_rate=3e-3)
+DISTILL = DistillSettings(tokens=96, sequence_length=16, batch_sequences=2, learning_rate=3e-3)
 DROPPED = ((3,), (1, 4), (2,), (0, 1))
 
 
@@ -68,7 +68,6 @@ def race(
         data=[text],
         validation=validation,
         settings=settings,
-        distill_settings=DISTILL,
         folder=folder,
     )
 
@@ -79,13 +78,14 @@ def test_every_finalist_gets_what_distilling_it_alone_gives_and_the_best_wins(
     result = race(students[:2], tiny_checkpoint, text_file, validation, tmp_path / "race")
     losses = []
     for number, student in enumerate(students[:2]):
-        distill_checkpoint(
+        request = DistillRequest(
             student=Checkpoint.open(student),
             teacher=tiny_checkpoint,
-            data=[text_file],
-            settings=replace(DISTILL, tokens=96),
+            data=(text_file,),
+            settings=DISTILL,
             out=tmp_path / str(number),
         )
+        distill_checkpoint(request)
         model = load_model(Checkpoint.open(tmp_path / str(number)))
         losses.append(evaluate(model, tiny_checkpoint.family, validation).loss)
     assert [rounds[-1].loss for rounds in result.rounds] == losses

@@ -103,7 +103,7 @@ def naive_scores(model: Any, ids: torch.Tensor, each: Sequence[Sequence[int]]) -
 def check_scores(checkpoint: Checkpoint, model: Any, layers: Sequence[int], num_tokens: int) -> None:
     ids, source = tokens_of(checkpoint, num_tokens), checkpoint.architecture
     request = LayerRequest(layers=tuple(layers))
-    scores = measure(checkpoint, ids, request=request, quiet=True)
+    scores = measure(checkpoint, ids, request=request)
     found = {metric: np.asarray(values[list(layers)], np.float64) for metric, values in scores.layer.items()}
     assert_same_scores(found, naive_scores(model, ids, [[layer] for layer in layers]), relative=1e-5)
     blocks = [block for block in source.blocks if set(block) <= set(layers)]

@@ -241,7 +241,7 @@ def test_streamed_calibration_finds_what_modelopts_calibrator_finds_in_the_whole
 
     method = CalibrationMethod(algorithm=algorithm, percentile=99.0)
     module = "backbone.layers.3.mixer.down_proj"
-    stack = open_stack(source, TOKEN_IDS, device="cpu", device_memory_bytes=None)
+    stack = open_stack(source, TOKEN_IDS)
     found = measure_amax(stack, TOKEN_IDS, input_modules=[module], method=method).inputs[module]
     model = load_model(source)
     if algorithm == "max":

@@ -26,6 +26,7 @@ from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.formats.e4m3 import encode, fake_quantize, scale_of
 from minipuzzle.formats.layout import ExportLayout, export_layout
 from minipuzzle.quality.evaluate import divergence_sums
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import largest_part_bytes
 from minipuzzle.runtime.models import load_model
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
@@ -41,9 +42,11 @@ LINEAR = ("in_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_
 TOKEN_IDS = random_tokens(6, 24, first=3)
 
 
-def export_fp8(source: Checkpoint, token_ids: torch.Tensor, out: Path, **settings: Any) -> ExportedFolder:
+def export_fp8(
+    source: Checkpoint, token_ids: torch.Tensor, out: Path, compute: Compute = Compute(), **settings: Any
+) -> ExportedFolder:
     request = ExportRequest(scheme="fp8", **settings)
-    return export_checkpoint(source, out, request, calibration_token_ids=token_ids)
+    return export_checkpoint(source, out, request, compute, calibration_token_ids=token_ids)
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +350,11 @@ def test_exports_are_not_exported_again_and_unknown_tokens_are_refused(
 
 def test_memory_for_one_layer_at_a_time_is_enough(source: Checkpoint, exported: Path, tmp_path: Path) -> None:
     needed = calibration_bytes(source, TOKEN_IDS) + largest_part_bytes(source.architecture, torch.float32)
-    export_fp8(source, TOKEN_IDS, tmp_path / "out", device_memory_bytes=needed)
+    export_fp8(source, TOKEN_IDS, tmp_path / "out", Compute(memory_bytes=needed))
     found, expected = load_file(tmp_path / "out" / SINGLE_FILE), load_file(exported / SINGLE_FILE)
     for name, tensor in expected.items():
         # Other batch sizes may round matrix products, and so measured inputs, differently.
         assert torch.allclose(found[name].float(), tensor.float(), rtol=1e-5, atol=0), name
     with pytest.raises(MinipuzzleError, match="may be used"):
-        export_fp8(source, TOKEN_IDS, tmp_path / "small", device_memory_bytes=needed - 1)
+        export_fp8(source, TOKEN_IDS, tmp_path / "small", Compute(memory_bytes=needed - 1))
     assert not list(tmp_path.glob("small*"))

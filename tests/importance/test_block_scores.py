@@ -51,7 +51,7 @@ def stored(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def test_a_block_score_is_what_removing_all_its_layers_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    scores = measure(checkpoint, TOKEN_IDS, quiet=True)
+    scores = measure(checkpoint, TOKEN_IDS)
     wanted = [mse_without(checkpoint, block) for block in checkpoint.architecture.blocks]
     np.testing.assert_allclose(scores.blocks["mse"][::2], wanted, rtol=1e-4)
     assert not scores.blocks["mse"][1::2].any()

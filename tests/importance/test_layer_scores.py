@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from importance.layers import reserved_bytes
+from importance.layers import working_set
 from importance.metrics import HeadInputMetrics, next_token_labels
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, LayerStack, resident_weight_bytes
 from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
 from tests.support.oracles import Scores, assert_same_scores, plain_metrics
@@ -36,11 +37,9 @@ EMBEDDED = Path(__file__).parents[2] / "examples" / "tiny_hybrid"
 TOKEN_IDS = random_tokens(SAMPLES, TOKENS)
 
 
-def scores_by_naive_removal(
-    checkpoint: Checkpoint, token_ids: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> Scores:
+def scores_by_naive_removal(checkpoint: Checkpoint, token_ids: torch.Tensor, compute: Compute = Compute()) -> Scores:
     """Run transformers' own model once for every removed layer and compare, in float64 and without any sharing."""
-    model = load_model(checkpoint, dtype=dtype)
+    model = load_model(checkpoint, compute)
     for module in model.modules():
         vars(module).pop("forward", None)  # our own scan of Mamba-2
     parts = parts_of(model, checkpoint.family)
@@ -68,8 +67,8 @@ def real_tokens() -> torch.Tensor:
 
 def test_every_score_of_the_embedded_model_is_that_of_naive_removal(real_tokens: torch.Tensor) -> None:
     checkpoint = Checkpoint.open(EMBEDDED / "model")
-    exact = scores_by_naive_removal(checkpoint, real_tokens, dtype=torch.float64)
-    in_float64 = score_layers(LayerStack(checkpoint, dtype=torch.float64), real_tokens)
+    exact = scores_by_naive_removal(checkpoint, real_tokens, Compute(dtype="float64"))
+    in_float64 = score_layers(LayerStack(checkpoint, Compute(dtype="float64")), real_tokens)
     assert_same_scores(in_float64, exact, relative=1e-5)  # transformers computes scans and norms in float32
     # Rounding to float32 moves the hidden states themselves, in either way of scoring.
     in_float32, naive = (
@@ -112,9 +111,10 @@ def test_a_layer_that_adds_nothing_scores_zero(tmp_path: Path) -> None:
 
 def open_stack(checkpoint: Checkpoint, *, fits: bool) -> LayerStack:
     """A stack that may keep the whole model, or one that lacks a single byte for that."""
-    reserved = reserved_bytes(checkpoint, TOKENS, torch.float32, 0)
+    needs = working_set(checkpoint.architecture, TOKENS, len(checkpoint.architecture.layers), Compute(memory_bytes=1))
+    reserved = needs.reserved_bytes(checkpoint, torch.float32)
     wanted = resident_weight_bytes(checkpoint.architecture, torch.float32) + reserved
-    stack = LayerStack(checkpoint, device_memory_bytes=wanted if fits else wanted - 1, reserved_bytes=reserved)
+    stack = needs.open_stack(checkpoint, Compute(memory_bytes=wanted if fits else wanted - 1))
     assert stack.is_resident == fits
     return stack
 
@@ -171,7 +171,7 @@ def test_the_next_layer_is_read_in_the_background(tiny_checkpoint: Checkpoint, m
 
 def test_too_little_memory_is_refused_with_the_amount_that_is_needed(tiny_checkpoint: Checkpoint) -> None:
     with pytest.raises(MinipuzzleError, match=r"needs \S+ GiB \(.*\), but \S+ GiB may be used"):
-        LayerStack(tiny_checkpoint, device_memory_bytes=1000)
+        LayerStack(tiny_checkpoint, Compute(memory_bytes=1000))
 
 
 def test_an_overflow_is_named_with_the_layer(tmp_path: Path) -> None:

@@ -10,22 +10,25 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from importance.candidates import measure_plans, num_steps, open_stack, rank_plans, windows_per_slice
+from importance.candidates import measure_plans, num_steps, open_stack, rank_plans, working_set
 from importance.prefix_tree import PrefixTree, build_tree
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.progress import Advance, Progress, silent
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.ranked import PlanQuality, RankedPlan, best_first
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import FINAL_NORM, LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from tests.support.cuts import plan_with
@@ -54,15 +57,17 @@ def alone(tiny_folder: Path) -> list[PlanQuality]:
     return measured_alone(checkpoint, candidates(checkpoint), padded_windows())
 
 
-def open_in(checkpoint: Checkpoint, tree: PrefixTree, *, fits: bool) -> LayerStack:
+def open_in(checkpoint: Checkpoint, tree: PrefixTree, *, fits: bool, progress: Progress = silent) -> LayerStack:
     """A stack that keeps the whole model, or one with about the least memory in which the work can be done."""
     if fits:
-        return open_stack(checkpoint, tree, padded_windows())
+        return open_stack(checkpoint, tree, padded_windows(), Compute(progress=progress))
     memory_bytes = 0
     while True:
         memory_bytes += 30_000
         with suppress(MinipuzzleError):
-            stack = open_stack(checkpoint, tree, padded_windows(), device_memory_bytes=memory_bytes)
+            stack = open_stack(
+                checkpoint, tree, padded_windows(), Compute(memory_bytes=memory_bytes, progress=progress)
+            )
             assert not stack.is_resident
             return stack
 
@@ -84,13 +89,20 @@ def test_measuring_together_equals_measuring_alone(
 def test_each_stream_runs_once_and_weights_are_read_once_a_slice(tiny_checkpoint: Checkpoint, fits: bool) -> None:
     plans = candidates(tiny_checkpoint)[:3]
     tree = build_tree(tiny_checkpoint.architecture, [keep_everything(tiny_checkpoint.architecture), *plans])
-    stack = open_in(tiny_checkpoint, tree, fits=fits)
     steps: list[int] = []
-    measure_plans(stack, tree, plans, padded_windows(), slice_windows=2, advance=steps.append)
+    announced: list[int] = []
+
+    @contextmanager
+    def counted(_description: str, total_steps: int) -> Iterator[Advance]:
+        announced.append(total_steps)
+        yield steps.append
+
+    stack = open_in(tiny_checkpoint, tree, fits=fits, progress=counted)
+    measure_plans(stack, tree, plans, padded_windows(), slice_windows=2)
     # M-M*-M-: 0 runs once; 1 for all but one; then 2 twice; 3 and 4 by who keeps them; 5 and 6 for all four.
     assert tree.num_applications == 1 + 1 + 2 + 2 + 2 + 4 + 4
     assert stack.counters.layer_applications == 3 * tree.num_applications
-    assert sum(steps) == num_steps(tree, 5)
+    assert [sum(steps)] == announced == [num_steps(tree, 5)]
     norm_bytes = stack.stored_bytes(FINAL_NORM)
     reads = 1 if fits else 3
     assert stack.counters.weight_bytes_read == reads * (tiny_checkpoint.weight_bytes - norm_bytes) + norm_bytes
@@ -104,9 +116,11 @@ def test_equal_plans_share_everything(tiny_checkpoint: Checkpoint) -> None:
 
 def test_slices_are_sized_to_the_memory(tiny_checkpoint: Checkpoint) -> None:
     tree = build_tree(tiny_checkpoint.architecture, candidates(tiny_checkpoint))
-    sizes = [
-        windows_per_slice(open_in(tiny_checkpoint, tree, fits=fits), tree, padded_windows()) for fits in (False, True)
-    ]
+    sizes = []
+    for fits in (False, True):
+        stack = open_in(tiny_checkpoint, tree, fits=fits)
+        needs = working_set(tiny_checkpoint.architecture, tree, padded_windows(), stack.compute)
+        sizes.append(stack.sequences_that_fit(needs, 5))
     assert 1 <= sizes[0] < sizes[1] == 5
 
 
@@ -134,7 +148,7 @@ def test_the_order_follows_the_criterion_and_ties_the_prediction() -> None:
 
 def test_ranking_returns_the_best_first(tiny_checkpoint: Checkpoint) -> None:
     plans = candidates(tiny_checkpoint)[:3]
-    ranked = rank_plans(tiny_checkpoint, plans, padded_windows(), dtype=torch.float32, device="cpu")
+    ranked = rank_plans(tiny_checkpoint, plans, padded_windows())
     divergences = [item.quality.kl for item in ranked]
     assert divergences == sorted(divergences) and len(ranked) == len(plans)
 
@@ -193,6 +207,7 @@ from pathlib import Path
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.cut.plan import keep_everything
 from importance.prefix_tree import build_tree
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import joined_processes
 from importance.candidates import measure_plans, open_stack
 from tests.support.ranking import candidates, padded_windows
@@ -200,9 +215,9 @@ from tests.support.ranking import candidates, padded_windows
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 plans = candidates(checkpoint)
 tree = build_tree(checkpoint.architecture, [keep_everything(checkpoint.architecture), *plans])
-stack = open_stack(checkpoint, tree, padded_windows())
 with joined_processes("cpu") as processes:
-    found = measure_plans(stack, tree, plans, padded_windows(), slice_windows=1, processes=processes)
+    stack = open_stack(checkpoint, tree, padded_windows(), Compute().among(processes))
+    found = measure_plans(stack, tree, plans, padded_windows(), slice_windows=1)
     record = {"found": [quality.to_json() for quality in found], "applications": stack.counters.layer_applications}
     Path(sys.argv[2], f"{processes.rank}.json").write_text(json.dumps(record))
 """

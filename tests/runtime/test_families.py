@@ -27,6 +27,7 @@ from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
@@ -191,8 +192,10 @@ def test_removing_silent_units_keeps_the_logits(silenced: Any, name: str, axis: 
     checkpoint, kept = silenced(name, axis)
     plan = plan_keeping(checkpoint.architecture, axis, kept)
     config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
-    before = exact_logits_of(load_model(checkpoint, dtype=torch.float64), random_tokens())
-    after = exact_logits_of(build_model(config, cut_tensors(checkpoint, plan), dtype=torch.float64), random_tokens())
+    before = exact_logits_of(load_model(checkpoint, Compute(dtype="float64")), random_tokens())
+    after = exact_logits_of(
+        build_model(config, cut_tensors(checkpoint, plan), Compute(dtype="float64")), random_tokens()
+    )
     assert (before - after).abs().max() < 1e-9 * before.abs().max()
     assert before.std() > 0.1
 

@@ -15,6 +15,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.mamba_scan import (
     TORCH,
@@ -95,8 +96,9 @@ def hybrid(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
 
 def mixers(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """A mixer as we run it, and transformers' own with the same weights, whose steps nothing clamps."""
+    compute = Compute(dtype=str(dtype).removeprefix("torch."))
     path, _norm = checkpoint.architecture.names.mixers["mamba"]
-    mixer = LayerStack(checkpoint, dtype=dtype).loaded_layer(0).get_submodule(path.rstrip("."))
+    mixer = LayerStack(checkpoint, compute).loaded_layer(0).get_submodule(path.rstrip("."))
     assert isinstance(mixer, FastMamba2)
     config = transformers_config({**checkpoint.config, "time_step_min": 0.0})
     original_class = {"nemotron_h": NemotronHMamba2Mixer, "granitemoehybrid": GraniteMoeHybridMambaLayer}

@@ -19,6 +19,7 @@ from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack, largest_part_bytes
 from minipuzzle.runtime.models import build_model, parts_of
 from minipuzzle.runtime.narrowed_layers import LayerCut, NarrowedLayers, layer_cut, unit_orders
@@ -40,7 +41,7 @@ def stack(request: pytest.FixtureRequest, tiny_checkpoint: Checkpoint) -> LayerS
     if request.param:
         return LayerStack(tiny_checkpoint)
     least_bytes = largest_part_bytes(tiny_checkpoint.architecture, torch.float32)
-    streamed = LayerStack(tiny_checkpoint, device_memory_bytes=least_bytes)
+    streamed = LayerStack(tiny_checkpoint, Compute(memory_bytes=least_bytes))
     assert not streamed.is_resident
     return streamed
 

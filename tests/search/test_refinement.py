@@ -35,23 +35,21 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path_factory.mktemp("eleven"), pattern="M-M*-M-M*-M"))
     ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
     target = SearchRequest(memory="75%", granularity=16, metric="kl", min_kept_fraction=0.3, keep_layers=(0,))
-    return Problem(
-        checkpoint=checkpoint, scores=measure(checkpoint, ids, quiet=True), target=target, deployment=DEPLOYMENT
-    )
+    return Problem(checkpoint=checkpoint, scores=measure(checkpoint, ids), target=target, deployment=DEPLOYMENT)
 
 
 def divergence(problem: Problem, plans: list, texts: EvaluationWindows) -> list[float]:  # type: ignore[type-arg]
-    ranked = rank_plans(problem.checkpoint, plans, texts, dtype=torch.float32, device="cpu")
+    ranked = rank_plans(problem.checkpoint, plans, texts)
     return [item.quality.kl for item in ranked]
 
 
 def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> None:
-    found = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2, refine=True), quiet=True)
+    found = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2, refine=True))
     best = found.ranked[0]
     neighbours = problem.neighbours(best.plan)
     assert neighbours
     assert min(divergence(problem, neighbours, padded_windows())) >= best.quality.kl * (1 - 1e-5)
-    start = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2), quiet=True).ranked[0]
+    start = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2)).ranked[0]
     assert found.refinement["before"]["kl"] == pytest.approx(start.quality.kl)
     assert best.quality.kl <= start.quality.kl
     exchanged = set(best.plan.kept_layers) ^ set(start.plan.kept_layers)
@@ -63,7 +61,7 @@ def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> N
 
 def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
     def measured(plans: Sequence[Plan]) -> list[RankedPlan]:
-        return rank_plans(problem.checkpoint, plans, padded_windows(), dtype=torch.float32, device="cpu")
+        return rank_plans(problem.checkpoint, plans, padded_windows())
 
     whole = keep_everything(problem.source)
     starts = [replace(whole, kept_layers=(0, 3, *rest)) for rest in itertools.combinations((1, 2, 4, 5, 6, 7), 3)]

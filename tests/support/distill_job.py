@@ -21,6 +21,7 @@ from distill.settings import DistillSettings
 from distill.states.results import write_result
 from distill.training.loop import distill_pair
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.runtime.compute import Compute
 from tests.support.distilling import SETTINGS, held_out, windows
 
 
@@ -34,7 +35,6 @@ def run(
     folder: Path,
     placement: Placement,
     engine: EngineSettings,
-    dtype: str,
     *,
     num_steps: int,
     count: bool = True,
@@ -46,7 +46,6 @@ def run(
         student=student,
         teacher=teacher,
         placement=placement,
-        compute_dtype=getattr(torch, dtype),
         engine=engine,
     )
     held = {
@@ -54,7 +53,7 @@ def run(
         for part, module in (("student", pair.student), ("teacher", pair.teacher))
     }
     folder.mkdir(exist_ok=True)
-    settings = settings_of(num_steps, dtype)
+    settings = settings_of(num_steps, placement.compute.dtype)
     progress = distill_pair(
         pair=pair,
         data=windows(),
@@ -62,7 +61,6 @@ def run(
         folder=folder,
         validation=held_out(),
         engine=engine,
-        processes=placement.processes,
     )
     write_result(pair, student, folder, placement.processes)
     gradients = [name for name, parameter in pair.teacher.named_parameters() if parameter.grad is not None]
@@ -101,9 +99,9 @@ def main() -> None:
     dtype = options.pop("dtype", "float32")
     engine = EngineSettings(**{"keep_last": 2, "activation_checkpointing": True, **options})
     arguments = sys.argv[2:]
-    with joined_placement("cpu", engine) as placement:
+    with joined_placement(Compute(dtype=dtype), engine) as placement:
         for models, folder, steps in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
-            report = run(Path(models), Path(folder), placement, engine, dtype, num_steps=int(steps))
+            report = run(Path(models), Path(folder), placement, engine, num_steps=int(steps))
             (Path(folder) / f"report-{placement.processes.rank}.json").write_text(json.dumps(report))
         placement.processes.wait()
 

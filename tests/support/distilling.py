@@ -11,11 +11,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from distill.engine import EngineSettings
+from distill.scale.parallel import make_pair
 from distill.settings import DistillSettings, StepRecord
 from distill.states.checkpointing import Progress
 from distill.states.records import METRICS_FILE
 from distill.training.data import PackedWindows
-from distill.training.loop import distill
+from distill.training.loop import distill_pair
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.files.checkpoint import Checkpoint
@@ -72,10 +73,8 @@ def run(
                 parts_of(student_model, FAMILY).head.weight.mul_(-3)
 
     folder.mkdir(exist_ok=True)
-    progress = distill(
-        teacher_model=load_model(Checkpoint.open(models / "teacher")),
-        student_model=student_model,
-        family=FAMILY,
+    progress = distill_pair(
+        pair=make_pair(load_model(Checkpoint.open(models / "teacher")), student_model, FAMILY),
         data=windows(),
         settings=settings,
         folder=folder,

@@ -1,9 +1,9 @@
-"""How ``minipuzzle distill`` is executed: the options, what a run is expected to need, and any step as a checkpoint."""
+"""How ``minipuzzle distill`` is executed: the options, and what a run is expected to need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from distill.settings import DistillSettings
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.commands.options.shared import COUNT, Function, echo_json
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.runtime.compute import Compute
 
 if TYPE_CHECKING:
     from distill.scale.estimate import RunEstimate
@@ -129,21 +130,19 @@ def show_estimates(
     teacher: Path,
     settings: DistillSettings,
     engine: EngineSettings,
+    compute: Compute,
     *,
     gpus: str | None,
     gpu: str,
-    device: str,
     as_json: bool,
 ) -> None:
     """Print what a run would need for some numbers of processes, from config.json files alone."""
-    import torch
-
     from distill.scale.estimate import estimate_run, flops_per_token
     from distill.scale.hardware import hardware_of
 
     teacher_architecture = _read(teacher)
     student_architecture = _read_student(student, teacher_architecture)
-    hardware = GPUS[gpu] if gpus else hardware_of(torch.device(device), getattr(torch, settings.dtype))
+    hardware = GPUS[gpu] if gpus else hardware_of(replace(compute, dtype=settings.dtype))
     estimates = [
         estimate_run(
             student_architecture, teacher_architecture, settings, engine, hardware=hardware, num_processes=number

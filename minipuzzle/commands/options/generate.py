@@ -12,8 +12,9 @@ import click
 from minipuzzle.architecture.quantities import parse_bytes
 from minipuzzle.commands.options.shared import COUNT, FOLDER_OR_FILE, Function
 from minipuzzle.option import KEY, Option
-from minipuzzle.progress import progress_bar, silent
+from minipuzzle.progress import silent
 from minipuzzle.runtime.compute import DTYPES, Compute, checked_device
+from minipuzzle.show.bars import drawn_bar
 
 Settings = TypeVar("Settings")
 
@@ -192,5 +193,5 @@ def compute_of(options: dict[str, Any], *, is_quiet: bool) -> Compute:
         device=device,
         dtype=dtype,
         memory_bytes=None if memory is None else parse_bytes(memory),
-        progress=silent if is_quiet else progress_bar,
+        progress=silent if is_quiet else drawn_bar,
     )

@@ -90,22 +90,6 @@ def device_option(function: Function) -> Function:
     )
 
 
-def default_device(device: str | None) -> str:
-    """The device asked for, or the best one there is.
-
-    Raises: MinipuzzleError for a device that torch cannot use.
-    """
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise MinipuzzleError(f"device {device!r} cannot be used: {error}", "try --device cpu") from None
-    return device
-
-
 def deployment_options(function: Function) -> Function:
     """The serving conditions that memory is counted for, and their budget; passed on as ``named_deployment``."""
 

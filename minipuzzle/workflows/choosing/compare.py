@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
-import torch
-
 from distill.race import RaceSettings
 from importance.candidates import rank_plans
 from minipuzzle.architecture.memory import Deployment
@@ -20,6 +18,7 @@ from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best_first
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.search.costs import Pricing
 from minipuzzle.search.engine import figures_of, find_candidates, plan_of
 from minipuzzle.search.refinement import neighbours_of, refine
@@ -34,7 +33,7 @@ FINALIST_DIFFERENCE = 0.1  # of the layers; a user's --diversity may ask for mor
 class ChoosingSettings:
     """How candidates are compared. ``num_candidates``: of the best predicted, how many are measured.
 
-    ``num_finalists``: of the best measured, how many race. ``device_memory_bytes``: for weights and working memory.
+    ``num_finalists``: of the best measured, how many race.
     """
 
     num_candidates: int = 8
@@ -42,9 +41,6 @@ class ChoosingSettings:
     refine: bool = False
     num_finalists: int = 1
     race: RaceSettings | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    device_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         RANK_BY.check(self.rank_by)
@@ -123,7 +119,7 @@ class Comparison:
 
 
 def compare(
-    problem: Problem, windows: EvaluationWindows, settings: ChoosingSettings, *, quiet: bool = False
+    problem: Problem, windows: EvaluationWindows, settings: ChoosingSettings, compute: Compute = Compute()
 ) -> Comparison:
     """Measure the best predicted candidates on windows, refine the best, and pick finalists.
 
@@ -133,16 +129,7 @@ def compare(
     """
 
     def measured(plans: Sequence[Plan]) -> list[RankedPlan]:
-        return rank_plans(
-            problem.checkpoint,
-            plans,
-            windows,
-            dtype=getattr(torch, settings.dtype),
-            device=settings.device,
-            rank_by=settings.rank_by,
-            device_memory_bytes=settings.device_memory_bytes,
-            quiet=quiet,
-        )
+        return rank_plans(problem.checkpoint, plans, windows, compute, rank_by=settings.rank_by)
 
     plans = problem.predicted_plans(settings.num_candidates)
     best_predicted, ranked = plans[0], measured(plans)

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from importance.candidates import rank_plans
 from minipuzzle.architecture.memory import memory_breakdown
 from minipuzzle.cut.plan import Plan
@@ -22,12 +20,13 @@ from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.outputs import output_folder
 from minipuzzle.quality.ranked import RankedPlan
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.search.engine import plan_of, prepare_search
 from minipuzzle.search.sweep import FrontierPoint, parse_sweep
 from minipuzzle.show.frontier import plot_frontier, write_frontier_csv
 from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem
-from minipuzzle.workflows.prune import Measure, PruneRequest, comparison_windows, measured_scores
+from minipuzzle.workflows.prune import PruneRequest, comparison_windows, measured_scores
 
 QUALITY = "KL to the source, nats/token"
 
@@ -53,8 +52,7 @@ def measured_frontier(
     budgets: tuple[int, ...],
     windows: EvaluationWindows,
     settings: ChoosingSettings,
-    *,
-    quiet: bool = False,
+    compute: Compute = Compute(),
 ) -> MeasuredFrontier:
     """Measure the best predicted candidates of each budget, ``settings.num_candidates`` of them, beside other limits.
 
@@ -80,16 +78,7 @@ def measured_frontier(
                 plans[key] = plan_of(source, problem.scores, candidate, metric=target.metric)
     if not plans:
         raise InfeasibleBudgetError(reasons[max(budgets)], "raise the budgets of the sweep, or loosen a bound")
-    ranked = rank_plans(
-        problem.checkpoint,
-        list(plans.values()),
-        windows,
-        dtype=getattr(torch, settings.dtype),
-        device=settings.device,
-        rank_by=settings.rank_by,
-        device_memory_bytes=settings.device_memory_bytes,
-        quiet=quiet,
-    )
+    ranked = rank_plans(problem.checkpoint, list(plans.values()), windows, compute, rank_by=settings.rank_by)
     chosen = [next((item for item in ranked if item.plan.notes["memory_bytes"] <= size), None) for size in budgets]
     points = [_point(size, item, reasons.get(size, "")) for size, item in zip(budgets, chosen, strict=True)]
     return MeasuredFrontier(
@@ -109,9 +98,7 @@ def _point(budget_bytes: int, item: RankedPlan | None, reason: str) -> FrontierP
     )
 
 
-def sweep(
-    request: PruneRequest, budgets: str, measure: Measure, *, out: Path, overwrite: bool, quiet: bool
-) -> MeasuredFrontier:
+def sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, overwrite: bool) -> MeasuredFrontier:
     """Measure the frontier of some budgets and write it to a folder: CSV, picture, JSON, and a plan for each budget.
 
     ``budgets``: LOW:HIGH:STEP as ``parse_sweep`` reads it. The plans are for ``prune --plan``.
@@ -125,16 +112,16 @@ def sweep(
     tokenizer = load_tokenizer(checkpoint.folder)
     documents, validation = (read_documents(paths, tokenizer) for paths in (request.data, request.validation))
     scores = read_scores(request.scores) if request.scores is not None else None
-    provenance = request.provenance()
+    provenance = request.provenance(compute)
     provenance["settings"]["sweep"] = budgets
     with output_folder(out, provenance, overwrite=overwrite) as folder:
-        scores = scores or measured_scores(request, documents, measure, folder)
+        scores = scores or measured_scores(request, documents, compute, folder)
         scores.check_against(checkpoint.architecture, checkpoint.fingerprint)
         windows = comparison_windows(request, scores, validation)
         if windows is None:
             raise MinipuzzleError("there is nothing to measure candidates on", "give --validation")
         problem = Problem(checkpoint=checkpoint, scores=scores, target=request.target, deployment=request.deployment)
-        found = measured_frontier(problem, sizes, windows, request.choosing, quiet=quiet)
+        found = measured_frontier(problem, sizes, windows, request.choosing, compute)
         write_json(folder / "frontier.json", found.to_json())
         write_frontier_csv(found.points, folder / "frontier.csv", quality="kl")
         plot_frontier(found.points, folder / "frontier.png", quality=QUALITY)
