@@ -40,10 +40,6 @@ class NamedDeployment:
             parse_bytes(self.memory)
 
 
-def _everything(precision: str) -> dict[str, Any]:
-    return dict.fromkeys(("weights", "embeddings", "head", "kv_cache"), precision)
-
-
 # GPU memory as NVML reports it (thundergolfer.com/blog/nvidia-gpu-memory-capacity); vLLM uses 90 % of it by default.
 _NVML = "NVML reports {mib:,} MiB, of which vLLM uses 90 % by default"
 
@@ -60,7 +56,9 @@ def _gpu(name: str, mib: int, **serving: Any) -> NamedDeployment:
 _TABLE = (
     NamedDeployment(
         name="rtx5090-fp4-1M",
-        deployment=Deployment(context_tokens=1_000_000, **_everything("nvfp4")),
+        deployment=Deployment(
+            context_tokens=1_000_000, weights="nvfp4", embeddings="nvfp4", head="nvfp4", kv_cache="nvfp4"
+        ),
         memory="31.7GiB",
         source="budget of Nemotron-H 47B: FP4 inference on 1 million tokens (arXiv 2504.03624, section 3); the report "
         "gives no precision for single terms, so weights, embeddings, head and KV cache are all NVFP4 here",

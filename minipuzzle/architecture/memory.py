@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
-from types import MappingProxyType
 
 from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.layers import LayerSpec
@@ -52,18 +51,16 @@ PRECISIONS = Table("precision", "precisions", entries={precision.name: precision
 FROM_CONFIG = "config"  # the SSM state's precision as config.json has it
 
 # Each term of memory by its name in a Deployment, and how it is called in tables.
-TERMS: Mapping[str, str] = MappingProxyType(
-    {
-        "weights": "linear weights",
-        "scales": "scales of weights and KV cache",
-        "other": "norms, convolutions, vectors",
-        "embeddings": "embeddings",
-        "head": "LM head",
-        "kv_cache": "KV cache",
-        "ssm_state": "SSM state",
-        "conv_state": "convolution state",
-    }
-)
+TERMS: Mapping[str, str] = {
+    "weights": "linear weights",
+    "scales": "scales of weights and KV cache",
+    "other": "norms, convolutions, vectors",
+    "embeddings": "embeddings",
+    "head": "LM head",
+    "kv_cache": "KV cache",
+    "ssm_state": "SSM state",
+    "conv_state": "convolution state",
+}
 WEIGHT_TERMS = ("weights", "scales", "other", "embeddings", "head")
 _TERM_OF_CACHE = {"kv": "kv_cache"}
 _SCALE_BYTES = 4

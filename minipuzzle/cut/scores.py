@@ -13,7 +13,7 @@ come as JSON: ``{"layer": {"mse": [...]}}``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Scores:
                 f"the scores lack layers {', '.join(map(str, missing))}: they were measured with --layers",
                 "measure all layers to search or cut",
             )
-        for name, values in _all_items(self):
+        tables = (self.layer, self.variants, self.blocks, self.units, self.energies)
+        for name, values in (item for table in tables for item in table.items()):
             if not np.isfinite(values).all():
                 raise MinipuzzleError(f"scores {name!r} hold NaN or infinite values", "measure again")
         measured = self.metadata.get("model_fingerprint")
@@ -117,11 +118,6 @@ class Scores:
     def is_measured_here(self) -> bool:
         """False for plain-JSON scores, whose origin cannot be verified."""
         return "model_fingerprint" in self.metadata
-
-
-def _all_items(scores: Scores) -> Iterator[tuple[str, Array]]:
-    for mapping in (scores.layer, scores.variants, scores.blocks, scores.units, scores.energies):
-        yield from mapping.items()
 
 
 def write_scores(scores: Scores, path: Path) -> None:

@@ -69,6 +69,10 @@ class Recipe:
     skips: frozenset[str] = frozenset()
     adds: frozenset[str] = frozenset()
 
+    def takes(self, part: str, *, is_linear: bool) -> bool:
+        """Whether a matrix of a part of the model is quantised."""
+        return part in self.adds or (is_linear and part not in self.skips)
+
 
 RECIPES = Table(
     "recipe",

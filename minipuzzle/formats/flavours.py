@@ -19,21 +19,34 @@ from minipuzzle.table import Table
 # What a quantised weight is made of. CODES and SCALES run along its rows; TENSOR_SCALE and INPUT_SCALE are single.
 CODES, SCALES, TENSOR_SCALE, INPUT_SCALE = "codes", "scales", "tensor_scale", "input_scale"
 HF_QUANT_CONFIG = "hf_quant_config.json"
-Shape = Callable[[int, int], tuple[int, ...]]  # of (outputs, inputs)
+# Shapes of stored tensors, from numbers of outputs and inputs.
+SHAPES: Mapping[str, Callable[[int, int], tuple[int, ...]]] = {
+    "whole": lambda out, inputs: (out, inputs),
+    "halved": lambda out, inputs: (out, inputs // 2),
+    "blocks": lambda out, inputs: (out, inputs // BLOCK),
+    "rows": lambda out, _inputs: (out,),
+    "column": lambda out, _inputs: (out, 1),
+    "scalar": lambda _out, _inputs: (),
+    "one": lambda _out, _inputs: (1,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """One tensor of a quantised module: its name after the module's, what it is, and safetensors' name of its type.
 
-    ``is_reciprocal``: the file holds 1 / scale.
+    ``form``: a name in SHAPES. ``is_reciprocal``: the file holds 1 / scale.
     """
 
     suffix: str
     role: str
     dtype: str
-    shape: Shape
+    form: str
     is_reciprocal: bool = False
+
+    def shape(self, out: int, inputs: int) -> tuple[int, ...]:
+        """For a module of so many outputs and inputs."""
+        return SHAPES[self.form](out, inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +107,6 @@ def _names(value: object) -> Sequence[str]:
     return value
 
 
-def _whole(out: int, inputs: int) -> tuple[int, ...]:
-    return (out, inputs)
-
-
-def _packed(out: int, inputs: int) -> tuple[int, ...]:
-    return (out, inputs // 2)
-
-
-def _blocks(out: int, inputs: int) -> tuple[int, ...]:
-    return (out, inputs // BLOCK)
-
-
-def _scalar(_out: int, _inputs: int) -> tuple[int, ...]:
-    return ()
-
-
-def _one(_out: int, _inputs: int) -> tuple[int, ...]:
-    return (1,)
-
-
 # --- ModelOpt ------------------------------------------------------------------------------------------------------
 
 # The layout's name and version, by which engines choose their reader.
@@ -127,9 +120,9 @@ _MODELOPT_FORMS = _by_scheme(
         weights=_STATIC_FP8,
         inputs=_STATIC_FP8,
         tensors=(
-            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-            StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="F32", shape=_scalar),
-            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", shape=_scalar),
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", form="whole"),
+            StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="F32", form="scalar"),
+            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", form="scalar"),
         ),
     ),
     StoredForm(
@@ -138,8 +131,8 @@ _MODELOPT_FORMS = _by_scheme(
         weights={**_STATIC_FP8, "strategy": "channel"},
         inputs={**_STATIC_FP8, "dynamic": True, "strategy": "token"},
         tensors=(
-            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F32", shape=lambda out, _inputs: (out,)),
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", form="whole"),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F32", form="rows"),
         ),
     ),
     StoredForm(
@@ -148,10 +141,10 @@ _MODELOPT_FORMS = _by_scheme(
         weights=_NVFP4,
         inputs=_NVFP4,
         tensors=(
-            StoredTensor(suffix="weight", role=CODES, dtype="U8", shape=_packed),
-            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", shape=_blocks),
-            StoredTensor(suffix="weight_scale_2", role=TENSOR_SCALE, dtype="F32", shape=_scalar),
-            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", shape=_scalar),
+            StoredTensor(suffix="weight", role=CODES, dtype="U8", form="halved"),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", form="blocks"),
+            StoredTensor(suffix="weight_scale_2", role=TENSOR_SCALE, dtype="F32", form="scalar"),
+            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="F32", form="scalar"),
         ),
     ),
 )
@@ -207,9 +200,9 @@ _CT_FORMS = _by_scheme(
         weights={"num_bits": 8, "strategy": "tensor"},
         inputs={"num_bits": 8, "strategy": "tensor", "dynamic": False},
         tensors=(
-            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-            StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="BF16", shape=_one),
-            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="BF16", shape=_one),
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", form="whole"),
+            StoredTensor(suffix="weight_scale", role=TENSOR_SCALE, dtype="BF16", form="one"),
+            StoredTensor(suffix="input_scale", role=INPUT_SCALE, dtype="BF16", form="one"),
         ),
     ),
     StoredForm(
@@ -218,8 +211,8 @@ _CT_FORMS = _by_scheme(
         weights={"num_bits": 8, "strategy": "channel"},
         inputs={"num_bits": 8, "strategy": "token", "dynamic": True},
         tensors=(
-            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", shape=_whole),
-            StoredTensor(suffix="weight_scale", role=SCALES, dtype="BF16", shape=lambda out, _inputs: (out, 1)),
+            StoredTensor(suffix="weight", role=CODES, dtype="F8_E4M3", form="whole"),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="BF16", form="column"),
         ),
     ),
     StoredForm(
@@ -228,10 +221,10 @@ _CT_FORMS = _by_scheme(
         weights={"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK},
         inputs={"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK, "dynamic": "local"},
         tensors=(
-            StoredTensor(suffix="weight_packed", role=CODES, dtype="U8", shape=_packed),
-            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", shape=_blocks),
-            StoredTensor(suffix="weight_global_scale", role=TENSOR_SCALE, dtype="F32", shape=_one, is_reciprocal=True),
-            StoredTensor(suffix="input_global_scale", role=INPUT_SCALE, dtype="F32", shape=_one, is_reciprocal=True),
+            StoredTensor(suffix="weight_packed", role=CODES, dtype="U8", form="halved"),
+            StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", form="blocks"),
+            StoredTensor(suffix="weight_global_scale", role=TENSOR_SCALE, dtype="F32", form="one", is_reciprocal=True),
+            StoredTensor(suffix="input_global_scale", role=INPUT_SCALE, dtype="F32", form="one", is_reciprocal=True),
         ),
     ),
 )
@@ -277,10 +270,6 @@ def _read_ct(config: Mapping[str, Any]) -> DescribedLayout | None:
     return None
 
 
-def _ct_matches(entry: str, module: str) -> bool:
-    return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module
-
-
 _FLAVOURS = (
     Flavour(
         name="modelopt",
@@ -301,7 +290,7 @@ _FLAVOURS = (
         config=_ct_config,
         side_files=lambda _layout: {},
         read=_read_ct,
-        matches=_ct_matches,
+        matches=lambda entry, name: bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry == name,
         has_cache_scales=False,
         loads_in_transformers=True,
         default_activations="dynamic",

@@ -10,7 +10,7 @@ from functools import cached_property
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.formats.choices import PLAIN, RECIPES, SCHEMES, Recipe, format_of
+from minipuzzle.formats.choices import PLAIN, RECIPES, SCHEMES, format_of
 from minipuzzle.formats.flavours import FLAVOURS, DescribedLayout, Flavour, StoredTensor
 from minipuzzle.formats.schemes import Scheme
 
@@ -104,7 +104,10 @@ def export_layout(
     chosen_scheme, chosen_flavour, chosen_recipe = SCHEMES[scheme], FLAVOURS[flavour], RECIPES[recipe]
     if fp8_kv_cache:
         _check_cache(architecture, chosen_flavour)
-    is_quantized = {module_of(tensor): _by_recipe(tensor, chosen_recipe) for tensor in _matrices(architecture)}
+    is_quantized = {
+        module_of(tensor): chosen_recipe.takes(tensor.part, is_linear=tensor.spec.quantized)
+        for tensor in _matrices(architecture)
+    }
     linear = {module_of(t) for t in _matrices(architecture) if _is_linear(t)}
     for pattern, wanted in overrides:
         _apply_override(is_quantized, linear, pattern, wanted, scheme)
@@ -126,10 +129,6 @@ def export_layout(
 
 def _is_linear(tensor: PlacedTensor) -> bool:
     return tensor.spec.quantized or tensor.part == "head"
-
-
-def _by_recipe(tensor: PlacedTensor, recipe: Recipe) -> bool:
-    return tensor.part in recipe.adds or (tensor.spec.quantized and tensor.part not in recipe.skips)
 
 
 def _apply_override(is_quantized: dict[str, bool], linear: set[str], pattern: str, wanted: str, scheme: str) -> None:

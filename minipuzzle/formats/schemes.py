@@ -49,10 +49,6 @@ class Scheme:
         return self.decode({**parts, TENSOR_SCALE: tensor_scale})
 
 
-def _encode_tensor(rows_RC: torch.Tensor, tensor_scale: torch.Tensor, _dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {CODES: encode(rows_RC, tensor_scale)}
-
-
 def _encode_rows(rows_RC: torch.Tensor, _tensor_scale: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     # The scale is rounded first: codes must fit the scale that is stored.
     scale_R = row_scales(rows_RC).to(dtype)
@@ -70,7 +66,7 @@ FP8 = Scheme(
     inputs="FP8 E4M3, one calibrated scale a tensor",
     largest=E4M3_MAX,
     columns_multiple=1,
-    encode=_encode_tensor,
+    encode=lambda rows_RC, tensor_scale, _dtype: {CODES: encode(rows_RC, tensor_scale)},
     decode=lambda parts: decode(parts[CODES], parts[TENSOR_SCALE]),
     round_inputs=fake_quantize,
 )

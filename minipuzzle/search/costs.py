@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,23 +25,21 @@ from minipuzzle.errors import MinipuzzleError
 Floats = NDArray[np.float64]
 
 
-def _format_nanoseconds(nanoseconds: float) -> str:
-    return f"{nanoseconds / 1e6:.4g} ms"
-
-
 def _format_whole(count: float) -> str:
     return format_count(int(count))
 
 
 # Costs in the order of every array of costs: how each is called and printed, and which option limits it.
-COSTS: Mapping[str, tuple[str, Callable[[float], str], str]] = MappingProxyType(
-    {
-        "memory_bytes": ("memory", lambda value: format_gib(int(value)), "--memory"),
-        "num_parameters": ("parameters", _format_whole, "--params"),
-        "num_active_parameters": ("active parameters", _format_whole, "--active-params"),
-        "step_nanoseconds": ("time of a step", _format_nanoseconds, "--throughput or --latency"),
-    }
-)
+COSTS: Mapping[str, tuple[str, Callable[[float], str], str]] = {
+    "memory_bytes": ("memory", lambda value: format_gib(int(value)), "--memory"),
+    "num_parameters": ("parameters", _format_whole, "--params"),
+    "num_active_parameters": ("active parameters", _format_whole, "--active-params"),
+    "step_nanoseconds": (
+        "time of a step",
+        lambda nanoseconds: f"{nanoseconds / 1e6:.4g} ms",
+        "--throughput or --latency",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,11 +43,6 @@ class Grid:
     costs: Floats
     losses: Floats
 
-    @property
-    def num_points(self) -> int:
-        """Points of the grid."""
-        return self.losses.size
-
     def candidates(self, limits: Limits) -> list[Candidate]:
         """Points that fit and that no other one dominates, by predicted loss, best first.
 

@@ -56,10 +56,11 @@ class PerLayerProblem:
 
         Raises: InfeasibleBudgetError if there is none at all.
         """
+        losses = np.array([option.loss for option in self.options])
         excluded: list[tuple[Choice, int]] = []
         found: list[Candidate] = []
         while len(found) < number:
-            choice = self._solve(self._losses(), limits, excluded)
+            choice = self._solve(losses, limits, excluded)
             if choice is None:
                 break
             found.append(self._candidate(choice, limits))
@@ -67,9 +68,6 @@ class PerLayerProblem:
         if not found:
             raise self._infeasibility(limits).error()
         return found
-
-    def _losses(self) -> Floats:
-        return np.array([option.loss for option in self.options])
 
     def _costs(self) -> Floats:
         return np.array([option.costs for option in self.options])
@@ -91,7 +89,8 @@ class PerLayerProblem:
     ) -> Choice | None:
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        rows = [*self._one_of_each_group(), *self._counts(), *self._limits(limits)]
+        one_of_each_group: list[Row] = [(self._indicator(group), 1, 1) for group in self.groups]
+        rows = [*one_of_each_group, *self._counts(), *self._limits(limits)]
         for choice, min_different in excluded:
             rows.append((self._indicator(choice), -inf, len(self.groups) - min_different))
         num_variables = len(self.options) + self._num_count_choices()
@@ -121,9 +120,6 @@ class PerLayerProblem:
         row = np.zeros(len(self.options))
         row[list(choice)] = 1
         return row
-
-    def _one_of_each_group(self) -> list[Row]:
-        return [(self._indicator(group), 1, 1) for group in self.groups]
 
     def _limits(self, limits: Limits) -> list[Row]:
         """One row a limit, in units of the costs' common divisor, with half a unit of room: a choice that just fits is

@@ -17,8 +17,6 @@ from minipuzzle.cut.plan import Plan
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.show.tables import figures_table
 
-PATTERN_COLUMNS = 60
-
 
 def architecture_summary(architecture: Architecture, deployment: Deployment) -> dict[str, Any]:
     """Layers, widths, parameters and memory terms of an architecture."""
