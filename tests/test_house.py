@@ -30,7 +30,7 @@ MAX_PARAMETERS = 8
 MAX_PACKAGE_LINES = 18_500
 # What does not hold yet. Whoever mends one takes it off; nothing is added.
 UPWARD: set[str] = set()
-LONG_FILES = {"tests/commands/test_distill.py", "tests/search/test_search.py"}
+LONG_FILES: set[str] = set()
 LONG_FUNCTIONS = {
     "minipuzzle/commands/prune.py:prune",
 }

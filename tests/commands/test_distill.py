@@ -9,40 +9,30 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file
 
-from distill.run import DistillRequest, distill_checkpoint, find_teacher
-from distill.settings import DistillSettings, StepRecord
+from distill.run import find_teacher
 from distill.states.checkpointing import step_folder
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import PROVENANCE_FILE
-from minipuzzle.runtime.models import load_model
 from tests.support.cli import run_cli
-from tests.support.distilling import saved_tensors
+from tests.support.distilling import (
+    crash_after_three_steps,
+    distil_in_python,
+    distill_arguments,
+    run_distill,
+    saved_tensors,
+)
 from tests.support.jobs import losses, torchrun
 from tests.support.kills import stop_command_when
-from tests.support.tiny_models import write_family_checkpoint, write_tiny_checkpoint
-
-OPTIONS = ("--tokens", "384", "--sequence-length", "32", "--batch", "2", "--learning-rate", "3e-3", "--device", "cpu")
-
-
-@pytest.fixture
-def student(tmp_path: Path, tiny_folder: Path) -> Path:
-    """A smaller model that remembers its teacher, stored in bfloat16 as most models are."""
-    folder = write_tiny_checkpoint(tmp_path / "student", pattern="M-M*-", dtype="bfloat16")
-    teacher = Checkpoint.open(tiny_folder)
-    record = {"command": "prune", "teacher": str(tiny_folder), "teacher_fingerprint": teacher.fingerprint}
-    write_json(folder / PROVENANCE_FILE, record)
-    return folder
+from tests.support.tiny_models import write_tiny_checkpoint
 
 
 @pytest.fixture
@@ -53,21 +43,13 @@ def held_out(text_file: Path, tmp_path: Path) -> Path:
     return path
 
 
-def command(student: Path, text_file: Path, out: Path, *more: str) -> list[str]:
-    return ["distill", str(student), "--data", str(text_file), "-o", str(out), *OPTIONS, *more]
-
-
-def invoke(student: Path, text_file: Path, out: Path, *more: str) -> Result:
-    return run_cli(*command(student, text_file, out, *more))
-
-
 def test_the_result_is_a_complete_model_for_transformers(
     student: Path, text_file: Path, held_out: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    result = invoke(student, text_file, out, "--validation", str(held_out))
+    result = run_distill(student, text_file, out, "--validation", str(held_out))
     assert result.exit_code == 0, result.output
     assert "KL to the teacher" in result.output
     assert not (out / "state").exists() and not out.with_name("out.partial").exists()
@@ -88,7 +70,7 @@ def test_the_result_moved_towards_the_teacher_and_remembers_everything(
     student: Path, text_file: Path, held_out: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
     out = tmp_path / "out"
-    result = invoke(student, text_file, out, "--validation", str(held_out), "--json", "--seed", "3")
+    result = run_distill(student, text_file, out, "--validation", str(held_out), "--json", "--seed", "3")
     figures = json.loads(result.stdout)
     assert figures["validation_kl_after"] < 0.95 * figures["validation_kl_before"]
     assert figures["steps"] == 6 and figures["tokens"] == 384
@@ -105,35 +87,13 @@ def test_the_result_moved_towards_the_teacher_and_remembers_everything(
     assert all(not torch.equal(before[name], after[name]) for name in before if before[name].ndim > 1)
 
 
-def distil_in_python(student: Path, teacher: Path, text_file: Path, out: Path, stop_after: int | None = None) -> None:
-    def crash(record: StepRecord) -> None:
-        if record.step == stop_after:
-            raise RuntimeError("crash")
-
-    settings = DistillSettings(tokens=384, sequence_length=32, batch_sequences=2, learning_rate=3e-3)
-    request = DistillRequest(
-        student=Checkpoint.open(student),
-        teacher=Checkpoint.open(teacher),
-        data=(text_file,),
-        settings=replace(settings, save_every=2),
-        out=out,
-    )
-    distill_checkpoint(request, on_step=crash)
-
-
-def crash_after_three_steps(student: Path, teacher: Path, text_file: Path, out: Path) -> None:
-    with pytest.raises(RuntimeError, match="crash"):
-        distil_in_python(student, teacher, text_file, out, stop_after=3)
-    assert not out.exists() and out.with_name("out.partial").is_dir()
-
-
 def test_the_same_command_continues_a_crashed_run_bit_for_bit(
     student: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     distil_in_python(student, tiny_folder, text_file, whole)
     crash_after_three_steps(student, tiny_folder, text_file, out)
-    result = invoke(student, text_file, out)
+    result = run_distill(student, text_file, out)
     assert result.exit_code == 0, result.output
     for name in ("model.safetensors", "config.json", "tokenizer.json", PROVENANCE_FILE):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -143,7 +103,7 @@ def test_a_terminated_command_leaves_a_partial_folder_that_the_same_command_fini
     student: Path, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = command(student, text_file, out, "--tokens", "64k")  # the later --tokens wins
+    arguments = distill_arguments(student, text_file, out, "--tokens", "64k")  # the later --tokens wins
     metrics = tmp_path / "out.partial" / "metrics.jsonl"
 
     def has_three_steps() -> bool:
@@ -175,13 +135,13 @@ def test_a_kept_state_becomes_a_model_while_the_run_is_unfinished(
     assert "no state of step 1" in missing.stderr and "these steps: 2" in missing.stderr
     other = run_cli("distill", tiny_folder, "-o", out, "--to-hf", "2")
     assert other.exit_code == 4 and "another student" in other.stderr
-    assert invoke(student, text_file, out).exit_code == 0  # the run itself goes on as before
+    assert run_distill(student, text_file, out).exit_code == 0  # the run itself goes on as before
 
 
 def test_the_result_says_what_was_estimated_and_what_was_measured(
     student: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    result = invoke(student, text_file, tmp_path / "out")
+    result = run_distill(student, text_file, tmp_path / "out")
     assert result.exit_code == 0, result.output
     lines = {line[:22].strip(): line[22:].split() for line in result.output.splitlines()}
     assert lines["tokens/s"] and all(float(figure.replace(",", "")) > 0 for figure in lines["tokens/s"])
@@ -214,7 +174,7 @@ def test_a_crashed_run_does_not_continue_on_other_inputs(
     else:
         other = write_tiny_checkpoint(tmp_path / "other", seed=9)
         more = ["--teacher", str(other)]
-    result = invoke(student, text, out, *more)
+    result = run_distill(student, text, out, *more)
     assert result.exit_code == 4, result.output
     assert changed in result.stderr
 
@@ -230,38 +190,11 @@ def test_a_teacher_that_cannot_be_found_is_asked_for(
         write_json(student / PROVENANCE_FILE, {**record, "teacher": str(tmp_path / "gone")})
     else:
         write_json(student / PROVENANCE_FILE, {**record, "teacher_fingerprint": "0" * 16})
-    result = invoke(student, text_file, tmp_path / "out")
+    result = run_distill(student, text_file, tmp_path / "out")
     assert result.exit_code == 1
     assert "--teacher" in result.stderr
     assert not list(tmp_path.glob("out*"))
-    assert invoke(student, text_file, tmp_path / "out", "--teacher", str(tiny_folder)).exit_code == 0
-
-
-def test_another_vocabulary_is_refused_before_weights_are_read(student: Path, text_file: Path, tmp_path: Path) -> None:
-    short = write_tiny_checkpoint(tmp_path / "short", vocab_size=200)
-    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(short))
-    assert result.exit_code == 1
-    assert "the teacher's vocabulary has 200 rows, and its tokenizer knows 259 tokens" in " ".join(
-        result.stderr.split()
-    )
-    renumbered = write_tiny_checkpoint(tmp_path / "renumbered")
-    tokenizer = json.loads((renumbered / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (renumbered / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(renumbered))
-    assert result.exit_code == 1
-    assert "different numbers" in result.stderr
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_heads_padded_to_other_sizes_are_aligned_and_said_aloud(student: Path, text_file: Path, tmp_path: Path) -> None:
-    larger = write_tiny_checkpoint(tmp_path / "larger", vocab_size=300)
-    result = invoke(student, text_file, tmp_path / "out", "--teacher", str(larger))
-    assert result.exit_code == 0, result.output
-    assert "272 rows in the student and 300 in the teacher: the first 272 are compared" in " ".join(
-        result.stderr.split()
-    )
+    assert run_distill(student, text_file, tmp_path / "out", "--teacher", str(tiny_folder)).exit_code == 0
 
 
 def test_a_blend_is_planned_aloud_and_its_sources_belong_to_the_run(
@@ -273,20 +206,20 @@ def test_a_blend_is_planned_aloud_and_its_sources_belong_to_the_run(
     blend.write_text(
         'held_out = 0.3\n[sources.web]\npath = "text.jsonl"\n[[phases]]\nname = "broad"\nweights = {web = 1}\n'
     )
-    facts = json.loads(invoke(student, blend, tmp_path / "out", "--dry-run", "--json").stdout)
+    facts = json.loads(run_distill(student, blend, tmp_path / "out", "--dry-run", "--json").stdout)
     assert [(share["phase"], share["source"], share["num_tokens"]) for share in facts["plan"]] == [
         ("broad", "web", 384)
     ]
     assert any("packed" in note and "Mamba state" in note for note in facts["notes"])
     assert facts["validation_tokens"] > 0
-    result = invoke(student, blend, tmp_path / "out")
+    result = run_distill(student, blend, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "broad" in result.stderr and "epochs in all" in result.stderr
     fingerprint = read_json(tmp_path / "out" / PROVENANCE_FILE)["data_fingerprint"]
     text.write_text(text.read_text() + '{"text": "one more line"}\n')
-    assert invoke(student, blend, tmp_path / "again").exit_code == 0
+    assert run_distill(student, blend, tmp_path / "again").exit_code == 0
     assert read_json(tmp_path / "again" / PROVENANCE_FILE)["data_fingerprint"] != fingerprint
-    over = invoke(student, blend, tmp_path / "over", "--tokens", "64k")  # the later --tokens wins
+    over = run_distill(student, blend, tmp_path / "over", "--tokens", "64k")  # the later --tokens wins
     assert over.exit_code == 1 and "above its max_epochs of 4" in " ".join(over.stderr.split())
     assert not list(tmp_path.glob("over*"))
 
@@ -295,15 +228,15 @@ def test_a_second_student_learns_from_the_cache_of_the_first_as_if_it_had_made_i
     student: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = ("--teacher-cache", str(tmp_path / "cache"), "--top-k", "16")
-    assert invoke(student, text_file, tmp_path / "first", *options).exit_code == 0
+    assert run_distill(student, text_file, tmp_path / "first", *options).exit_code == 0
     written = sorted((tmp_path / "cache").iterdir())
     assert [path.suffix for path in written] == [".json", ".keys", ".targets"]
     assert written[1].stat().st_size == 12 * 16  # six steps of two windows
-    assert invoke(student, text_file, tmp_path / "second", *options).exit_code == 0
+    assert run_distill(student, text_file, tmp_path / "second", *options).exit_code == 0
     assert sorted((tmp_path / "cache").iterdir()) == written
     first, second = (load_file(tmp_path / side / "model.safetensors") for side in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = invoke(student, text_file, tmp_path / "third", *options, "--temperature", "2")
+    other = run_distill(student, text_file, tmp_path / "third", *options, "--temperature", "2")
     assert other.exit_code == 1 and "temperature" in other.stderr
 
 
@@ -313,7 +246,7 @@ def test_tensorboard_gets_the_figures_of_every_step(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     options = ("--tensorboard", str(tmp_path / "events"), "--validation", str(held_out), "--eval-every", "3")
-    assert invoke(student, text_file, tmp_path / "out", *options).exit_code == 0
+    assert run_distill(student, text_file, tmp_path / "out", *options).exit_code == 0
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -329,14 +262,14 @@ def test_processes_share_a_teacher_cache_and_run_the_teacher_once(
 ) -> None:
     options = ("--teacher-cache", str(tmp_path / "cache"), "--top-k", "16")
     for out in ("first", "second"):
-        torchrun(2, "-m", "minipuzzle", *command(student, text_file, tmp_path / out, *options))
+        torchrun(2, "-m", "minipuzzle", *distill_arguments(student, text_file, tmp_path / out, *options))
         if out == "first":
             written = {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()}
     keys = [size for path, size in written.items() if path.suffix == ".keys"]
     assert keys == [6 * 16, 6 * 16]  # each process one window of each of the six steps
     assert {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()} == written
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
-    assert invoke(student, text_file, tmp_path / "alone", *options[2:]).exit_code == 0
+    assert run_distill(student, text_file, tmp_path / "alone", *options[2:]).exit_code == 0
     alone = json.loads((tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert losses(tmp_path / "first")[0] == pytest.approx(alone, rel=1e-2)  # the cache rounds to 1/2048 nat
 
@@ -346,7 +279,7 @@ def test_the_best_of_several_evaluations_is_written(
 ) -> None:
     out = tmp_path / "out"
     options = ("--validation", str(held_out), "--eval-every", "1", "--learning-rate", "0.05", "--warmup-fraction", "0")
-    figures = json.loads(invoke(student, text_file, out, *options, "--json").stdout)
+    figures = json.loads(run_distill(student, text_file, out, *options, "--json").stdout)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     by_kl = {line["validation_kl"]: line["step"] for line in lines}
     assert figures["best_step"] == by_kl[min(by_kl)]
@@ -355,12 +288,12 @@ def test_the_best_of_several_evaluations_is_written(
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(student: Path, text_file: Path, tmp_path: Path) -> None:
-    result = invoke(student, text_file, tmp_path / "out", "--dry-run", "--json")
+    result = run_distill(student, text_file, tmp_path / "out", "--dry-run", "--json")
     facts = json.loads(result.stdout)
     assert facts["steps"] == 6 and facts["tokens"] == 384
     assert facts["epochs"] == pytest.approx(384 / (32 * ((facts["data_tokens"] - 1) // 32)))
     assert facts["student_bytes"] == 16 * Checkpoint.open(student).architecture.num_parameters
-    assert "dry run" in invoke(student, text_file, tmp_path / "out", "--dry-run").output
+    assert "dry run" in run_distill(student, text_file, tmp_path / "out", "--dry-run").output
     assert not list(tmp_path.glob("out*"))
 
 
@@ -368,49 +301,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(student: Path, tex
     ("option", "value"), [("--learning-rate", "-1"), ("--temperature", "0"), ("--ce-weight", "2"), ("--batch", "0")]
 )
 def test_a_value_out_of_range_is_named(student: Path, text_file: Path, tmp_path: Path, option: str, value: str) -> None:
-    result = invoke(student, text_file, tmp_path / "out", option, value)
+    result = run_distill(student, text_file, tmp_path / "out", option, value)
     assert result.exit_code == 1
     assert option.strip("-").replace("-", " ") in result.stderr
 
 
-def test_a_tied_head_stays_tied_where_engines_read_it(text_file: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    student, teacher = (
-        write_family_checkpoint(tmp_path / name, "llama", seed=seed, tie_word_embeddings=True)
-        for seed, name in enumerate(("tied", "teacher"))
-    )
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    distil_in_python(student, teacher, text_file, whole)
-    crash_after_three_steps(student, teacher, text_file, out)
-    distil_in_python(student, teacher, text_file, out)
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    before, after = Checkpoint.open(student), Checkpoint.open(out)
-    after.require_plain_weights()
-    assert after.architecture.num_parameters == before.architecture.num_parameters
-    assert not torch.equal(after.tensor("model.embed_tokens.weight"), before.tensor("model.embed_tokens.weight"))
-    ids, theirs = torch.arange(3, 20)[None], AutoModelForCausalLM.from_pretrained(out)
-    with torch.no_grad():
-        torch.testing.assert_close(load_model(after)(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_another_tied_head_is_written_untied(text_file: Path, tmp_path: Path, tiny_folder: Path) -> None:
-    tied = write_tiny_checkpoint(tmp_path / "tied", pattern="M-")
-    tensors = load_file(tied / "model.safetensors")
-    from safetensors.torch import save_file
-
-    save_file({n: t for n, t in tensors.items() if n != "lm_head.weight"}, tied / "model.safetensors")
-    write_json(tied / "config.json", {**read_json(tied / "config.json"), "tie_word_embeddings": True})
-    out = tmp_path / "out"
-    result = invoke(tied, text_file, out, "--teacher", str(tiny_folder))
-    assert result.exit_code == 0, result.output
-    Checkpoint.open(out).require_plain_weights()
-    written = load_file(out / "model.safetensors")
-    assert not torch.equal(written["lm_head.weight"], written["backbone.embeddings.weight"])
-
-
 def test_a_missing_folder_is_an_error_of_the_user(text_file: Path, tmp_path: Path) -> None:
-    result = invoke(tmp_path / "nowhere", text_file, tmp_path / "out")
+    result = run_distill(tmp_path / "nowhere", text_file, tmp_path / "out")
     assert result.exit_code == 1
     with pytest.raises(MinipuzzleError, match="nowhere"):
         Checkpoint.open(tmp_path / "nowhere")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from click.testing import Result
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from distill.engine import EngineSettings
+from distill.run import DistillRequest, distill_checkpoint
 from distill.scale.parallel import make_pair
 from distill.settings import DistillSettings, StepRecord
 from distill.states.checkpointing import Progress
@@ -21,6 +25,7 @@ from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.models import load_model, parts_of
+from tests.support.cli import run_cli
 
 FAMILY = FAMILIES["nemotron_h"]
 
@@ -105,3 +110,47 @@ def assert_same_tensors(found: dict[str, torch.Tensor], wanted: dict[str, torch.
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+COMMAND_OPTIONS = [
+    "--tokens",
+    "384",
+    "--sequence-length",
+    "32",
+    "--batch",
+    "2",
+    "--learning-rate",
+    "3e-3",
+    "--device",
+    "cpu",
+]
+
+
+def distill_arguments(student: Path, text_file: Path, out: Path, *more: str) -> list[str]:
+    return ["distill", str(student), "--data", str(text_file), "-o", str(out), *COMMAND_OPTIONS, *more]
+
+
+def run_distill(student: Path, text_file: Path, out: Path, *more: str) -> Result:
+    return run_cli(*distill_arguments(student, text_file, out, *more))
+
+
+def distil_in_python(student: Path, teacher: Path, text_file: Path, out: Path, stop_after: int | None = None) -> None:
+    def crash(record: StepRecord) -> None:
+        if record.step == stop_after:
+            raise RuntimeError("crash")
+
+    settings = DistillSettings(tokens=384, sequence_length=32, batch_sequences=2, learning_rate=3e-3)
+    request = DistillRequest(
+        student=Checkpoint.open(student),
+        teacher=Checkpoint.open(teacher),
+        data=(text_file,),
+        settings=replace(settings, save_every=2),
+        out=out,
+    )
+    distill_checkpoint(request, on_step=crash)
+
+
+def crash_after_three_steps(student: Path, teacher: Path, text_file: Path, out: Path) -> None:
+    with pytest.raises(RuntimeError, match="crash"):
+        distil_in_python(student, teacher, text_file, out, stop_after=3)
+    assert not out.exists() and out.with_name("out.partial").is_dir()
