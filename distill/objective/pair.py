@@ -29,7 +29,7 @@ from distill.objective.teacher_cache import TeacherCache
 from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.runtime.compute import Compute
-from minipuzzle.runtime.models import ModelParts, parts_of
+from minipuzzle.runtime.models import parts_of
 
 
 class HiddenStates(nn.Module):
@@ -38,13 +38,11 @@ class HiddenStates(nn.Module):
     def __init__(self, model: nn.Module, family: Family) -> None:
         super().__init__()
         self.model = model
-        parts = parts_of(model, family)
+        parts = parts_of(model, family)  # made once: what is put in the place of a layer must stay
         # Where a decoder block is several layers, these are modules of their own over the block's parts. They are
         # registered, so that FSDP finds them; names of weights are those in ``model``.
         self.layers = parts.layers
-        self.__dict__["parts"] = parts
-
-    parts: ModelParts  # made once: what is done to a layer must stay
+        self.parts = parts
 
     @property
     def head_weight(self) -> Tensor:

@@ -6,19 +6,17 @@ Both change what the student's linear layers compute and leave its weights, thei
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipuzzle.architecture.families import Family
-from minipuzzle.architecture.model import Architecture
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.e4m3 import fake_quantize, scale_of
-from minipuzzle.formats.layout import export_layout
+from minipuzzle.formats.layout import WEIGHT, export_layout
+from minipuzzle.runtime.rounded_linear import RoundedLinear
 
 UNCONVERTED_GEMMS = 4  # at either end of the model, as in Nemotron-H (arXiv 2504.03624)
 _SMALLEST_CAPABILITY = (8, 9)  # of NVIDIA GPUs with FP8 matrix units
@@ -69,52 +67,34 @@ def train_through_fp8(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ..
     of inputs comes from the inputs at hand, where the export's comes from its calibration text. The gradient passes
     through the rounding unchanged (straight-through estimator, arXiv 1308.3432).
     """
-    family, architecture = checkpoint.family, checkpoint.architecture
-    names, groups = _quantized_modules(architecture, family)
-    for name in names:
-        linear = _linear(model, name)
-        siblings = tuple(_linear(model, sibling) for sibling in groups[name])
-        stored_dtype = _STORED_DTYPES.get(checkpoint.entries[_disk_name(checkpoint, name)].dtype)
-        linear.__dict__["forward"] = partial(_rounded_linear, linear, siblings, stored_dtype)
-    return names
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear), f"{name} is not a linear layer"
-    return module
+    layout = export_layout(checkpoint.architecture, scheme="fp8")
+    in_memory = checkpoint.family.modules.module_name
+    groups: dict[tuple[str, ...], list[RoundedLinear]] = {}
+    for module in layout.quantized:
+        siblings = groups.setdefault(layout.scale_group(module), [])
+        stored_dtype = _STORED_DTYPES.get(checkpoint.entries[module + WEIGHT].dtype)
+        round_weight = partial(_round_weight, siblings=siblings, stored_dtype=stored_dtype)
+        linear = model.get_submodule(in_memory(module))
+        siblings.append(RoundedLinear(linear, round_inputs=_round_inputs, round_weight=round_weight))
+        model.set_submodule(in_memory(module), siblings[-1])
+    return tuple(in_memory(module) for module in layout.quantized)
 
 
 _STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _quantized_modules(
-    architecture: Architecture, family: Family
-) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """The modules that an FP8 export quantises, by their names in memory, and those that share each one's scale."""
-    layout = export_layout(architecture, scheme="fp8")
-    in_memory: Callable[[str], str] = family.modules.module_name
-    groups = {
-        in_memory(module): tuple(in_memory(sibling) for sibling in layout.scale_group(module))
-        for module in layout.quantized
-    }
-    return tuple(groups), groups
-
-
-def _disk_name(checkpoint: Checkpoint, module: str) -> str:
-    in_memory = checkpoint.family.modules.module_name
-    return next(name for name in checkpoint.entries if in_memory(name) == f"{module}.weight")
-
-
-def _rounded_linear(
-    linear: nn.Linear, siblings: tuple[nn.Linear, ...], stored_dtype: torch.dtype | None, inputs: Tensor
-) -> Tensor:
+def _round_weight(weight: Tensor, *, siblings: Sequence[nn.Linear], stored_dtype: torch.dtype | None) -> Tensor:
     with torch.no_grad():
         amax = torch.stack([sibling.weight.abs().amax().float() for sibling in siblings]).amax()
-        largest_input = inputs.abs().amax() if inputs.numel() else amax  # an expert without tokens
-        weight_scale, input_scale = _scale(amax), _scale(largest_input)
-    weight = _rounded(linear.weight, weight_scale, stored_dtype)
-    return F.linear(_rounded(inputs, input_scale, None), weight, linear.bias)
+    return _rounded(weight, _scale(amax), stored_dtype)
+
+
+def _round_inputs(inputs: Tensor) -> Tensor:
+    if not inputs.numel():  # an expert without tokens
+        return inputs
+    with torch.no_grad():
+        scale = _scale(inputs.abs().amax())
+    return _rounded(inputs, scale, None)
 
 
 def _rounded(values: Tensor, scale: Tensor, stored_dtype: torch.dtype | None) -> Tensor:

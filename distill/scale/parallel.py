@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from minipuzzle.architecture.families import Family
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
-from minipuzzle.runtime.models import ModelParts, build_on_meta, load_model, parts_of
+from minipuzzle.runtime.models import ModelParts, build_on_meta, load_model
 from minipuzzle.runtime.processes import Processes, joined_processes
 
 
@@ -99,12 +98,12 @@ def open_pair(
             build_on_meta({**teacher.config, "tie_word_embeddings": False}, compute.torch_dtype),
         ]
     student_model, teacher_model = models
-    student_parts = parts_of(student_model, student.family)
-    if is_tied:
-        tie_head(student_parts)
-    elif student.architecture.tied_embeddings and placement.mesh is None:
-        student_parts.head.weight = nn.Parameter(student_parts.head.weight.detach().clone())
     pair = make_pair(teacher_model, student_model, student.family, compute, teacher_family=teacher.family)
+    parts = pair.student.parts
+    if is_tied:
+        tie_head(parts)
+    elif student.architecture.tied_embeddings and placement.mesh is None:
+        parts.head.weight = nn.Parameter(parts.head.weight.detach().clone())
     prepare_student(pair.student, student, engine, placement.device)
     if placement.mesh is not None:
         low_dtype = None if compute.dtype == "float32" else compute.torch_dtype
@@ -135,7 +134,8 @@ def prepare_student(part: HiddenStates, student: Checkpoint, engine: EngineSetti
         # and multiply by it themselves, past what was changed here.
         part.model.eval()
     if engine.activation_checkpointing:
-        recompute(part.layers)
+        for layer_idx, layer in enumerate(part.layers):
+            part.layers[layer_idx] = Recomputed(layer)
     if engine.compile_layers:
         for layer in part.layers:
             layer.compile()
@@ -159,15 +159,21 @@ def make_pair(
     )
 
 
-def recompute(layers: nn.ModuleList) -> None:
-    """Make every layer keep its inputs alone and compute the rest again in the backward pass.
+class Recomputed(nn.Module):
+    """A layer that keeps its inputs alone and computes the rest again in the backward pass.
 
-    Inside FSDP's own hooks, so that a layer is gathered once for its second forward and its backward pass. No layer
-    draws random numbers, so none are kept.
+    FSDP's own hooks are around it, so that a layer is gathered once for its second forward and its backward pass. No
+    layer draws random numbers, so none are kept.
     """
-    for layer in layers:
-        forward = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        layer.__dict__["forward"] = forward
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """What the layer computes."""
+        found: Tensor = recomputed(self.layer, hidden_BTH, use_reentrant=False, preserve_rng_state=False)
+        return found
 
 
 def split(

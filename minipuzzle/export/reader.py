@@ -6,13 +6,14 @@ transformers has no reader for ModelOpt's layout: it takes the codes for weights
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from minipuzzle.architecture.configs.family import ModulePaths
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.write import WeightScales, export_headers, piece_rows
 from minipuzzle.files.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from minipuzzle.formats.layout import WEIGHT, ExportLayout, read_layout
 from minipuzzle.formats.schemes import Scheme
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model
+from minipuzzle.runtime.rounded_linear import RoundedLinear
 
 _PLAIN_DTYPES = ("BF16", "F16", "F32")
 _MISMATCH = "config.json and the weights do not belong together; export again"
@@ -105,7 +107,7 @@ def load_any_model(
     """The whole model of a checkpoint with plain weights or of a quantised export, in evaluation mode.
 
     Weights of an export are decoded. ``rounds_activations``: also round inputs of its linear layers (and keys and
-    values for an FP8 cache) as engines do, by hooks.
+    values for an FP8 cache) as engines do.
 
     Raises: MinipuzzleError for an unknown format, or names, shapes, precisions or values that are wrong.
     """
@@ -115,8 +117,7 @@ def load_any_model(
     export = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else QuantizedCheckpoint(checkpoint)
     model = load_model(export, compute)
     if rounds_activations:
-        modules = export.family.modules
-        round_activations(lambda name: model.get_submodule(modules.module_name(name)), export.layout, export.scales)
+        round_activations(model, export.family.modules, export.layout, export.scales)
     return model
 
 
@@ -175,17 +176,16 @@ def _round_inputs(scheme: Scheme, scale: torch.Tensor, values: torch.Tensor) -> 
     return scheme.round_inputs(values, scale)
 
 
-def round_activations(find_module: Callable[[str], nn.Module], layout: ExportLayout, scales: WeightScales) -> None:
-    """Make the modules of a model, found by their names on disk, round the activations that engines round."""
+def round_activations(model: nn.Module, modules: ModulePaths, layout: ExportLayout, scales: WeightScales) -> None:
+    """Make the modules of a model round the activations that engines round."""
     scheme = layout.scheme
     assert scheme is not None
     for module in layout.quantized:
-        linear = find_module(module)
-        # Kept with the module, for those who multiply by its weight without calling it, as they do with large heads.
-        linear.__dict__["round_inputs"] = partial(_round_inputs, scheme, scales.inputs.get(module, _ONE))
-        linear.register_forward_pre_hook(lambda called, args: (called.round_inputs(args[0]), *args[1:]))
+        name = modules.module_name(module)
+        round_inputs = partial(_round_inputs, scheme, scales.inputs.get(module, _ONE))
+        model.set_submodule(name, RoundedLinear(model.get_submodule(name), round_inputs=round_inputs))
     for module in layout.cache_scales:
         cache_scale = scales.caches[module]
-        find_module(module).register_forward_hook(
+        model.get_submodule(modules.module_name(module)).register_forward_hook(
             lambda _module, _args, output, scale=cache_scale: fake_quantize(output, scale)
         )

@@ -31,6 +31,7 @@ from minipuzzle.formats.layout import WEIGHT, ExportLayout
 from minipuzzle.quality.evaluate import divergence_sums, head_chunks
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.rounded_linear import RoundedLinear
 
 # Same codes, same scales and same kernels give the same states to the last bit. The room is for kernels that are not
 # deterministic; a scale that is off by 1 % is already outside it.
@@ -240,7 +241,8 @@ def head_inputs(
 ) -> torch.Tensor:
     """What the LM head's matrix is multiplied with, ``[N, H]`` float32, activations rounded where a layout says so."""
     if layout is not None and scales is not None and layout.scheme is not None:
-        round_activations(stack.module_on_disk, layout, scales)
+        modules = stack.checkpoint.family.modules
+        stack.replace_modules(lambda model: round_activations(model, modules, layout, scales))
     hidden_BTH = stack.embed(token_ids_BT)
     for layer_idx in range(stack.num_layers):
         # Window by window: matrix products may round differently in batches of another size, and an activation
@@ -250,8 +252,7 @@ def head_inputs(
             stack.apply(layer_idx, window_1TH, out=window_1TH)
     states_NH = stack.final_norm(hidden_BTH).flatten(0, 1)
     head = stack.module_on_disk(stack.architecture.names.head.removesuffix(WEIGHT))
-    round_inputs = getattr(head, "round_inputs", None)  # a quantised head's, which is not called here
-    return (states_NH if round_inputs is None else round_inputs(states_NH)).cpu()
+    return (head.round_inputs(states_NH) if isinstance(head, RoundedLinear) else states_NH).cpu()
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import ModelParts, parts_of
+from minipuzzle.runtime.rounded_linear import RoundedLinear
 
 _CHARACTERS_OF_TOKEN = 64  # at most, on average over a text
 _CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
@@ -206,8 +207,6 @@ class _Scored:
         self.parts = parts
         self.weight_VH = parts.head.weight.float()
         self.bias_V = None if parts.head.bias is None else parts.head.bias.float()
-        # An export whose head is quantised rounds what the head sees.
-        self.round_inputs: Callable[[torch.Tensor], torch.Tensor] | None = getattr(parts.head, "round_inputs", None)
 
     def hidden(self, token_ids_BT: torch.Tensor, counts_BT: torch.Tensor) -> torch.Tensor:
         """What the head sees of the tokens that count, ``[N, H]``."""
@@ -216,8 +215,8 @@ class _Scored:
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """Float32 logits of some tokens."""
         hidden_CH = hidden_CH.float()
-        if self.round_inputs is not None:
-            hidden_CH = self.round_inputs(hidden_CH)
+        if isinstance(self.parts.head, RoundedLinear):  # an export's
+            hidden_CH = self.parts.head.round_inputs(hidden_CH)
         return F.linear(hidden_CH, self.weight_VH, self.bias_V)
 
 

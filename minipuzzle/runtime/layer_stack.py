@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, H hidden, V vocabulary; a leading S counts st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -138,6 +138,11 @@ class LayerStack:
     def module_on_disk(self, name: str) -> nn.Module:
         """transformers' module whose weights have a name on disk, for hooks."""
         return self._model.get_submodule(self.checkpoint.family.modules.module_name(name))
+
+    def replace_modules(self, replace: Callable[[nn.Module], None]) -> None:
+        """Let a function put other modules into the whole model, which take over the weights of those they replace."""
+        replace(self._model)
+        self._modules = parts_of(self._model, self.checkpoint.family)
 
     def parameter_name(self, placed: PlacedTensor) -> str:
         """The name of a tensor inside the module of its layer, or inside the embeddings, final norm or head."""

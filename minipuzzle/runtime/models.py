@@ -39,11 +39,7 @@ class ModelParts:
 
 
 def parts_of(model: nn.Module, family: Family) -> ModelParts:
-    """The parts of a transformers model of the given family."""
-    # Made once a model: training wraps layers, and must find them again.
-    known: ModelParts | None = model.__dict__.get("_minipuzzle_parts")
-    if known is not None:
-        return known
+    """The parts of a transformers model of the given family; whoever changes them keeps them."""
     paths = family.modules
     head = model.get_submodule(paths.head)
 
@@ -51,14 +47,12 @@ def parts_of(model: nn.Module, family: Family) -> ModelParts:
         return float(getattr(model.config, field)) if field else 1.0
 
     assert isinstance(head, nn.Linear)
-    parts = ModelParts(
+    return ModelParts(
         embeddings=scaled(model.get_submodule(paths.embeddings), scale_of(family.embedding_scale)),
         layers=nn.ModuleList(runnable_layers(model, family)),
         final_norm=scaled(model.get_submodule(paths.final_norm), 1.0 / scale_of(family.logit_divisor)),
         head=head,
     )
-    model.__dict__["_minipuzzle_parts"] = parts
-    return parts
 
 
 def build_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

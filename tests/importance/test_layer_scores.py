@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from importance.layers import working_set
 from importance.metrics import HeadInputMetrics, next_token_labels
@@ -23,7 +24,8 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, LayerStack, resident_weight_bytes
-from minipuzzle.runtime.models import load_model, load_tokenizer, parts_of
+from minipuzzle.runtime.meta_models import transformers_config
+from minipuzzle.runtime.models import load_tokenizer, parts_of
 from tests.support.oracles import Scores, assert_same_scores, plain_metrics
 from tests.support.scoring import score_layers
 from tests.support.text import random_tokens
@@ -39,10 +41,12 @@ TOKEN_IDS = random_tokens(SAMPLES, TOKENS)
 
 def scores_by_naive_removal(checkpoint: Checkpoint, token_ids: torch.Tensor, compute: Compute = Compute()) -> Scores:
     """Run transformers' own model once for every removed layer and compare, in float64 and without any sharing."""
-    model = load_model(checkpoint, compute)
-    for module in model.modules():
-        vars(module).pop("forward", None)  # our own scan of Mamba-2
+    # transformers clamps dt at time_step_min, which only serves initialisation.
+    config = transformers_config({**checkpoint.config, "time_step_min": 0.0})
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, dtype=compute.torch_dtype)
     parts = parts_of(model, checkpoint.family)
+    if checkpoint.architecture.tied_embeddings:  # which transformers does not know of here
+        parts.head.weight = parts.embeddings.get_parameter("weight")
 
     def head_input(skipped: int | None) -> torch.Tensor:
         hidden = parts.embeddings(token_ids)
