@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from minipuzzle.architecture.kinds import LAYER_KINDS, prunable_axes
+from minipuzzle.architecture.kinds import LAYER_KINDS, TRUNK, prunable_axes
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import Plan
@@ -107,7 +107,7 @@ def parse_widths(texts: Sequence[str], source: Architecture) -> dict[str, tuple[
     Raises: MinipuzzleError for an unknown axis, or a width that is not smaller than the whole.
     """
     widths: dict[str, set[int]] = {}
-    axes = [axis for axis in prunable_axes() if axis != "hidden"]
+    axes = [axis for axis in prunable_axes() if axis not in TRUNK.prunable_axes]
     for text in texts:
         axis, _, values = text.partition("=")
         having = [layer for layer in source.layers if axis in LAYER_KINDS[layer.kind].prunable_axes]
@@ -156,7 +156,7 @@ def plans_of_any_units(source: Architecture, request: LayerRequest) -> list[Plan
         Plan(
             source_fingerprint=source.fingerprint(),
             kept_layers=tuple(range(len(source.layers))),
-            kept_units={axis: {str(layer_idx): tuple(range(width))}},
+            kept_units={axis: {layer_idx: tuple(range(width))}},
         )
         for layer_idx, axis, width in request.narrowings(source)
     ]

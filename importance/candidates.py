@@ -178,7 +178,7 @@ def _add_up(sums: Sequence[TokenSums], processes: Processes) -> None:
 def _quality(plan: Plan, sums: TokenSums) -> PlanQuality:
     loss = sums.loss / sums.num_tokens
     if not loss < inf:
-        name = plan.notes.get("pattern", plan.kept_layers)
+        name = plan.figures.pattern if plan.figures else plan.kept_layers
         raise MinipuzzleError(f"candidate {name} computes values that are not finite", "measure with --dtype float32")
     return PlanQuality(
         loss=loss,

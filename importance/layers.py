@@ -184,7 +184,7 @@ class _Run:
             return "the full model"
         plan = self.plans[plan_idx - 1]
         dropped = self.stack.architecture.layers_besides(plan.kept_layers)
-        narrowed = [f"{axis} of layer {key} narrowed" for axis, by in plan.kept_units.items() for key in by]
+        narrowed = [f"{axis} of layer {idx} narrowed" for axis, by in plan.kept_units.items() for idx in by]
         parts = [*narrowed, *([f"without layer {', '.join(map(str, dropped))}"] if dropped else [])]
         return f"the model {' and '.join(parts)}" if parts else "the full model"
 

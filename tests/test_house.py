@@ -34,7 +34,7 @@ LONG_FILES: set[str] = set()
 LONG_FUNCTIONS = {
     "minipuzzle/commands/prune.py:prune",
 }
-MANY_PARAMETERS = {"minipuzzle/search/refinement.py:neighbours_of"}
+MANY_PARAMETERS: set[str] = set()
 PRIVATE_NAMES = {
     "tests/quality/test_evaluate.py:_CHUNK_LOGITS",
     "tests/export/test_recovery.py:_PIECE_ELEMENTS",

@@ -59,7 +59,7 @@ def candidate_sets(checkpoint: Checkpoint, scores: Scores) -> dict[str, list[Pla
     at_budget = problem.predicted_plans(NUM_CANDIDATES)
     return {
         "layer counts, one width": depth_candidates(checkpoint, scores),
-        "neighbours of the best at 75 %": problem.neighbours(at_budget[0]),
+        "neighbours of the best at 75 %": problem.neighbourhood.of(at_budget[0]),
         "layer counts x 4 FFN widths at 75 %": at_budget,
     }
 
@@ -110,12 +110,11 @@ def order_agreement(one: Sequence[PlanQuality], other: Sequence[PlanQuality], ra
     """Spearman's correlation of the orders that two measurements of the same candidates give."""
 
     def positions(qualities: Sequence[PlanQuality]) -> np.ndarray:
-        plan = Plan(source_fingerprint="", kept_layers=(0,))
         ranked = [
-            RankedPlan(plan=replace(plan, notes={"number": number}), quality=quality)
+            RankedPlan(plan=Plan(source_fingerprint="", kept_layers=(number,)), quality=quality)
             for number, quality in enumerate(qualities)
         ]
-        order = [int(item.plan.notes["number"]) for item in best_first(ranked, rank_by)]
+        order = [item.plan.kept_layers[0] for item in best_first(ranked, rank_by)]
         return np.argsort(order)
 
     return float(np.corrcoef(positions(one), positions(other))[0, 1])

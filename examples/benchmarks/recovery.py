@@ -103,7 +103,7 @@ def minitron_plan(setting: Setting, budget: str) -> Plan:
         for width in widths:
             by_layer = {idx: {"ffn": width} for idx in kept_layers if "ffn" in source.layers[idx].sizes}
             plan = make_plan(source, setting.scores, kept_layers=kept_layers, widths=by_layer)
-            if problem.fits(plan.apply(source)):
+            if problem.neighbourhood.fits(plan.apply(source)):
                 plans.append(plan)
     return max(plans, key=lambda plan: plan.apply(source).num_parameters)
 
@@ -141,7 +141,7 @@ def plans_of(setting: Setting, budget: str, num_candidates: int) -> dict[str, Pl
     plans[ADDITIVE] = setting.problem(budget).predicted_plans(1)[0]
     plans |= {f"{RANDOM}-{seed}": random_plan(setting, budget, seed) for seed in range(RANDOM_SEEDS)}
     for plan in plans.values():
-        assert setting.problem(budget).fits(plan.apply(setting.teacher.architecture))
+        assert setting.problem(budget).neighbourhood.fits(plan.apply(setting.teacher.architecture))
     return plans
 
 

@@ -62,6 +62,11 @@ class TensorSpec:
     fused: str = ""
     cache_scale: str = ""
 
+    @property
+    def axes(self) -> frozenset[str]:
+        """The axes of all dimensions."""
+        return frozenset(axis for dimension in self.dims for segment in dimension for axis in segment)
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Elements along each dimension."""
         return tuple(dimension_length(dimension, sizes) for dimension in self.dims)

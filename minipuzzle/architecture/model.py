@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS, TRUNK
 from minipuzzle.architecture.layers import HIDDEN, CacheSpec, LayerSpec, NormSpec, TensorSpec
 
 # Layouts of a cut model. Uniform: complete blocks and one width an axis, which every engine loads.
@@ -153,10 +153,24 @@ class Architecture:
 
     def width(self, axis: str) -> int | None:
         """The size of an axis if all layers that have it agree; None if no layer has it or they differ."""
-        if axis == "hidden":
-            return self.hidden
-        found = {layer.sizes[axis] for layer in self.layers if axis in layer.sizes}
+        found = set(self.widths(axis))
         return found.pop() if len(found) == 1 else None
+
+    def widths(self, axis: str) -> list[int]:
+        """The sizes of an axis, wherever the model has it."""
+        every_size = (self.sizes(layer_idx) for layer_idx in (None, *range(len(self.layers))))
+        return [sizes[axis] for sizes in every_size if axis in sizes]
+
+    def sizes(self, layer_idx: int | None) -> Mapping[str, int]:
+        """The sizes of the axes of a layer, or of what lies around the layers (None)."""
+        return {"hidden": self.hidden} if layer_idx is None else self.layers[layer_idx].sizes
+
+    def own_sizes(self, layer_idx: int | None) -> dict[str, int]:
+        """The sizes of the axes that may be cut in one layer alone, or in the model as a whole (None)."""
+        if layer_idx is not None and not 0 <= layer_idx < len(self.layers):
+            return {}
+        kind = TRUNK if layer_idx is None else LAYER_KINDS[self.layers[layer_idx].kind]
+        return {axis: size for axis, size in self.sizes(layer_idx).items() if axis in kind.prunable_axes}
 
     def layer_tensors(self, layer_idx: int) -> Iterator[PlacedTensor]:
         """The tensors of one layer, its input norm first."""

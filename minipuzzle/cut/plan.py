@@ -4,47 +4,55 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import kind_of_axis
 from minipuzzle.architecture.model import Architecture, PlacedTensor
+from minipuzzle.cut.figures import REQUIRED_FIGURES, Figures
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.json_files import read_json
 
-SCHEMA_VERSION = 1
-WHOLE_MODEL = "model"  # key of choices on the hidden axis
+PLAN_FILE = "plan.json"
+SCHEMA_VERSION = 2  # version 1 had its figures among the notes
+_WHOLE_MODEL = "model"  # instead of a layer's index, in files
+
+Units = tuple[int, ...]
+# By axis, then by position of the layer in the source; None: the whole model, for the axis that all layers share.
+KeptUnits = Mapping[str, Mapping[int | None, Units]]
+ChosenUnits = Mapping[str, Mapping[int | None, tuple[Units, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A cut of one architecture.
 
-    ``kept_layers``: indices in the source model, ascending. ``kept_units``: axis -> layer index in the source, or
-    WHOLE_MODEL for ``hidden``, -> kept unit indices, ascending; what is not named stays whole. ``norm_scales``: name of
-    an RMS norm's weight on disk in the source -> one factor for each of its groups. ``chosen_units``: axis -> layer
-    index -> for each unit that chooses for itself (each expert) its kept units, as many as ``kept_units`` has there.
-    ``notes``: figures for people.
+    ``kept_layers``: indices in the source model, ascending. ``kept_units``: indices of the units that stay, ascending;
+    what is not named stays whole. ``norm_scales``: name of an RMS norm's weight on disk in the source -> one factor for
+    each of its groups. ``chosen_units``: for each unit that chooses for itself (each expert) its kept units, as many as
+    ``kept_units`` has there. ``figures``: what it was chosen by. ``notes``: remarks for people, which nothing reads.
     """
 
     source_fingerprint: str
     kept_layers: tuple[int, ...]
-    kept_units: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    kept_units: KeptUnits = field(default_factory=dict)
     norm_scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    chosen_units: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]] = field(default_factory=dict)
+    chosen_units: ChosenUnits = field(default_factory=dict)
+    figures: Figures | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def units(self, axis: str, layer_idx: int | None) -> tuple[int, ...] | None:
+    def units(self, axis: str, layer_idx: int | None) -> Units | None:
         """Kept units of an axis in a layer (None: outside the layers); None where all stay."""
-        key = WHOLE_MODEL if axis == "hidden" else str(layer_idx)
-        return self.kept_units.get(axis, {}).get(key)
+        by_layer = self.kept_units.get(axis, {})
+        return by_layer.get(layer_idx, by_layer.get(None))
 
-    def units_of(self, placed: PlacedTensor) -> dict[str, tuple[int, ...]]:
+    def units_of(self, placed: PlacedTensor) -> dict[str, Units]:
         """Kept units of all axes of a tensor of the source that are cut."""
         kept = {}
-        for axis in {axis for dimension in placed.spec.dims for segment in dimension for axis in segment}:
-            chosen = self.chosen_units.get(axis, {}).get(str(placed.layer_idx))
+        for axis in placed.spec.axes:
+            chosen = self.chosen_units.get(axis, {}).get(placed.layer_idx)
             if chosen is not None and placed.spec.unit is not None:
                 kept[axis] = chosen[placed.spec.unit[1]]
             elif (units := self.units(axis, placed.layer_idx)) is not None:
@@ -69,50 +77,50 @@ class Plan:
             raise MinipuzzleError("the plan was made for another architecture", hint)
         _check_indices("layers", self.kept_layers, len(source.layers), hint)
         for axis, by_layer in self.kept_units.items():
-            for key, units in by_layer.items():
-                what = f"{axis} of {key}"
-                size = source.hidden if key == WHOLE_MODEL else source.layers[int(key)].sizes.get(axis)
-                if size is None:
-                    raise MinipuzzleError(f"layer {key} has no axis {axis}", hint)
-                _check_indices(what, units, size, hint)
-                if key != WHOLE_MODEL:
-                    self._check_groups(source, axis, int(key), hint)
+            for layer_idx, units in by_layer.items():
+                sizes = source.own_sizes(layer_idx)
+                if axis not in sizes:
+                    raise MinipuzzleError(f"{_name(layer_idx)} has no axis {axis} to cut", hint)
+                _check_indices(f"{axis} of {_name(layer_idx)}", units, sizes[axis], hint)
+                self._check_groups(source, axis, layer_idx, hint)
         for axis, by_chooser in self.chosen_units.items():
-            for key, choices in by_chooser.items():
-                layer, common = source.layers[int(key)], self.units(axis, int(key)) or ()
-                chooser = LAYER_KINDS[layer.kind].chosen_by_unit.get(axis)
-                if chooser is None or len(choices) != layer.sizes[chooser]:
-                    raise MinipuzzleError(f"layer {key} has no {len(choices)} choices of {axis}", hint)
+            for layer_idx, choices in by_chooser.items():
+                sizes, common = source.own_sizes(layer_idx), self.units(axis, layer_idx) or ()
+                chooser = kind_of_axis(axis).chosen_by_unit.get(axis) if axis in sizes else None
+                if chooser is None or len(choices) != sizes[chooser]:
+                    raise MinipuzzleError(f"{_name(layer_idx)} has no {len(choices)} choices of {axis}", hint)
                 for units in choices:
-                    _check_indices(f"{axis} of {key}", units, layer.sizes[axis], hint)
+                    _check_indices(f"{axis} of {_name(layer_idx)}", units, sizes[axis], hint)
                     if len(units) != len(common):
-                        raise MinipuzzleError(f"layer {key} keeps unequal numbers of {axis} a {chooser}", hint)
+                        problem = f"{_name(layer_idx)} keeps unequal numbers of {axis} a {chooser}"
+                        raise MinipuzzleError(problem, hint)
 
-    def _check_groups(self, source: Architecture, axis: str, layer_idx: int, hint: str) -> None:
-        layer = source.layers[layer_idx]
-        group_axis = LAYER_KINDS[layer.kind].unit_groups.get(axis)
-        if group_axis is None:
+        num_groups = {placed.name: placed.spec.rms_groups for placed in source.tensors() if placed.spec.rms_groups}
+        for name, scales in self.norm_scales.items():
+            are_factors = all(isinstance(scale, int | float) and 0 <= scale < inf for scale in scales)
+            if len(scales) != num_groups.get(name) or not are_factors:
+                raise MinipuzzleError(f"the plan's scales of {name} are not one factor for each group of a norm", hint)
+
+    def _check_groups(self, source: Architecture, axis: str, layer_idx: int | None, hint: str) -> None:
+        group_axis = kind_of_axis(axis).unit_groups.get(axis)
+        if group_axis is None or layer_idx is None:
             return
-        units, num_groups = self.units(axis, layer_idx) or (), layer.sizes[group_axis]
-        units_per_group = layer.sizes[axis] // num_groups
-        kept = [sum(unit // units_per_group == group for unit in units) for group in range(num_groups)]
+        sizes = source.layers[layer_idx].sizes
+        units_per_group = sizes[axis] // sizes[group_axis]
+        units = self.units(axis, layer_idx) or ()
+        kept = [sum(unit // units_per_group == group for unit in units) for group in range(sizes[group_axis])]
         if len(set(kept)) != 1:
             raise MinipuzzleError(f"layer {layer_idx} keeps unequal numbers of {axis} a {group_axis}: {kept}", hint)
 
+    def sizes(self, source: Architecture, layer_idx: int | None) -> dict[str, int]:
+        """What is left of the axes that are cut in a layer, or outside the layers."""
+        found = ((axis, self.units(axis, layer_idx)) for axis in source.sizes(layer_idx))
+        return {axis: len(units) for axis, units in found if units is not None}
+
     def apply(self, source: Architecture) -> Architecture:
         """The architecture that the plan leaves."""
-        hidden_units = self.units("hidden", None)
-        hidden = source.hidden if hidden_units is None else len(hidden_units)
-        layers = []
-        for layer_idx in self.kept_layers:
-            layer = source.layers[layer_idx]
-            new_sizes = {
-                axis: len(units)
-                for axis in LAYER_KINDS[layer.kind].prunable_axes
-                if (units := self.units(axis, layer_idx)) is not None
-            }
-            layers.append(layer.resized(hidden=hidden, **new_sizes))
-        return replace(source, layers=tuple(layers), hidden=hidden)
+        layers = (source.layers[layer_idx].resized(**self.sizes(source, layer_idx)) for layer_idx in self.kept_layers)
+        return replace(source, layers=tuple(layers), hidden=self.sizes(source, None).get("hidden", source.hidden))
 
     def treatment(self, source: Architecture) -> dict[int, object]:
         """What becomes of each layer that stays, for ``num_layers_different``: its axes' kept units."""
@@ -127,12 +135,39 @@ class Plan:
             "schema_version": SCHEMA_VERSION,
             "source_fingerprint": self.source_fingerprint,
             "kept_layers": self.kept_layers,
-            "kept_units": self.kept_units,
+            "kept_units": _with_names(self.kept_units),
             "norm_scales": self.norm_scales,
-            "chosen_units": self.chosen_units,
+            "chosen_units": _with_names(self.chosen_units),
+            **({} if self.figures is None else {"figures": self.figures.to_json()}),
             "notes": self.notes,
         }
         return json.dumps(record, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_json``, of files of both versions.
+
+        Raises: KeyError, TypeError, ValueError, AttributeError for anything that is not such a record.
+        """
+        if unknown := record.keys() - {"schema_version", *(field.name for field in fields(cls))}:
+            raise ValueError(f"it has no {', '.join(sorted(unknown))}")
+        if record["schema_version"] == 1 and record["notes"].keys() >= REQUIRED_FIGURES:
+            record = {**record, "figures": record["notes"], "notes": {}}
+        return cls(
+            source_fingerprint=record["source_fingerprint"],
+            kept_layers=_indices(record["kept_layers"]),
+            kept_units={
+                axis: {_position(key): _indices(units) for key, units in by_layer.items()}
+                for axis, by_layer in record["kept_units"].items()
+            },
+            norm_scales={name: tuple(scales) for name, scales in record["norm_scales"].items()},
+            chosen_units={
+                axis: {_position(key): tuple(map(_indices, choices)) for key, choices in by_layer.items()}
+                for axis, by_layer in record.get("chosen_units", {}).items()
+            },
+            figures=Figures.from_json(record["figures"]) if "figures" in record else None,
+            notes=record["notes"],
+        )
 
 
 def num_layers_different(one: Mapping[int, object], other: Mapping[int, object]) -> int:
@@ -156,25 +191,34 @@ def read_plan(path: Path) -> Plan:
     Raises: MinipuzzleError if it is not a plan of this schema.
     """
     record = read_json(path)
-    if record.get("schema_version") != SCHEMA_VERSION:
+    if record.get("schema_version") not in (1, SCHEMA_VERSION):
         raise MinipuzzleError(f"{path} is not a plan of schema {SCHEMA_VERSION}", "make one with `minipuzzle search`")
     try:
-        return Plan(
-            source_fingerprint=record["source_fingerprint"],
-            kept_layers=tuple(record["kept_layers"]),
-            kept_units={
-                axis: {key: tuple(units) for key, units in by_layer.items()}
-                for axis, by_layer in record["kept_units"].items()
-            },
-            norm_scales={name: tuple(scales) for name, scales in record["norm_scales"].items()},
-            chosen_units={
-                axis: {key: tuple(map(tuple, choices)) for key, choices in by_layer.items()}
-                for axis, by_layer in record.get("chosen_units", {}).items()
-            },
-            notes=record["notes"],
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        return Plan.from_json(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MinipuzzleError(f"{path} is not a complete plan: {error}", "make one with `minipuzzle search`") from None
+
+
+def _name(layer_idx: int | None) -> str:
+    return "the model" if layer_idx is None else f"layer {layer_idx}"
+
+
+def _with_names(by_axis: Mapping[str, Mapping[int | None, object]]) -> dict[str, dict[str, object]]:
+    """As JSON has it, whose keys are strings."""
+    return {
+        axis: {_WHOLE_MODEL if key is None else str(key): units for key, units in by_layer.items()}
+        for axis, by_layer in by_axis.items()
+    }
+
+
+def _position(key: str) -> int | None:
+    return None if key == _WHOLE_MODEL else int(key)
+
+
+def _indices(value: object) -> Units:
+    if not isinstance(value, list) or not all(type(index) is int for index in value):
+        raise TypeError(f"{str(value)[:40]} is no list of indices")
+    return tuple(value)
 
 
 def _check_indices(what: str, indices: tuple[int, ...], size: int, hint: str) -> None:
@@ -182,6 +226,3 @@ def _check_indices(what: str, indices: tuple[int, ...], size: int, hint: str) ->
         raise MinipuzzleError(f"the plan keeps no {what}", hint)
     if list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
         raise MinipuzzleError(f"the plan's {what} are not ascending indices below {size}", hint)
-
-
-PLAN_FILE = "plan.json"

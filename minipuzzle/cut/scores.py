@@ -33,6 +33,11 @@ _TEXT_METADATA = ("model_fingerprint", "token_ids_sha256", "scan")
 Array = NDArray[np.floating[Any]]
 
 
+def unit_key(axis: str, layer_idx: int | None) -> str:
+    """The name of the scores of an axis of a layer, or of the whole model (None), without ``unit.``."""
+    return axis if layer_idx is None else f"{axis}.{layer_idx}"
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Scores:
     """Scores of one model. Keys of all but ``layer`` are tensor names without the first part."""
@@ -45,15 +50,15 @@ class Scores:
     token_ids: NDArray[np.int32] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    def unit_scores(self, axis: str, layer_idx: int) -> Array:
-        """Scores of the units of one axis in one layer, or of the whole model for ``hidden``.
+    def unit_scores(self, axis: str, layer_idx: int | None) -> Array:
+        """Scores of the units of one axis in one layer, or in the whole model (None).
 
         Raises: MinipuzzleError if that axis was not measured.
         """
-        key = axis if axis == "hidden" else f"{axis}.{layer_idx}"
+        key = unit_key(axis, layer_idx)
         if key not in self.units:
             raise MinipuzzleError(
-                f"the scores hold nothing about {axis} of layer {layer_idx}",
+                f"the scores hold nothing about {axis} of {'the model' if layer_idx is None else f'layer {layer_idx}'}",
                 "measure with `minipuzzle score`, or leave that axis uncut",
             )
         return self.units[key]

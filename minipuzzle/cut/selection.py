@@ -5,15 +5,17 @@ Layers are ranked inside their kind, units inside their layer (and group). Ties 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import kind_of_axis, owner_of_axis
 from minipuzzle.architecture.model import UNIFORM, Architecture
-from minipuzzle.cut.plan import WHOLE_MODEL, Plan
+from minipuzzle.cut.figures import Figures
+from minipuzzle.cut.plan import Plan, Units
 from minipuzzle.cut.scores import FINAL, Array, Scores
 from minipuzzle.errors import MinipuzzleError
 
@@ -61,31 +63,32 @@ def make_plan(
     *,
     kept_layers: Sequence[int],
     widths: Mapping[int, Mapping[str, int]],
-    notes: Mapping[str, Any] | None = None,
+    figures: Figures | None = None,
 ) -> Plan:
     """The plan that keeps these layers, and in each of them the best units for its widths (layer -> axis -> width).
 
     Raises: MinipuzzleError if scores are missing or numbers impossible.
     """
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
-    chosen_units: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {}
+    kept_units: dict[str, dict[int | None, Units]] = {}
+    chosen_units: dict[str, dict[int | None, tuple[Units, ...]]] = {}
     for layer_idx in kept_layers:
         for axis, width in widths.get(layer_idx, {}).items():
-            if width != source.layers[layer_idx].sizes[axis]:
-                key = WHOLE_MODEL if axis == "hidden" else str(layer_idx)
-                by_layer = kept_units.setdefault(axis, {})
-                if axis in LAYER_KINDS[source.layers[layer_idx].kind].chosen_by_unit:
-                    of_each = scores.unit_scores(axis, layer_idx)
-                    chosen_units.setdefault(axis, {})[key] = tuple(keep_best_units(row, width) for row in of_each)
-                    by_layer[key] = tuple(range(width))
-                elif key not in by_layer:
-                    by_layer[key] = _keep_units(source, scores, axis, width, layer_idx)
+            if width == source.layers[layer_idx].sizes[axis]:
+                continue
+            kind, owner = kind_of_axis(axis), owner_of_axis(axis, layer_idx)
+            by_layer = kept_units.setdefault(axis, {})
+            if axis in kind.chosen_by_unit:
+                of_each = scores.unit_scores(axis, owner)
+                chosen_units.setdefault(axis, {})[owner] = tuple(keep_best_units(row, width) for row in of_each)
+                by_layer[owner] = tuple(range(width))
+            elif owner not in by_layer:
+                by_layer[owner] = best_units(source, scores, axis, owner, width)
     without_scales = Plan(
         source_fingerprint=source.fingerprint(),
         kept_layers=tuple(kept_layers),
         kept_units=kept_units,
         chosen_units=chosen_units,
-        notes=notes or {},
+        figures=figures,
     )
     return replace(without_scales, norm_scales=norm_scales(source, scores, without_scales))
 
@@ -100,9 +103,10 @@ def layer_scores(scores: Scores, metric: str) -> Array:
     return scores.layer[metric]
 
 
-def _keep_units(source: Architecture, scores: Scores, axis: str, width: int, layer_idx: int) -> tuple[int, ...]:
-    unit_groups = {} if axis == "hidden" else LAYER_KINDS[source.layers[layer_idx].kind].unit_groups
-    num_groups = source.layers[layer_idx].sizes[unit_groups[axis]] if axis in unit_groups else 1
+def best_units(source: Architecture, scores: Scores, axis: str, layer_idx: int | None, width: int) -> Units:
+    """The best units of an axis in a layer, or in the whole model (None), as many from each group."""
+    group_axis = kind_of_axis(axis).unit_groups.get(axis)
+    num_groups = source.sizes(layer_idx)[group_axis] if group_axis else 1
     return keep_best_units(scores.unit_scores(axis, layer_idx), width, num_groups)
 
 
@@ -115,21 +119,16 @@ def norm_scales(source: Architecture, scores: Scores, plan: Plan) -> dict[str, t
     from minipuzzle.cut.surgery import kept_positions
 
     scales = {}
-    for layer_idx in plan.kept_layers:
-        kind = source.layers[layer_idx].kind
-        for placed in source.layer_tensors(layer_idx):
-            if not placed.spec.rms_groups:
-                continue
-            axes = {axis for segment in placed.spec.dims[0] for axis in segment}
-            kept_units = {axis: units for axis in axes if (units := plan.units(axis, layer_idx)) is not None}
-            positions = kept_positions(placed.spec.dims[0], placed.sizes, kept_units)
-            if positions is not None:
-                owner = "hidden" if axes == {"hidden"} else LAYER_KINDS[kind].inner_norm_energy
-                energy = scores.energy(f"{owner}.{layer_idx}")
-                scales[placed.name] = _energy_scales(energy, positions, placed.spec.rms_groups)
-    hidden_units = plan.units("hidden", None)
-    if hidden_units is not None:
-        scales[source.names.final_norm] = _energy_scales(scores.energy(f"hidden.{FINAL}"), np.array(hidden_units), 1)
+    of_layers = (source.layer_tensors(layer_idx) for layer_idx in plan.kept_layers)
+    for placed in itertools.chain(*of_layers, source.outer_tensors()):
+        if not placed.spec.rms_groups:
+            continue
+        kept_units = plan.units_of(placed)
+        positions = kept_positions(placed.spec.dims[0], placed.sizes, kept_units)
+        if positions is not None:
+            measured = kind_of_axis(next(iter(kept_units))).inner_norm_energy
+            energy = scores.energy(f"{measured}.{FINAL if placed.layer_idx is None else placed.layer_idx}")
+            scales[placed.name] = _energy_scales(energy, positions, placed.spec.rms_groups)
     return scales
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
+from typing import Any
 
+from minipuzzle.cut.figures import Figures
 from minipuzzle.cut.plan import Plan
 from minipuzzle.table import Table
 
@@ -37,6 +39,16 @@ class RankedPlan:
 
     plan: Plan
     quality: PlanQuality
+
+    @property
+    def figures(self) -> Figures:
+        """What a search says of the plan that it made."""
+        assert self.plan.figures is not None, "no search made this plan"
+        return self.plan.figures
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures of the plan, and what was measured."""
+        return {**self.figures.to_json(), **self.quality.to_json()}
 
 
 def _mean_rank(qualities: Sequence[PlanQuality]) -> list[float]:
@@ -70,6 +82,6 @@ RANK_BY: Table[Callable[[Sequence[PlanQuality]], list[float]]] = Table(
 def best_first(ranked: Sequence[RankedPlan], rank_by: str = DEFAULT_RANK_BY) -> list[RankedPlan]:
     """Candidates in order of quality; equal ones keep the order of their predicted losses."""
     keys = RANK_BY[rank_by]([item.quality for item in ranked])
-    predicted = [float(item.plan.notes.get("predicted_loss", inf)) for item in ranked]
+    predicted = [item.figures.predicted_loss if item.plan.figures else inf for item in ranked]
     order = sorted(range(len(ranked)), key=lambda idx: (keys[idx], predicted[idx], idx))
     return [ranked[idx] for idx in order]

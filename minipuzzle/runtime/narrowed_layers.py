@@ -17,15 +17,13 @@ import torch
 from torch import nn
 
 from minipuzzle.architecture.families import family_of
-from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.kinds import LAYER_KINDS, owner_of_axis
 from minipuzzle.architecture.layers import LayerSpec
-from minipuzzle.architecture.model import Architecture, PlacedTensor
-from minipuzzle.cut.plan import WHOLE_MODEL, Plan
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.plan import Plan, Units
 from minipuzzle.cut.surgery import cut_tensor
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import ModelParts, build_on_meta, parts_of
-
-Units = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +47,19 @@ class LayerCut:
     def as_plan(self, source: Architecture) -> Plan:
         """The part of a plan that cuts this layer."""
         plan = _plan_of(source, self.layer_idx, dict(self.kept_units), dict(self.norm_scales))
-        return replace(plan, chosen_units={axis: {str(self.layer_idx): units} for axis, units in self.chosen_units})
+        return replace(plan, chosen_units={axis: {self.layer_idx: units} for axis, units in self.chosen_units})
 
 
 def layer_cut(source: Architecture, plan: Plan, layer_idx: int) -> LayerCut:
     """What a plan does to one of the layers that it keeps."""
     names = {tensor.name for tensor in source.layer_tensors(layer_idx)}
-    axes = ("hidden", *LAYER_KINDS[source.layers[layer_idx].kind].prunable_axes)
+    axes = source.layers[layer_idx].sizes
     return LayerCut(
         layer_idx=layer_idx,
         kept_units=tuple((axis, units) for axis in axes if (units := plan.units(axis, layer_idx)) is not None),
         norm_scales=tuple((name, tuple(scales)) for name, scales in plan.norm_scales.items() if name in names),
         chosen_units=tuple(
-            (axis, by_layer[str(layer_idx)])
-            for axis, by_layer in plan.chosen_units.items()
-            if str(layer_idx) in by_layer
+            (axis, by_layer[layer_idx]) for axis, by_layer in plan.chosen_units.items() if layer_idx in by_layer
         ),
     )
 
@@ -119,7 +115,7 @@ class NarrowedLayers:
         """Put the units of a layer in another order, one tensor at a time."""
         plan = _plan_of(self.stack.architecture, layer_idx, orders)
         for placed in self.stack.architecture.layer_tensors(layer_idx):
-            if orders.keys() & _axes_of(placed):
+            if orders.keys() & placed.spec.axes:
                 weight = _weight(layer, self.stack.parameter_name(placed))
                 weight.data = cut_tensor(weight.data, placed, plan)
 
@@ -130,7 +126,7 @@ class NarrowedLayers:
         weights = {}
         for placed in filter(plan.keeps, self.stack.architecture.layer_tensors(cut.layer_idx)):
             weight = _weight(layer, self.stack.parameter_name(placed)).detach()
-            is_cut = placed.name in plan.norm_scales or plan.kept_units.keys() & _axes_of(placed)
+            is_cut = placed.name in plan.norm_scales or plan.kept_units.keys() & placed.spec.axes
             weights[placed.name] = cut_tensor(weight, placed, plan) if is_cut else weight
         return weights
 
@@ -239,9 +235,7 @@ def _plan_of(
     return Plan(
         source_fingerprint=source.fingerprint(),
         kept_layers=(layer_idx,),
-        kept_units={
-            axis: {WHOLE_MODEL if axis == "hidden" else str(layer_idx): units} for axis, units in kept_units.items()
-        },
+        kept_units={axis: {owner_of_axis(axis, layer_idx): units} for axis, units in kept_units.items()},
         norm_scales=norm_scales or {},
     )
 
@@ -252,10 +246,6 @@ def _weight(layer: nn.Module, name: str) -> torch.Tensor:
     weight = getattr(layer.get_submodule(path), last)
     assert isinstance(weight, torch.Tensor)
     return weight
-
-
-def _axes_of(placed: PlacedTensor) -> set[str]:
-    return {axis for dimension in placed.spec.dims for segment in dimension for axis in segment}
 
 
 def _inverse(order: Units) -> Units:

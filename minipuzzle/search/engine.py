@@ -6,12 +6,12 @@ The uniform layout is searched on a grid, the per-layer layout by an exact integ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.architecture.quantities import format_gib
+from minipuzzle.cut.figures import Figures
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import Scores
 from minipuzzle.cut.selection import make_plan
@@ -131,20 +131,24 @@ def check_pruning_is_needed(source: Architecture, request: SearchRequest, deploy
         )
 
 
-def figures_of(architecture: Architecture, pricing: Pricing) -> dict[str, Any]:
-    """What a plan says of the model it leaves: layers, parameters, every memory term and their deployment."""
+def figures_of(
+    architecture: Architecture, pricing: Pricing, *, limits: Limits, layout: str, predicted_loss: float, metric: str
+) -> Figures:
+    """What a plan says of the model it leaves and of how it was chosen."""
     costs = pricing.model(architecture)
-    figures: dict[str, Any] = {
-        "pattern": architecture.pattern,
-        "num_parameters": costs.num_parameters,
-        "num_active_parameters": costs.num_active_parameters,
-        "memory_bytes": costs.memory_bytes,
-        "memory_terms": [asdict(term) for term in memory_breakdown(architecture, pricing.deployment).terms],
-        "deployment": asdict(pricing.deployment),
-    }
-    if (tokens_per_second := pricing.throughput(costs)) is not None:
-        figures["tokens_per_second"] = tokens_per_second
-    return figures
+    return Figures(
+        pattern=architecture.pattern,
+        num_parameters=costs.num_parameters,
+        num_active_parameters=costs.num_active_parameters,
+        memory_bytes=costs.memory_bytes,
+        memory_terms=memory_breakdown(architecture, pricing.deployment).terms,
+        deployment=pricing.deployment,
+        tokens_per_second=pricing.throughput(costs),
+        layout=layout,
+        limits=limits.given(),
+        predicted_loss=predicted_loss,
+        metric=metric,
+    )
 
 
 def plan_of(source: Architecture, scores: Scores, candidate: Candidate, *, metric: str) -> Plan:
@@ -153,14 +157,15 @@ def plan_of(source: Architecture, scores: Scores, candidate: Candidate, *, metri
     Raises: MinipuzzleError if scores of units to cut are missing.
     """
     candidate.check()
-    notes: dict[str, Any] = {
-        **figures_of(candidate.architecture, candidate.pricing),
-        "layout": candidate.layout,
-        "limits": candidate.limits.given(),
-        "predicted_loss": candidate.predicted_loss,
-        "metric": metric,
-    }
-    plan = make_plan(source, scores, kept_layers=candidate.kept_layers, widths=candidate.treatment, notes=notes)
+    figures = figures_of(
+        candidate.architecture,
+        candidate.pricing,
+        limits=candidate.limits,
+        layout=candidate.layout,
+        predicted_loss=candidate.predicted_loss,
+        metric=metric,
+    )
+    plan = make_plan(source, scores, kept_layers=candidate.kept_layers, widths=candidate.treatment, figures=figures)
     left = plan.apply(source)
     assert left == candidate.architecture, "the plan leaves another model than the one that was priced"
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from minipuzzle.architecture.kinds import TRUNK
 from minipuzzle.architecture.memory import memory_breakdown
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import InfeasibleBudgetError
@@ -56,7 +57,9 @@ class Infeasibility:
             return ""
         pricing = replace(self.pricing, timings=None)
         lifted = {f"{kind} layers": self._without_kind(kind) for kind in self.smallest.layer_counts}
-        lifted |= {f"widths of {axis}": self._narrowest(axis) for axis in self.space.widths if axis != "hidden"}
+        lifted |= {
+            f"widths of {axis}": self._narrowest(axis) for axis in self.space.widths if axis not in TRUNK.prunable_axes
+        }
         enough = [bound for bound, model in lifted.items() if not self.limits.violated(pricing.model(model))]
         if enough:
             return f"; what binds is the lower bound on {' or '.join(enough)}: without it something fits"

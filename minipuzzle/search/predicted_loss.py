@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minipuzzle.architecture.kinds import LAYER_KINDS
-from minipuzzle.architecture.layers import LayerKind
+from minipuzzle.architecture.kinds import kind_of_axis, owner_of_axis
 from minipuzzle.architecture.model import UNIFORM, Architecture
-from minipuzzle.cut.scores import Array, Scores
+from minipuzzle.cut.scores import Array, Scores, unit_key
 from minipuzzle.cut.selection import layer_scores
 from minipuzzle.errors import MinipuzzleError
 
@@ -79,7 +78,7 @@ class LossModel:
 
     def _lost_share(self, axis: str, layer_idx: int, width: int) -> float:
         size = self.source.layers[layer_idx].sizes[axis]
-        key = axis if axis == "hidden" else f"{axis}.{layer_idx}"
+        key = unit_key(axis, owner_of_axis(axis, layer_idx))
         if key not in self.scores.units:  # only layer scores are known, as in files measured elsewhere
             return (size - width) / size
         if (axis, layer_idx) not in self._lost_by_number:
@@ -90,12 +89,9 @@ class LossModel:
     def _lost_shares(self, unit_scores: Array, axis: str, layer_idx: int) -> Array:
         """The share of all squared scores that goes with the lowest n units of each group, by n from 0 to all."""
         energy = unit_scores.astype(np.float64) ** 2
-        group_axis = None if axis == "hidden" else self._kind(layer_idx).unit_groups.get(axis)
+        group_axis = kind_of_axis(axis).unit_groups.get(axis)
         num_groups = self.source.layers[layer_idx].sizes[group_axis] if group_axis else 1
         by_group = np.sort(energy.reshape(*energy.shape[:-1], num_groups, -1))
         lost = by_group.reshape(-1, by_group.shape[-1]).sum(axis=0).cumsum()
         shares: Array = np.concatenate([[0.0], lost]) / max(lost[-1], np.finfo(np.float64).tiny)
         return shares
-
-    def _kind(self, layer_idx: int) -> LayerKind:
-        return LAYER_KINDS[self.source.layers[layer_idx].kind]

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.cut.plan import Plan
-from minipuzzle.cut.scores import Array, Scores
-from minipuzzle.cut.selection import keep_best_units, norm_scales
+from minipuzzle.cut.plan import Plan, Units
+from minipuzzle.cut.scores import Scores
+from minipuzzle.cut.selection import best_units, layer_scores, norm_scales
 from minipuzzle.quality.ranked import RankedPlan, best_first
+from minipuzzle.search.costs import Limits, Pricing
+from minipuzzle.search.engine import figures_of
+from minipuzzle.search.space import SearchSpace
 
 MAX_NEIGHBOURS = 60  # measured in a round; those that the scores think best
 
@@ -79,42 +81,58 @@ def refine(
     return Refinement(path=tuple(path), measured=tuple(measured))
 
 
-def neighbours_of(
-    source: Architecture,
-    scores: Scores,
-    plan: Plan,
-    *,
-    layer_scores: Array,
-    removable: Sequence[Layers],
-    allowed_counts: Mapping[str, Sequence[int]],
-    fits: Callable[[Architecture], bool],
-    fixed_layers: frozenset[int] = frozenset(),
-    max_number: int = MAX_NEIGHBOURS,
-) -> list[Plan]:
-    """Plans with layers of a plan added or exchanged, within all limits, best predicted first.
+@dataclass(frozen=True, kw_only=True)
+class Neighbourhood:
+    """Which plans lie beside a plan: those with layers added or exchanged, within bounds (``space``) and limits.
 
-    ``removable``: what is kept or removed together. ``allowed_counts``: kind of the first of them -> numbers allowed.
-    ``fits``: whether an architecture is within the limits. Widths stay; a layer that comes in takes those of its kind.
+    ``metric``: of the layer scores that predict which are best.
     """
-    kept = set(plan.kept_layers)
-    options = []
-    for added, dropped in _moves(removable, kept):
-        if fixed_layers & dropped:
-            continue
-        kept_layers = tuple(sorted((kept - dropped) | added))
-        counts = Counter(source.layers[group[0]].kind for group in removable if group[0] in kept_layers)
-        if all(counts[kind] in allowed for kind, allowed in allowed_counts.items()):
-            change = float(layer_scores[sorted(dropped)].sum() - layer_scores[sorted(added)].sum())
-            options.append((change, kept_layers))
-    found: list[Plan] = []
-    for change, kept_layers in sorted(options):
-        if len(found) == max_number:
-            break
-        neighbour = with_layers(source, scores, plan, kept_layers)
-        if fits(neighbour.apply(source)):
-            predicted = float(plan.notes.get("predicted_loss", 0.0)) + change
-            found.append(replace(neighbour, notes={**plan.notes, "predicted_loss": predicted}))
-    return found
+
+    source: Architecture
+    scores: Scores
+    metric: str
+    space: SearchSpace
+    limits: Limits
+    pricing: Pricing
+
+    def fits(self, architecture: Architecture) -> bool:
+        """Whether an architecture is within all limits."""
+        return not self.limits.violated(self.pricing.model(architecture))
+
+    def of(self, plan: Plan) -> list[Plan]:
+        """The neighbours of a plan, best predicted first, MAX_NEIGHBOURS at most.
+
+        Widths stay; a layer that comes in takes those of its kind.
+        """
+        before = plan.figures.predicted_loss if plan.figures else 0.0
+        found: list[Plan] = []
+        for change, kept_layers in sorted(self._exchanges(set(plan.kept_layers))):
+            if len(found) == MAX_NEIGHBOURS:
+                break
+            neighbour = with_layers(self.source, self.scores, plan, kept_layers)
+            architecture = neighbour.apply(self.source)
+            if self.fits(architecture):
+                figures = figures_of(
+                    architecture,
+                    self.pricing,
+                    limits=self.limits,
+                    layout=self.space.layout,
+                    predicted_loss=before + change,
+                    metric=self.metric,
+                )
+                found.append(replace(neighbour, figures=figures))
+        return found
+
+    def _exchanges(self, kept: set[int]) -> Iterator[tuple[float, Layers]]:
+        """(change of the predicted loss, layers that then stay) of each move within the bounds."""
+        losses = layer_scores(self.scores, self.metric)
+        removable = self.source.removable(self.space.layout)
+        for added, dropped in _moves(removable, kept):
+            kept_layers = tuple(sorted((kept - dropped) | added))
+            counts = Counter(self.source.layers[group[0]].kind for group in removable if group[0] in kept_layers)
+            is_allowed = all(counts[kind] in allowed for kind, allowed in self.space.counts.items())
+            if is_allowed and not self.space.keep_layers & dropped:
+                yield float(losses[sorted(dropped)].sum() - losses[sorted(added)].sum()), kept_layers
 
 
 def _moves(removable: Sequence[Layers], kept: set[int]) -> Iterator[tuple[set[int], set[int]]]:
@@ -128,20 +146,14 @@ def _moves(removable: Sequence[Layers], kept: set[int]) -> Iterator[tuple[set[in
 
 def with_layers(source: Architecture, scores: Scores, plan: Plan, kept_layers: Layers) -> Plan:
     """A plan with other layers kept, at the widths that the plan gives to layers of their kinds."""
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    kept_units: dict[str, dict[int | None, Units]] = {}
     for axis, by_layer in plan.kept_units.items():
-        if axis == "hidden":
-            kept_units[axis] = dict(by_layer)
-            continue
         width = Counter(len(units) for units in by_layer.values()).most_common(1)[0][0]
-        for layer_idx in kept_layers:
-            layer = source.layers[layer_idx]
-            kind = LAYER_KINDS[layer.kind]
-            if str(layer_idx) in by_layer:
-                kept_units.setdefault(axis, {})[str(layer_idx)] = by_layer[str(layer_idx)]
-            elif axis in kind.prunable_axes and axis in layer.sizes and layer_idx not in plan.kept_layers:
-                groups = layer.sizes[kind.unit_groups[axis]] if axis in kind.unit_groups else 1
-                units = keep_best_units(scores.unit_scores(axis, layer_idx), width, groups)
-                kept_units.setdefault(axis, {})[str(layer_idx)] = units
+        for layer_idx in (None, *kept_layers):
+            if layer_idx in by_layer:
+                kept_units.setdefault(axis, {})[layer_idx] = by_layer[layer_idx]
+            elif axis in source.own_sizes(layer_idx) and layer_idx not in plan.kept_layers:
+                units = best_units(source, scores, axis, layer_idx, width)
+                kept_units.setdefault(axis, {})[layer_idx] = units
     changed = replace(plan, kept_layers=kept_layers, kept_units=kept_units, norm_scales={})
     return replace(changed, norm_scales=norm_scales(source, scores, changed))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from minipuzzle.architecture.kinds import kind_of_axis
+from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_share_or_count
 from minipuzzle.errors import MinipuzzleError
@@ -114,8 +114,9 @@ def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, t
         widths[axis] = parse_widths(source, axis, text, request.granularity)
     if request.is_limited:
         widths = {**_default_widths(source, request), **widths}
-    if request.layout == PER_LAYER and len(widths.get("hidden", ())) > 1:
-        raise MinipuzzleError("all layers share one hidden width", "fix it with --width hidden=N")
+    for axis in TRUNK.prunable_axes:
+        if request.layout == PER_LAYER and len(widths.get(axis, ())) > 1:
+            raise MinipuzzleError(f"all layers share one {axis} width", f"fix it with --width {axis}=N")
     return widths
 
 
@@ -160,8 +161,8 @@ def default_step(source: Architecture, axis: str, granularity: int) -> int:
     full = source.width(axis) or 1
     if axis in WIDE_AXES:
         return min(granularity, full)
-    groups = kind_of_axis(axis).unit_groups
-    return (source.width(groups[axis]) or 1) if axis in groups else 1
+    group_axis = kind_of_axis(axis).unit_groups.get(axis)
+    return (source.width(group_axis) or 1) if group_axis else 1
 
 
 def _check_width(source: Architecture, axis: str, width: int) -> None:
@@ -172,8 +173,7 @@ def _check_width(source: Architecture, axis: str, width: int) -> None:
         raise MinipuzzleError(f"cannot cut {axis} to {width}: the model has {available}", "lower --width")
     if axis == "expert" and width < (used := source.width("experts_per_token") or 1):
         raise MinipuzzleError(f"cannot cut expert to {width}: the router picks {used} a token", "keep more experts")
-    kind = kind_of_axis(axis)
-    if axis in kind.unit_groups:
-        groups = source.width(kind.unit_groups[axis]) or 1
+    if group_axis := kind_of_axis(axis).unit_groups.get(axis):
+        groups = source.width(group_axis) or 1
         if width % groups:
             raise MinipuzzleError(f"{axis}={width} does not divide into the model's {groups} groups", "change --width")

@@ -93,7 +93,7 @@ def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int
         left = target.layer_counts.get(kind, 0)
         table.add_row(f"{kind} layers", str(count), str(left), f"{left / count:.0%}")
     for axis in prunable_axes():
-        before, after = widths_of_axis(source, axis), widths_of_axis(target, axis)
+        before, after = source.widths(axis), target.widths(axis)
         if before and after:
             table.add_row(axis, _range(before), _range(after), f"{mean(after) / mean(before):.0%}")
     parameters = source.num_parameters, target.num_parameters
@@ -107,13 +107,6 @@ def print_plan(source: Architecture, target: Architecture, dropped: Sequence[int
     table.add_row("[bold]memory", *(format_gib(size) for size in total), f"[bold]{total[1] / total[0]:.1%}")
     console.print(table)
     console.print(f"[dim]memory at {deployment.describe()}", highlight=False)
-
-
-def widths_of_axis(architecture: Architecture, axis: str) -> list[int]:
-    """The widths of an axis, one for each layer that has it."""
-    if axis == "hidden":
-        return [architecture.hidden]
-    return [layer.sizes[axis] for layer in architecture.layers if axis in layer.sizes]
 
 
 def _range(widths: Sequence[int]) -> str:

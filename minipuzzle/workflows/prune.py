@@ -128,6 +128,8 @@ def prune(request: PruneRequest, compute: Compute = Compute(), *, out: Path, ove
     documents = read_documents(request.data, tokenizer) if request.data else []
     validation = read_documents(request.validation, tokenizer) if request.validation else []
     plan = read_plan(request.plan) if request.plan is not None else None
+    if plan is not None:
+        plan.check_against(checkpoint.architecture)
     scores = read_scores(request.scores) if request.scores is not None else None
     with output_folder(out, request.provenance(compute), overwrite=overwrite) as folder:
         if plan is not None:
@@ -207,7 +209,7 @@ def _race(
             shutil.rmtree(work / str(number), ignore_errors=True)
             (work / str(number)).mkdir(parents=True)
             write_pruned(problem.checkpoint, item.plan, work / str(number))
-        finalists = [{**item.plan.notes, "before": item.quality.to_json()} for item in found.finalists]
+        finalists = [{**item.figures.to_json(), "before": item.quality.to_json()} for item in found.finalists]
         with output_file(table_file) as path:
             write_json(path, {**found.to_json(), "finalists": finalists})
     table = read_json(table_file)

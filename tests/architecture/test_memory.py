@@ -28,7 +28,7 @@ from minipuzzle.architecture.memory import (
     outer_bytes,
 )
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
+from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
@@ -53,10 +53,10 @@ def cuts_of(source: Architecture) -> dict[str, Plan]:
     fewer = replace(whole, kept_layers=tuple(idx for idx in whole.kept_layers if idx not in (2, 3, 7, 8)))
     widths = {"ffn": range(384), "ssm_head": (0, 1, 4, 5), "ssm_head_channel": range(16), "kv_group": (1,)}
     units: dict[str, Any] = {
-        axis: {str(idx): tuple(kept) for idx in fewer.kept_layers if axis in source.layers[idx].sizes}
+        axis: {idx: tuple(kept) for idx in fewer.kept_layers if axis in source.layers[idx].sizes}
         for axis, kept in widths.items()
     }
-    units["hidden"] = {WHOLE_MODEL: tuple(range(0, 128, 2))}
+    units["hidden"] = {None: tuple(range(0, 128, 2))}
     return {"whole": whole, "fewer layers": fewer, "narrower": replace(fewer, kept_units=units)}
 
 

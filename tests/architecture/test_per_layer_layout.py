@@ -20,7 +20,7 @@ from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.cut.plan import Plan, Units, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
@@ -48,8 +48,9 @@ def uneven_plan(source: Architecture) -> Plan:
         cut = plan_keeping(source, axis, half_of_the_units(source, axis))
         names = {placed.name for placed in source.layer_tensors(layer_idx)}
         scales = {name: factors for name, factors in cut.norm_scales.items() if name in names}
-        kept_units = {axis: {str(layer_idx): cut.kept_units[axis][str(layer_idx)]}}
-        plan = replace(plan, kept_units={**plan.kept_units, **kept_units}, norm_scales={**plan.norm_scales, **scales})
+        narrowed: dict[int | None, Units] = {layer_idx: cut.kept_units[axis][layer_idx]}
+        kept_units = {**plan.kept_units, axis: narrowed}
+        plan = replace(plan, kept_units=kept_units, norm_scales={**plan.norm_scales, **scales})
     return replace(plan, kept_layers=tuple(idx for idx in plan.kept_layers if idx != 1))
 
 

@@ -77,8 +77,12 @@ def test_a_bf16_card_keeps_the_licence_and_base_of_its_source(source: Path, tmp_
 
 def test_the_card_of_a_pruned_model_says_what_was_cut(source: Path, tmp_path: Path) -> None:
     pruned = write_tiny_checkpoint(tmp_path / "pruned", pattern="M-*-", intermediate_size=24)
-    units = {"ffn": {str(layer_idx): tuple(range(24)) for layer_idx in (1, 4)}}
-    plan = Plan(source_fingerprint=Checkpoint.open(source).fingerprint, kept_layers=(0, 1, 3, 4), kept_units=units)
+    kept = tuple(range(24))
+    plan = Plan(
+        source_fingerprint=Checkpoint.open(source).fingerprint,
+        kept_layers=(0, 1, 3, 4),
+        kept_units={"ffn": {1: kept, 4: kept}},
+    )
     (pruned / PLAN_FILE).write_text(plan.to_json())
     export_checkpoint(Checkpoint.open(pruned), tmp_path / "out", ExportRequest())
     card = (tmp_path / "out/README.md").read_text()

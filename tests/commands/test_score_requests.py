@@ -104,8 +104,7 @@ def score_of_cut_model_by_layer(checkpoint: Checkpoint, plan: Plan, layer_idx: i
     ((axis, by_layer),) = plan.kept_units.items()
     kind = source.layers[layer_idx].kind
     # Uniform configs describe only models that are cut everywhere: cut all alike, and take the one layer.
-    everywhere = {str(i): by_layer[str(layer_idx)] for i in source.layer_indices(kind)}
-    uniform = replace(plan, kept_units={axis: everywhere})
+    uniform = replace(plan, kept_units={axis: dict.fromkeys(source.layer_indices(kind), by_layer[layer_idx])})
     config = checkpoint.family.write(checkpoint.config, uniform.apply(source))
     donor = parts_of(build_model(config, cut_tensors(checkpoint, uniform)), checkpoint.family)
     parts, full = (parts_of(load_model(checkpoint), checkpoint.family) for _ in range(2))

@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import Plan, keep_everything, read_plan
+from minipuzzle.cut.plan import Plan, Units, keep_everything, read_plan
 from minipuzzle.cut.scores import Scores
 from minipuzzle.cut.selection import keep_best_units, norm_scales
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import ShardWriter
+from tests.support.cuts import owners_of
+from tests.support.ranking import figures_with
 from tests.support.reference_nemotron_h import reference_forward
 from tests.support.tiny_models import write_tiny_checkpoint
 
@@ -80,8 +82,7 @@ def plan_without(checkpoint: Checkpoint, axis: str, silent: tuple[int, ...], *, 
     size = source.width(axis)
     assert size is not None
     kept = tuple(unit for unit in range(size) if unit not in silent)
-    keys = ["model"] if axis == "hidden" else [str(i) for i, layer in enumerate(source.layers) if axis in layer.sizes]
-    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(keys, kept)})
+    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(owners_of(source, axis), kept)})
     heads, channels = source.width("ssm_head") or 0, source.width("ssm_head_channel") or 0
     inner = np.ones((heads, channels))
     if axis == "ssm_head":
@@ -171,13 +172,13 @@ def narrow_plan(checkpoint: Checkpoint) -> Plan:
     kept_layers = tuple(idx for idx in range(len(source.layers)) if idx not in (1, 5))
     generator = np.random.default_rng(0)
     widths = {"ffn": 32, "ssm_head": 2, "ssm_head_channel": 4, "kv_group": 1, "hidden": 24}
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    kept_units: dict[str, dict[int | None, Units]] = {}
     for axis, width in widths.items():
         size = source.width(axis)
         assert size is not None
-        keys = ["model"] if axis == "hidden" else [str(i) for i in kept_layers if axis in source.layers[i].sizes]
         groups = 2 if axis == "ssm_head" else 1
-        kept_units[axis] = {key: keep_best_units(generator.random(size), width, groups) for key in keys}
+        owners = [idx for idx in owners_of(source, axis) if idx is None or idx in kept_layers]
+        kept_units[axis] = {idx: keep_best_units(generator.random(size), width, groups) for idx in owners}
     plan = replace(keep_everything(source), kept_layers=kept_layers, kept_units=kept_units)
     energies = {f"ssm.{idx}": generator.random(32) for idx in kept_layers}
     energies |= {f"hidden.{idx}": generator.random(32) for idx in (*kept_layers, "final")}
@@ -203,9 +204,9 @@ def test_a_cut_on_all_axes_loads_strictly_and_generates_with_cache_as_without(
 def test_a_cut_tensor_is_the_indexed_source(tiny_checkpoint: Checkpoint) -> None:
     """in_proj row by row, indices written out by hand: z, x, B, C and dt rows of heads 0 and 3, columns of hidden."""
     source = tiny_checkpoint.architecture
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {
-        "ssm_head": {"0": (0, 3)},
-        "hidden": {"model": tuple(range(0, 32, 2))},
+    kept_units: dict[str, dict[int | None, Units]] = {
+        "ssm_head": {0: (0, 3)},
+        "hidden": {None: tuple(range(0, 32, 2))},
     }
     plan = replace(keep_everything(source), kept_units=kept_units)
     cut = dict(cut_tensors(tiny_checkpoint, plan))["backbone.layers.0.mixer.in_proj.weight"]
@@ -216,9 +217,17 @@ def test_a_cut_tensor_is_the_indexed_source(tiny_checkpoint: Checkpoint) -> None
 
 
 def test_a_plan_survives_its_file(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    plan = narrow_plan(tiny_checkpoint)
+    plan = replace(narrow_plan(tiny_checkpoint), figures=figures_with("M-*", 0.5), notes={"by": "someone"})
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
+    assert read_plan(path) == plan
+
+
+def test_a_plan_of_the_first_version_is_read_with_its_figures(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = replace(narrow_plan(tiny_checkpoint), figures=figures_with("M-*", 0.5))
+    record = json.loads(plan.to_json())
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**record, "schema_version": 1, "notes": record.pop("figures")}))
     assert read_plan(path) == plan
 
 
@@ -229,9 +238,11 @@ def test_a_plan_survives_its_file(tiny_checkpoint: Checkpoint, tmp_path: Path) -
         {"kept_layers": (0, 9)},
         {"kept_layers": (3, 1)},
         {"kept_layers": ()},
-        {"kept_units": {"ffn": {"1": (0, 48)}}},
-        {"kept_units": {"ffn": {"0": (0, 1)}}},
-        {"kept_units": {"ssm_head": {"0": (0, 1)}}},
+        {"kept_units": {"ffn": {1: (0, 48)}}},
+        {"kept_units": {"ffn": {0: (0, 1)}}},
+        {"kept_units": {"ffn": {-6: (0, 1)}}},
+        {"kept_units": {"hidden": {1: (0, 1)}}},
+        {"kept_units": {"ssm_head": {0: (0, 1)}}},
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(tiny_checkpoint: Checkpoint, changes: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import minipuzzle
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import keep_everything
+from minipuzzle.cut.plan import Units, keep_everything
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.export.reader import QuantizedCheckpoint
@@ -90,8 +90,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def cut_unevenly(source: Checkpoint, out: Path) -> Checkpoint:
     """The hybrid with MLPs of three widths, and one KV group in one attention layer; nothing is said of its quality."""
     mlp, attention = source.architecture.layer_indices("mlp"), source.architecture.layer_indices("attention")
-    ffn = {str(layer_idx): tuple(range(256 + 128 * (idx % 2))) for idx, layer_idx in enumerate(mlp[:6])}
-    plan = replace(keep_everything(source.architecture), kept_units={"ffn": ffn, "kv_group": {str(attention[1]): (0,)}})
+    ffn: dict[int | None, Units] = {
+        layer_idx: tuple(range(256 + 128 * (idx % 2))) for idx, layer_idx in enumerate(mlp[:6])
+    }
+    plan = replace(keep_everything(source.architecture), kept_units={"ffn": ffn, "kv_group": {attention[1]: (0,)}})
     out.mkdir()
     write_pruned(source, plan, out)
     return Checkpoint.open(out)

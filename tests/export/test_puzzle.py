@@ -23,7 +23,7 @@ import minipuzzle
 from minipuzzle.architecture.configs.puzzle import without_blocks
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.cut.plan import Plan, Units, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint, read_config
 from minipuzzle.files.json_files import write_json
@@ -40,7 +40,7 @@ PATTERN = "M-*M-*-"  # MLP in layers 1, 4 and 6, attention in 2 and 5
 TOKEN_IDS = random_tokens(3, 24, first=3)
 
 
-def prune_unevenly(source: Path, out: Path, **kept_units: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+def prune_unevenly(source: Path, out: Path, **kept_units: Mapping[int | None, Units]) -> Checkpoint:
     """Cut single layers to some of their units."""
     checkpoint = Checkpoint.open(source)
     plan: Plan = replace(keep_everything(checkpoint.architecture), kept_units=kept_units)
@@ -53,8 +53,8 @@ def prune_unevenly(source: Path, out: Path, **kept_units: Mapping[str, tuple[int
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     root = tmp_path_factory.mktemp("models")
     write_tiny_checkpoint(root / "source", pattern=PATTERN)
-    ffn, kv_group = {"1": tuple(range(16)), "6": tuple(range(32))}, {"5": (1,)}
-    return prune_unevenly(root / "source", root / "uneven", ffn=ffn, kv_group=kv_group)
+    ffn: dict[int | None, Units] = {1: tuple(range(16)), 6: tuple(range(32))}
+    return prune_unevenly(root / "source", root / "uneven", ffn=ffn, kv_group={5: (1,)})
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def refusal(checkpoint: Checkpoint, out: Path) -> str:
 
 def test_mamba_layers_that_differ_are_refused_by_name(uneven: Checkpoint, tmp_path: Path) -> None:
     source = uneven.folder.parent / "source"
-    checkpoint = prune_unevenly(source, tmp_path / "uneven", ssm_head={"3": (0, 2)})
+    checkpoint = prune_unevenly(source, tmp_path / "uneven", ssm_head={3: (0, 2)})
     assert "layer 3 (mamba) has 2 heads" in refusal(checkpoint, tmp_path / "out")
 
 
@@ -167,7 +167,7 @@ def test_blocks_that_are_damaged_or_unknown_are_refused(exported: Path, tmp_path
 
 def test_experts_of_a_layers_own_number_survive_the_way_there_and_back(tmp_path: Path) -> None:
     source = write_family_checkpoint(tmp_path / "source", "nemotron_h-moe")
-    checkpoint = prune_unevenly(source, tmp_path / "uneven", expert={"3": (0, 1, 2, 4, 5, 6)})
+    checkpoint = prune_unevenly(source, tmp_path / "uneven", expert={3: (0, 1, 2, 4, 5, 6)})
     export_checkpoint(checkpoint, tmp_path / "out", ExportRequest(is_puzzle=True))
     written: Architecture = Checkpoint.open(tmp_path / "out").architecture
     assert written.fingerprint() == checkpoint.architecture.fingerprint()

@@ -32,7 +32,7 @@ from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import FINAL_NORM, LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from tests.support.cuts import plan_with
-from tests.support.ranking import candidates, padded_windows, quality_of
+from tests.support.ranking import candidates, figures_with, padded_windows, quality_of
 
 
 def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationWindows) -> list[PlanQuality]:
@@ -133,12 +133,12 @@ def test_the_order_follows_the_criterion_and_ties_the_prediction() -> None:
         "d": (quality_of(3.0, 4.0, 0.1, 0.1), 0.5),
     }
     ranked = [
-        RankedPlan(plan=replace(plan, notes={"name": name, "predicted_loss": predicted}), quality=measured)
+        RankedPlan(plan=replace(plan, figures=figures_with(pattern=name, predicted_loss=predicted)), quality=measured)
         for name, (measured, predicted) in table.items()
     ]
 
     def names(rank_by: str) -> str:
-        return "".join(item.plan.notes["name"] for item in best_first(ranked, rank_by))
+        return "".join(item.figures.pattern for item in best_first(ranked, rank_by))
 
     assert names("kl") == "abdc"  # c and d have equal KL; d is predicted to lose less
     assert names("loss") == "bacd"
@@ -210,7 +210,7 @@ from importance.prefix_tree import build_tree
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import joined_processes
 from importance.candidates import measure_plans, open_stack
-from tests.support.ranking import candidates, padded_windows
+from tests.support.ranking import figures_with, candidates, padded_windows
 
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 plans = candidates(checkpoint)

@@ -23,7 +23,7 @@ from minipuzzle.architecture.kinds import LAYER_KINDS, prunable_axes
 from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
+from minipuzzle.cut.plan import Plan, Units, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
-from tests.support.cuts import half_of_the_units, plan_keeping
+from tests.support.cuts import half_of_the_units, owners_of, plan_keeping
 from tests.support.oracles import exact_logits_of, silence
 from tests.support.scoring import score_layers
 from tests.support.text import random_tokens
@@ -204,13 +204,11 @@ def cut_of_everything(source: Architecture) -> Plan:
     """A plan that keeps half of the units on every axis, and all blocks but one."""
     dropped = source.removable()[1]
     kept_layers = tuple(idx for idx in range(len(source.layers)) if idx not in dropped)
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    kept_units: dict[str, dict[int | None, Units]] = {}
     for axis in prunable_axes():
         if source.width(axis) is not None:
-            keys = (
-                [WHOLE_MODEL] if axis == "hidden" else [str(i) for i in kept_layers if axis in source.layers[i].sizes]
-            )
-            kept_units[axis] = dict.fromkeys(keys, half_of_the_units(source, axis))
+            owners = [idx for idx in owners_of(source, axis) if idx is None or idx in kept_layers]
+            kept_units[axis] = dict.fromkeys(owners, half_of_the_units(source, axis))
     return replace(keep_everything(source), kept_layers=kept_layers, kept_units=kept_units)
 
 

@@ -153,7 +153,7 @@ def test_removing_neurons_that_are_silent_in_their_own_expert_keeps_the_logits(t
     plan = replace(plan, kept_units={"expert_ffn": plan.kept_units["expert_ffn"]})  # all experts stay
     tensors = load_file(folder / "model.safetensors")
     for layer_idx in MOE_LAYERS:
-        for expert_idx, kept in enumerate(plan.chosen_units["expert_ffn"][str(layer_idx)]):
+        for expert_idx, kept in enumerate(plan.chosen_units["expert_ffn"][layer_idx]):
             silent = np.setdiff1d(np.arange(NEURONS), kept)
             tensors[f"backbone.layers.{layer_idx}.mixer.experts.{expert_idx}.up_proj.weight"][silent] = 0
     save_file(tensors, folder / "model.safetensors")
@@ -187,8 +187,8 @@ def test_too_few_experts_for_the_router_are_refused(checkpoint: Checkpoint) -> N
 def test_unequal_choices_are_refused(checkpoint: Checkpoint) -> None:
     plan = replace(
         keep_everything(checkpoint.architecture),
-        kept_units={"expert_ffn": {"1": (0, 1)}},
-        chosen_units={"expert_ffn": {"1": ((0, 1), (2,)) * 4}},
+        kept_units={"expert_ffn": {1: (0, 1)}},
+        chosen_units={"expert_ffn": {1: ((0, 1), (2,)) * 4}},
     )
     with pytest.raises(MinipuzzleError, match="unequal"):
         plan.check_against(checkpoint.architecture)

@@ -107,7 +107,7 @@ def test_widths_of_different_rankings_are_right_too(tiny_checkpoint: Checkpoint)
     with NarrowedLayers(stack).modules(cuts) as modules:
         found = [module(random_hidden()) for module in modules]
     for units, output in zip(kept, found, strict=True):
-        plan = replace(keep_everything(stack.architecture), kept_units={"ffn": {"1": units, "4": units, "6": units}})
+        plan = replace(keep_everything(stack.architecture), kept_units={"ffn": {1: units, 4: units, 6: units}})
         wanted = pruned_layers(tiny_checkpoint, plan)[MLP](random_hidden())
         torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
 

@@ -143,9 +143,10 @@ def test_a_per_layer_plan_leaves_what_was_priced() -> None:
     candidate = find_candidates(source, scores, request(memory="60%"), DEPLOYMENT, max_candidates=1)[0]
     plan = plan_of(source, scores, candidate, metric="mse")
     left = plan.apply(source)
-    assert memory_breakdown(left, DEPLOYMENT).total_bytes == candidate.memory_bytes == plan.notes["memory_bytes"]
+    assert memory_breakdown(left, DEPLOYMENT).total_bytes == candidate.memory_bytes
     assert {layer.sizes["ffn"] for layer in left.layers if layer.kind == "mlp"} <= set(FFN_WIDTHS)
-    assert plan.notes["layout"] == "per-layer"
+    assert plan.figures is not None
+    assert plan.figures.memory_bytes == candidate.memory_bytes and plan.figures.layout == "per-layer"
 
 
 def test_an_infeasible_budget_names_the_smallest_memory_and_what_binds() -> None:

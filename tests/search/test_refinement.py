@@ -46,7 +46,7 @@ def divergence(problem: Problem, plans: list, texts: EvaluationWindows) -> list[
 def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> None:
     found = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2, refine=True))
     best = found.ranked[0]
-    neighbours = problem.neighbours(best.plan)
+    neighbours = problem.neighbourhood.of(best.plan)
     assert neighbours
     assert min(divergence(problem, neighbours, padded_windows())) >= best.quality.kl * (1 - 1e-5)
     start = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2)).ranked[0]
@@ -65,8 +65,8 @@ def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
 
     whole = keep_everything(problem.source)
     starts = [replace(whole, kept_layers=(0, 3, *rest)) for rest in itertools.combinations((1, 2, 4, 5, 6, 7), 3)]
-    worst = measured([plan for plan in starts if problem.fits(plan.apply(problem.source))])[-1]
-    found = refine(worst, neighbours=problem.neighbours, measure=measured, rank_by="kl")
+    worst = measured([plan for plan in starts if problem.neighbourhood.fits(plan.apply(problem.source))])[-1]
+    found = refine(worst, neighbours=problem.neighbourhood.of, measure=measured, rank_by="kl")
     steps = [item.quality.kl for item in found.path]
     assert len(steps) > 1 and steps == sorted(steps, reverse=True)
     layers = [item.plan.kept_layers for item in (worst, *found.measured)]
@@ -80,7 +80,7 @@ def layers_one_exchange_away(problem: Problem, plan: Plan) -> set[tuple[int, ...
     exchanges += [({*pair}, {dropped}) for pair in itertools.combinations(outside, 2) for dropped in kept]
     reached = {tuple(sorted((kept - dropped) | added)) for added, dropped in exchanges}
     plans = {layers: with_layers(problem.source, problem.scores, plan, layers) for layers in reached if 0 in layers}
-    return {layers for layers, found in plans.items() if problem.fits(found.apply(problem.source))}
+    return {layers for layers, found in plans.items() if problem.neighbourhood.fits(found.apply(problem.source))}
 
 
 def has_too_few_of_a_kind(source: Architecture, layers: tuple[int, ...]) -> bool:
@@ -92,7 +92,7 @@ def has_too_few_of_a_kind(source: Architecture, layers: tuple[int, ...]) -> bool
 
 def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Problem) -> None:
     plan = problem.predicted_plans(1)[0]
-    neighbours = problem.neighbours(plan)
+    neighbours = problem.neighbourhood.of(plan)
     found = {neighbour.kept_layers for neighbour in neighbours}
     wanted = layers_one_exchange_away(problem, plan)
     assert len(found) == len(neighbours)
@@ -101,13 +101,14 @@ def test_neighbours_stay_within_budget_and_bounds_and_are_complete(problem: Prob
 
 
 def test_neighbours_come_in_the_order_of_their_predictions_and_describe_themselves(problem: Problem) -> None:
-    neighbours = problem.neighbours(problem.predicted_plans(1)[0])
-    predicted = [neighbour.notes["predicted_loss"] for neighbour in neighbours]
+    neighbours = problem.neighbourhood.of(problem.predicted_plans(1)[0])
+    predicted = [neighbour.figures.predicted_loss for neighbour in neighbours if neighbour.figures]
     assert predicted == sorted(predicted)
     for neighbour in neighbours:
         architecture = neighbour.apply(problem.source)
-        assert neighbour.notes["pattern"] == architecture.pattern
-        assert neighbour.notes["num_parameters"] == architecture.num_parameters
+        assert neighbour.figures is not None
+        assert neighbour.figures.pattern == architecture.pattern
+        assert neighbour.figures.num_parameters == architecture.num_parameters
 
 
 def test_a_layer_that_comes_in_is_as_narrow_as_the_others(tmp_path: Path, problem: Problem) -> None:

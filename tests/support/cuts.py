@@ -12,7 +12,7 @@ import numpy as np
 from minipuzzle.architecture.kinds import LAYER_KINDS, kind_of_axis
 from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.cut.plan import WHOLE_MODEL, Plan, keep_everything
+from minipuzzle.cut.plan import Plan, Units, keep_everything
 from minipuzzle.cut.scores import Scores
 from minipuzzle.cut.selection import keep_best_units, norm_scales, rank_layers
 from minipuzzle.cut.surgery import kept_positions
@@ -26,6 +26,11 @@ def best_layers(source: Architecture, layer_scores: np.ndarray[Any, Any], counts
     return tuple(sorted(itertools.chain.from_iterable(kept)))
 
 
+def owners_of(source: Architecture, axis: str) -> list[int | None]:
+    """The layers that an axis may be cut in, or None for the one that all share."""
+    return [idx for idx in (None, *range(len(source.layers))) if axis in source.own_sizes(idx)]
+
+
 def ranking(size: int, num_kept: int, num_groups: int = 1, seed: int = 0) -> tuple[int, ...]:
     return keep_best_units(np.random.default_rng(seed).random(size), num_kept, num_groups)
 
@@ -33,21 +38,15 @@ def ranking(size: int, num_kept: int, num_groups: int = 1, seed: int = 0) -> tup
 def plan_with(checkpoint: Checkpoint, **widths: int) -> Plan:
     """Every layer that has an axis cut to its width, and arbitrary factors for the norms that this touches."""
     source = checkpoint.architecture
-    kept_units: dict[str, dict[str, tuple[int, ...]]] = {}
+    kept_units: dict[str, dict[int | None, Units]] = {}
     scales = {}
     for axis, width in widths.items():
-        if axis == "hidden":
-            kept_units[axis] = {WHOLE_MODEL: ranking(source.hidden, width)}
-            continue
         groups = 2 if axis == "ssm_head" else 1
         kept_units[axis] = {
-            str(idx): ranking(layer.sizes[axis], width, groups, seed=idx)
-            for idx, layer in enumerate(source.layers)
-            if axis in layer.sizes
+            idx: ranking(source.sizes(idx)[axis], width, groups, seed=idx or 0) for idx in owners_of(source, axis)
         }
     for placed in source.tensors():
-        cut_axes = {axis for dim in placed.spec.dims for segment in dim for axis in segment} & widths.keys()
-        if placed.spec.rms_groups and cut_axes:
+        if placed.spec.rms_groups and placed.spec.axes & widths.keys():
             scales[placed.name] = tuple(1.5 - 0.1 * group for group in range(placed.spec.rms_groups))
     return replace(keep_everything(source), kept_units=kept_units, norm_scales=scales)
 
@@ -56,16 +55,14 @@ def half_of_the_units(source: Architecture, axis: str) -> tuple[int, ...]:
     """The first half of the units of each group."""
     size, kind = source.width(axis), kind_of_axis(axis)
     assert size is not None
-    groups = source.width(kind.unit_groups[axis]) or 1 if kind and axis in kind.unit_groups else 1
+    groups = source.width(kind.unit_groups[axis]) or 1 if axis in kind.unit_groups else 1
     per_group = size // groups
     return tuple(unit for unit in range(size) if unit % per_group < per_group // 2)
 
 
 def plan_keeping(source: Architecture, axis: str, kept: tuple[int, ...]) -> Plan:
     """A plan for one axis, with energies that are one where units stay and zero where they go."""
-    layers = [idx for idx, layer in enumerate(source.layers) if axis in layer.sizes]
-    keys = [WHOLE_MODEL] if axis == "hidden" else [str(idx) for idx in layers]
-    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(keys, kept)})
+    plan = replace(keep_everything(source), kept_units={axis: dict.fromkeys(owners_of(source, axis), kept)})
     energies = {"hidden.final": energy(((axis,),), {"hidden": source.hidden}, axis, kept)} if axis == "hidden" else {}
     for placed in source.tensors():
         if placed.spec.rms_groups and placed.layer_idx is not None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from minipuzzle.architecture.memory import Deployment
+from minipuzzle.cut.figures import Figures
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.files.checkpoint import Checkpoint
@@ -46,3 +48,19 @@ def candidates(checkpoint: Checkpoint) -> list[Plan]:
 
 def quality_of(kl: float, loss: float, accuracy: float, agreement: float) -> PlanQuality:
     return PlanQuality(kl=kl, loss=loss, next_token_accuracy=accuracy, agreement=agreement, num_tokens=1)
+
+
+def figures_with(pattern: str, predicted_loss: float) -> Figures:
+    """Figures of a plan of which only its name and its prediction matter."""
+    return Figures(
+        pattern=pattern,
+        num_parameters=1,
+        num_active_parameters=1,
+        memory_bytes=1,
+        memory_terms=(),
+        deployment=Deployment(),
+        layout="uniform",
+        limits={},
+        predicted_loss=predicted_loss,
+        metric="mse",
+    )

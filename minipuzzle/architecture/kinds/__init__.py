@@ -18,7 +18,15 @@ LAYER_KINDS: Table[LayerKind] = Table(
     },
 )
 # What lies around the layers. It owns the axis that all layers share, and has no position among them.
-TRUNK = LayerKind(name="trunk", symbol="", color="white", roles=(), prunable_axes=("hidden",), kept_per_output=0)
+TRUNK = LayerKind(
+    name="trunk",
+    symbol="",
+    color="white",
+    roles=(),
+    prunable_axes=("hidden",),
+    kept_per_output=0,
+    inner_norm_energy="hidden",
+)
 
 
 @cache
@@ -30,3 +38,8 @@ def prunable_axes() -> tuple[str, ...]:
 def kind_of_axis(axis: str) -> LayerKind:
     """The kind that owns an axis: that of the layers that have it, or TRUNK."""
     return next(kind for kind in (*LAYER_KINDS.values(), TRUNK) if axis in kind.prunable_axes)
+
+
+def owner_of_axis(axis: str, layer_idx: int) -> int | None:
+    """Whose units of an axis a layer has: its own, or those of the whole model (None)."""
+    return None if axis in TRUNK.prunable_axes else layer_idx

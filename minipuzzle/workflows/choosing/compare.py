@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -13,15 +13,14 @@ from minipuzzle.architecture.memory import Deployment
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import Scores
-from minipuzzle.cut.selection import layer_scores
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best_first
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.search.costs import Pricing
-from minipuzzle.search.engine import figures_of, find_candidates, plan_of
-from minipuzzle.search.refinement import neighbours_of, refine
+from minipuzzle.search.engine import find_candidates, plan_of
+from minipuzzle.search.refinement import Neighbourhood, refine
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.space import requested_space
 from minipuzzle.workflows.choosing.finalists import pick_finalists
@@ -72,31 +71,17 @@ class Problem:
         candidates = find_candidates(self.source, self.scores, self.target, self.deployment, max_candidates=number)
         return [plan_of(self.source, self.scores, candidate, metric=self.target.metric) for candidate in candidates]
 
-    def fits(self, architecture: Architecture) -> bool:
-        """Whether an architecture is within all limits."""
-        pricing = Pricing(source=self.source, deployment=self.deployment, timings=self.target.timings)
-        return not self.target.limits(self.source, self.deployment).violated(pricing.model(architecture))
-
-    def neighbours(self, plan: Plan) -> list[Plan]:
-        """Plans with some layers added or exchanged, within all limits and bounds, best predicted first."""
-        space = requested_space(self.source, self.target)
-        found = neighbours_of(
-            self.source,
-            self.scores,
-            plan,
-            layer_scores=layer_scores(self.scores, self.target.metric),
-            removable=self.source.removable(self.target.layout),
-            allowed_counts=space.counts,
-            fits=self.fits,
-            fixed_layers=space.keep_layers,
+    @property
+    def neighbourhood(self) -> Neighbourhood:
+        """Which plans lie beside a plan, within all limits and bounds."""
+        return Neighbourhood(
+            source=self.source,
+            scores=self.scores,
+            metric=self.target.metric,
+            space=requested_space(self.source, self.target),
+            limits=self.target.limits(self.source, self.deployment),
+            pricing=Pricing(source=self.source, deployment=self.deployment, timings=self.target.timings),
         )
-        return [self._noted(neighbour) for neighbour in found]
-
-    def _noted(self, plan: Plan) -> Plan:
-        """The plan with the figures that follow from its layers put right."""
-        architecture = plan.apply(self.source)
-        pricing = Pricing(source=self.source, deployment=self.deployment, timings=self.target.timings)
-        return replace(plan, notes={**plan.notes, **figures_of(architecture, pricing)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +94,10 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The table of all plans, and how far the order of predictions is from the measured one."""
-        predicted = sorted(float(item.plan.notes.get("predicted_loss", 0.0)) for item in self.ranked)
-        best = float(self.ranked[0].plan.notes.get("predicted_loss", 0.0))
+        predicted = [item.figures.predicted_loss for item in self.ranked]
         return {
-            "candidates": [{**item.plan.notes, **item.quality.to_json()} for item in self.ranked],
-            "best_was_predicted": predicted.index(best) + 1,
+            "candidates": [item.to_json() for item in self.ranked],
+            "best_was_predicted": sorted(predicted).index(predicted[0]) + 1,
             **({"refinement": self.refinement} if self.refinement else {}),
         }
 
@@ -135,7 +119,7 @@ def compare(
     best_predicted, ranked = plans[0], measured(plans)
     refinement: dict[str, Any] = {}
     if settings.refine:
-        found = refine(ranked[0], neighbours=problem.neighbours, measure=measured, rank_by=settings.rank_by)
+        found = refine(ranked[0], neighbours=problem.neighbourhood.of, measure=measured, rank_by=settings.rank_by)
         ranked = best_first([*ranked, *found.measured], settings.rank_by)
         refinement = found.to_json(problem.source, problem.scores)
     min_different = max(problem.target.diversity, ceil(FINALIST_DIFFERENCE * len(problem.source.layers)))

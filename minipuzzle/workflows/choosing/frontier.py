@@ -43,7 +43,7 @@ class MeasuredFrontier:
         """The points, and the table of all candidates."""
         return {
             "frontier": [asdict(point) for point in self.points],
-            "candidates": [{**item.plan.notes, **item.quality.to_json()} for item in self.ranked],
+            "candidates": [item.to_json() for item in self.ranked],
         }
 
 
@@ -79,7 +79,7 @@ def measured_frontier(
     if not plans:
         raise InfeasibleBudgetError(reasons[max(budgets)], "raise the budgets of the sweep, or loosen a bound")
     ranked = rank_plans(problem.checkpoint, list(plans.values()), windows, compute, rank_by=settings.rank_by)
-    chosen = [next((item for item in ranked if item.plan.notes["memory_bytes"] <= size), None) for size in budgets]
+    chosen = [next((item for item in ranked if item.figures.memory_bytes <= size), None) for size in budgets]
     points = [_point(size, item, reasons.get(size, "")) for size, item in zip(budgets, chosen, strict=True)]
     return MeasuredFrontier(
         points=tuple(points), plans=tuple(item.plan if item else None for item in chosen), ranked=tuple(ranked)
@@ -91,10 +91,10 @@ def _point(budget_bytes: int, item: RankedPlan | None, reason: str) -> FrontierP
         return FrontierPoint(budget_bytes=budget_bytes, description=reason)
     return FrontierPoint(
         budget_bytes=budget_bytes,
-        memory_bytes=item.plan.notes["memory_bytes"],
-        num_parameters=item.plan.notes["num_parameters"],
+        memory_bytes=item.figures.memory_bytes,
+        num_parameters=item.figures.num_parameters,
         quality=item.quality.kl,
-        description=item.plan.notes["pattern"],
+        description=item.figures.pattern,
     )
 
 
