@@ -8,9 +8,11 @@ from statistics import median
 from typing import Any
 
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.option import option
 
 OFFLOADS = ("none", "cpu")
 QUANTIZATIONS = ("none", "fp8")
+_ENGINE = "Memory, speed and safety"
 SPIKE_WINDOW = 32  # losses that a spike is measured against
 
 
@@ -18,25 +20,43 @@ SPIKE_WINDOW = 32  # losses that a spike is measured against
 class EngineSettings:
     """Memory and safety of a run.
 
-    ``teacher_offload``: "cpu" keeps the teacher's weights in host memory and copies a layer at a time to the device.
-    ``activation_checkpointing``: layers keep their inputs only and are computed again in the backward pass.
-    ``compile_layers``: each layer of the student runs as code that torch.compile makes of it.
-    ``fp8``: linear layers of the student multiply in FP8 on GPUs that do. ``qat``: "fp8" trains through the rounding of
-    an FP8 export. ``keep_last``: how many saved states are kept.
-    ``spike_factor``: a step whose loss exceeds so many times the median of recent ones is skipped, and a run that
-    skips more than ``max_skipped_steps`` stops; steps whose loss or gradient is not finite are always skipped.
+    Steps whose loss or gradient is not finite are skipped whatever the spike factor.
 
     Raises: MinipuzzleError for a value out of range.
     """
 
-    teacher_offload: str = "none"
-    activation_checkpointing: bool = False
-    compile_layers: bool = False
-    fp8: bool = False
-    qat: str = "none"
-    keep_last: int = 1
-    spike_factor: float = 5.0
-    max_skipped_steps: int = 20
+    fp8: bool = option(
+        False,
+        "Multiply in FP8 on GPUs that can (with torchao); elsewhere this says why not and changes nothing.",
+        section=_ENGINE,
+    )
+    qat: str = option(
+        "none",
+        "Train through the rounding of an FP8 export; best for a short run at a low rate after a plain one.",
+        choices=QUANTIZATIONS,
+        section=_ENGINE,
+    )
+    compile_layers: bool = option(
+        False, "Run the student's layers as torch.compile makes them.", name="compile", section=_ENGINE
+    )
+    activation_checkpointing: bool = option(
+        False,
+        "Keep only the inputs of layers and compute the rest twice: less memory, a third more work.",
+        section=_ENGINE,
+    )
+    teacher_offload: str = option(
+        "none",
+        "Keep the teacher in host memory and copy it to the device layer by layer.",
+        choices=OFFLOADS,
+        section=_ENGINE,
+    )
+    keep_last: int = option(1, "Saved states to keep while the run lasts.", section="Saving and evaluating")
+    spike_factor: float = option(
+        5.0, "Skip a step whose loss is so many times the median of recent ones.", section=_ENGINE
+    )
+    max_skipped_steps: int = option(
+        20, "Stop a run that has skipped more steps than this.", at_least=0, section=_ENGINE
+    )
 
     def __post_init__(self) -> None:
         if self.teacher_offload not in OFFLOADS:

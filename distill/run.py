@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,15 @@ class DistillResult:
     best_step: int
     peak_memory_bytes: int
     estimate: RunEstimate
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What was written."""
+        return Checkpoint.open(self.out)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        return {**asdict(self), "out": str(self.out), "remaining_kl_fraction": self.remaining_kl_fraction}
 
     @property
     def tokens_per_second(self) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.schedules import SCHEDULES
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.option import option
 from minipuzzle.runtime.compute import DTYPES
 from minipuzzle.table import Table
 
@@ -49,50 +50,88 @@ DOCUMENTS: Table[DocumentLayout] = Table(
 )
 
 
+_OPTIMISER, _LOSS, _TEXT, _SAVING = "Optimiser", "Loss", "Text", "Saving and evaluating"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
     """Everything besides models and data that shapes the result, and how often to save and to evaluate.
 
     ``tokens`` is rounded up to whole steps of ``batch_sequences`` x ``sequence_length``. A step is computed
     ``micro_batch_sequences`` at a time, which bounds activation memory and does not change the mean that is minimised.
-    ``dtype``: precision of the computation; weights, gradients and optimiser states are float32 always.
-    ``save_every`` and ``eval_every`` are in steps; 0 saves every 5 minutes and evaluates only before and after.
-    ``form``: how the distributions are compared, ``mixture_share`` as in LossSettings; ``top_k``: of the teacher, this
-    many likeliest tokens and one outcome for all others (0: all tokens); ``hidden_weight``: weight of the cosine
-    distance between what the two LM heads see.
-    ``schedule``: how the learning rate falls after the warm-up; ``wsd`` does so in the last ``decay_fraction`` of the
-    run only. ``documents``: how they are laid out in windows (see training.data); ``held_out``: their share for
-    validation.
+    ``dtype``: precision of the computation; weights, gradients and optimiser states are float32 always. ``save_every``
+    and ``eval_every``: 0 saves every 5 minutes and evaluates before and after. ``top_k``: 0 takes all tokens.
 
     Raises: MinipuzzleError for a value out of range.
     Source of the defaults: NVIDIA's recipe for pruned Nemotron models (forward KL at temperature 1, rate 1e-4 falling
     to a tenth along a cosine, betas 0.9 and 0.95). Models of a few million parameters want about ten times that rate.
     """
 
-    tokens: int
-    sequence_length: int = 2048
-    batch_sequences: int = 16
-    micro_batch_sequences: int = 1
-    learning_rate: float = 1e-4
+    tokens: int = option(help="Tokens to train on, e.g. 2M; may exceed the data.", takes="count", is_needed=False)
+    sequence_length: int = option(2048, "Tokens of a sequence.")
+    batch_sequences: int = option(16, "Sequences of an optimiser step.", name="batch", section=_OPTIMISER)
+    micro_batch_sequences: int = option(
+        1,
+        "Sequences computed at once; more is faster on a GPU and takes more memory.",
+        name="micro-batch",
+        section=_OPTIMISER,
+    )
+    learning_rate: float = option(
+        1e-4, "Peak rate; a model of a few million parameters wants about 1e-3.", section=_OPTIMISER
+    )
     min_learning_rate_fraction: float = 0.1
-    warmup_fraction: float = 0.03
+    warmup_fraction: float = option(0.03, "Part of the run.", section=_OPTIMISER)
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
-    temperature: float = 1.0
-    ce_weight: float = 0.0
-    form: str = "forward"
-    mixture_share: float | None = None
-    top_k: int = 0
-    hidden_weight: float = 0.0
-    schedule: str = "cosine"
-    decay_fraction: float = 0.2
-    documents: str = "packed"
-    held_out: float = 0.0
-    seed: int = 0
+    temperature: float = option(1.0, "Softens both distributions.", section=_LOSS)
+    ce_weight: float = option(
+        0.0, "Share of the loss that comes from the text's own next tokens instead of the teacher.", section=_LOSS
+    )
+    form: str = option(
+        "forward",
+        "How the distributions are compared: KL from teacher to student, the reverse, or with a mixture of both.",
+        choices=FORMS,
+        section=_LOSS,
+    )
+    mixture_share: float | None = option(
+        None,
+        "Share of the first distribution in that mixture; default: 0.5 for jsd, 0.1 for skewed forms.",
+        takes="number",
+        section=_LOSS,
+    )
+    top_k: int = option(
+        0,
+        "Of the teacher, this many likeliest tokens and one outcome for all others; default: all, 64 with a cache.",
+        section=_LOSS,
+    )
+    hidden_weight: float = option(
+        0.0, "Weight of the cosine distance between what the two LM heads see.", section=_LOSS
+    )
+    schedule: str = option(
+        "cosine",
+        "How the learning rate falls after the warm-up; wsd stays high and falls at the end.",
+        choices=SCHEDULES,
+        section=_OPTIMISER,
+    )
+    decay_fraction: float = option(0.2, "Part of the run in which wsd lets the rate fall.", section=_OPTIMISER)
+    documents: str = option(
+        "packed",
+        "packed: without gaps or resets, as in pre-training; separate: a sequence holds one document, padded.",
+        choices=DOCUMENTS,
+        section=_TEXT,
+    )
+    held_out: float = option(
+        0.0,
+        "Share of the documents in --data to keep for validation; a blend file says so itself.",
+        section=_TEXT,
+    )
+    seed: int = option(0, "Order of the text.", takes="integer", section=_TEXT)
     dtype: str = "float32"
-    eval_every: int = 0
-    save_every: int = 0
+    eval_every: int = option(
+        0, "Evaluate every N steps and write the best; default: before and after.", section=_SAVING
+    )
+    save_every: int = option(0, "Save the state every N steps; default: every 5 minutes.", section=_SAVING)
 
     def __post_init__(self) -> None:
         positive = ("tokens", "sequence_length", "batch_sequences", "micro_batch_sequences", "learning_rate")

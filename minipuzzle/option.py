@@ -14,7 +14,8 @@ class Option:
     """``name``: where it is not the field's. ``takes``: how text is read, by name; default: by the default's type.
 
     ``at_least``, ``at_most``, ``above``: bounds of a number. ``section``: the heading of its help; "" is for what most
-    people need first. ``is_needed``: a command cannot do without it, though Python can.
+    people need first. ``is_needed``: whether a command cannot do without
+    it, where that is not so in Python as well.
     """
 
     help: str
@@ -26,7 +27,7 @@ class Option:
     at_most: float | None = None
     above: float | None = None
     section: str = ""
-    is_needed: bool = False
+    is_needed: bool | None = None
 
     def flag(self, field_name: str) -> str:
         """The option as it is typed."""

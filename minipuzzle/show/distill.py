@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console, Group
@@ -18,7 +19,8 @@ from minipuzzle.show.bars import steps_bar
 from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
-    from distill.run import PreparedRun
+    from distill.run import DistillResult, PreparedRun
+    from distill.scale.estimate import RunEstimate
 
 
 def text_plan(prepared: PreparedRun) -> Table:
@@ -55,6 +57,73 @@ def text_notes(prepared: PreparedRun) -> list[str]:
             "all others are one outcome, so the divergence is at most that over the whole vocabulary"
         )
     return notes
+
+
+def print_text(prepared: PreparedRun) -> None:
+    """Print what a run will read, before it starts."""
+    console = Console(stderr=True)
+    console.print(text_plan(prepared))
+    for note in text_notes(prepared):
+        console.print(note, highlight=False)
+
+
+def print_planned(facts: Mapping[str, Any]) -> None:
+    """Print what a run would do and take."""
+    for name, value in facts.items():
+        if not isinstance(value, int | float | str):
+            continue
+        shown = f"{value:,.2f}" if isinstance(value, float) else value if isinstance(value, str) else f"{value:,}"
+        shown = format_gib(int(value)) if "bytes" in name else shown
+        estimated = " (estimate)" if name in ("activation_bytes", "tokens_per_second", "hours") else ""
+        print(f"{name.removesuffix('_bytes').replace('_', ' '):<26} {shown}{estimated}")
+    print("dry run: nothing was written")
+
+
+def print_result(result: DistillResult) -> None:
+    """Print what a run did, beside what was expected of it."""
+    table = figures_table("", "before", "after", "left")
+    if result.validation_kl_before is not None and result.validation_kl_after is not None:
+        row = [f"{result.validation_kl_before:.4f}", f"{result.validation_kl_after:.4f}"]
+        table.add_row("KL to the teacher, nats/token", *row, f"{result.remaining_kl_fraction:.1%}")
+        row = [f"{result.validation_loss_before:.4f}", f"{result.validation_loss_after:.4f}"]
+        table.add_row("loss on the text, nats/token", *row, "")
+        Console().print(table)
+    print(
+        f"{result.steps:,} steps, {format_count(result.tokens)} tokens, {result.epochs:.2f} epochs, "
+        f"{result.tokens_per_second:,.0f} tokens/s"
+    )
+    expected = result.estimate
+    print(f"{'':<22}{'measured':>14}{'estimated':>14}")
+    print(f"{'tokens/s':<22}{result.tokens_per_second:>14,.0f}{expected.tokens_per_second:>14,.0f}")
+    memory = format_gib(result.peak_memory_bytes), format_gib(expected.memory.total_bytes)
+    print(f"{'memory, each process':<22}{memory[0]:>14}{memory[1]:>14}")
+    if result.skipped_steps:
+        print(
+            f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite or rose suddenly"
+        )
+    if result.remaining_kl_fraction is not None and result.remaining_kl_fraction >= 1:
+        print("the student did not come nearer to its teacher: give more --tokens, or another --learning-rate")
+    if result.best_step != result.steps:
+        print(f"written are the weights after step {result.best_step:,}, the best by the KL on held-out text")
+    print(f"written to {result.out}\nnext: minipuzzle export {result.out} --fp8 -o ...")
+
+
+def print_estimates(facts: Mapping[str, float], runs: Sequence[RunEstimate]) -> None:
+    """Print what runs on some numbers of processes are expected to need."""
+    for name, value in facts.items():
+        print(
+            f"{name.replace('_', ' '):<26} {value:,.2f}" if value < 1 else f"{name.replace('_', ' '):<26} {value:,.0f}"
+        )
+    table = figures_table("", *(f"{row.num_processes:,} x {row.hardware}" for row in runs))
+    for term in asdict(runs[0].memory):
+        table.add_row(term.removesuffix("_bytes"), *(format_gib(getattr(row.memory, term)) for row in runs))
+    table.add_row("each process", *(format_gib(row.memory.total_bytes) for row in runs), style="bold")
+    table.add_row("tokens/s", *(f"{row.tokens_per_second:,.0f}" for row in runs))
+    table.add_row("bound by", *(row.bound_by for row in runs))
+    table.add_row("hours", *(f"{row.hours:,.3g}" if row.hours < 100 else f"{row.hours:,.0f}" for row in runs))
+    table.add_row("possible", *("; ".join(row.problems) or "yes" for row in runs))
+    Console().print(table)
+    print("an estimate: weights and optimiser are exact, activations, speed and hours are not")
 
 
 @contextmanager

@@ -6,24 +6,28 @@ Free of torch, so that commands can show help.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.engine import EngineSettings
+from distill.settings import DistillSettings
 from minipuzzle.architecture.deployments import NamedDeployment, find_deployment
 from minipuzzle.architecture.memory import Deployment
+from minipuzzle.architecture.quantities import parse_count
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import ALGORITHMS
 from minipuzzle.formats.choices import RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
-from minipuzzle.option import option
+from minipuzzle.option import option, part
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.search.request import SearchTargets
 
 if TYPE_CHECKING:
     from minipuzzle.workflows.verbs import Model
 
+DEFAULT_TOP_K = 64  # of a teacher cache
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
 Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Deployment
@@ -220,3 +224,50 @@ class ExportSettings:
     )
     command: str | None = None
     compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(DistillSettings):
+    """A teacher, text, how to train on them, and where the result goes.
+
+    Raises: MinipuzzleError for a value out of range.
+    """
+
+    tokens: int | str = option(help="Tokens to train on, e.g. 2M; may exceed the data.", takes="count", is_needed=False)  # type: ignore[assignment] # a number once it is made
+    teacher: Model | None = option(
+        None, "The model STUDENT was cut from; default: the one that STUDENT remembers.", takes="path"
+    )
+    data: Texts = option((), TEXT_HELP, takes="paths")
+    validation: Texts = option(
+        (),
+        "Held-out text, to measure the distance from the teacher before and after. Repeatable.",
+        takes="paths",
+    )
+    out: str | Path = option(help=OUT_HELP, takes="path", is_needed=False)
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    teacher_cache: Path | None = option(
+        None,
+        "Keep the teacher's top-k targets in this folder, for further epochs and students; several runs may share it.",
+        takes="folder",
+        section="Loss",
+    )
+    tensorboard: Path | None = option(
+        None,
+        "Write the figures of each step for TensorBoard into this folder.",
+        takes="folder",
+        section="Saving and evaluating",
+    )
+    engine: EngineSettings = part(EngineSettings)
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, str):
+            object.__setattr__(self, "tokens", parse_count(self.tokens))
+        if self.teacher_cache is not None and not self.top_k:
+            object.__setattr__(self, "top_k", DEFAULT_TOP_K)
+        super().__post_init__()
+
+    @property
+    def training(self) -> DistillSettings:
+        """What shapes the result."""
+        return DistillSettings(**{item.name: getattr(self, item.name) for item in fields(DistillSettings)})

@@ -106,7 +106,7 @@ def option_fields(settings: type) -> Iterator[tuple[Field[Any], Option]]:
 
 
 def _click_option(item: Field[Any], about: Option) -> Callable[[Any], Any]:
-    is_required = about.is_needed or (item.default is MISSING and item.default_factory is MISSING)
+    has_default = item.default is not MISSING or item.default_factory is not MISSING
     default = None if item.default is MISSING or item.default == () else item.default
     kind = READERS[about.takes or _READER_OF_TYPE.get(type(default), "text")]
     if about.choices:
@@ -123,7 +123,7 @@ def _click_option(item: Field[Any], about: Option) -> Callable[[Any], Any]:
         cls=SectionOption,
         section=about.section,
         default=None if kind.get("multiple") else default,
-        required=is_required,
+        required=not has_default if about.is_needed is None else about.is_needed,
         help=about.help,
         metavar=about.metavar,
         show_default=says_default,
