@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from minipuzzle.architecture.kinds import LAYER_KINDS, TRUNK
-from minipuzzle.architecture.layers import HIDDEN, CacheSpec, LayerSpec, NormSpec, TensorSpec
+from minipuzzle.architecture.layers import HIDDEN, LayerSpec, NormSpec, TensorSpec
 
 # Layouts of a cut model. Uniform: complete blocks and one width an axis, which every engine loads.
 UNIFORM, PER_LAYER = "uniform", "per-layer"
@@ -230,12 +230,6 @@ class Architecture:
         for layer_idx, times in self.distinct_layers():
             yield from ((tensor, times) for tensor in self.layer_tensors(layer_idx))
         yield from ((tensor, 1) for tensor in self.outer_tensors())
-
-    def distinct_caches(self) -> Iterator[tuple[CacheSpec, int]]:
-        """One cache for all that are alike, and how many layers keep it."""
-        for layer_idx, times in self.distinct_layers():
-            layer = self.layers[layer_idx]
-            yield from ((cache, times) for cache in LAYER_KINDS[layer.kind].caches(layer))
 
     def fingerprint(self) -> str:
         """A short hash of everything that shapes the weights."""

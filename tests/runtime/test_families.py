@@ -32,7 +32,7 @@ from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cuts import half_of_the_units, owners_of, plan_keeping
-from tests.support.oracles import exact_logits_of, silence
+from tests.support.oracles import caches_of, exact_logits_of, silence
 from tests.support.scoring import score_layers
 from tests.support.text import random_tokens
 from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, write_family_checkpoint
@@ -139,11 +139,11 @@ def test_cache_elements_equal_those_of_the_filled_cache(checkpoint: Checkpoint, 
         # transformers keeps one column of the convolution's input more than engines do.
         real["conv_state"] += sum(t[..., 1:].numel() for t in tensors_in(layer, "conv_states"))
     expected = dict.fromkeys(real, 0)
-    for spec, times in checkpoint.architecture.distinct_caches():
+    for spec in caches_of(checkpoint.architecture):
         # transformers keeps one token less of a window: the newest needs no place while it is computed.
         window_kept = tokens if spec.max_tokens is None else min(tokens, spec.max_tokens - 1)
         assert spec.num_tokens(tokens) - (window_kept if spec.per_token else 1) in (0, 1)
-        expected[spec.name] += 2 * times * spec.num_elements * (window_kept if spec.per_token else 1)
+        expected[spec.name] += 2 * spec.num_elements * (window_kept if spec.per_token else 1)
     assert expected == real
 
 

@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from minipuzzle.architecture.model import PlacedTensor
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import CacheSpec
+from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.surgery import kept_positions
 
@@ -122,3 +124,8 @@ def reference_nvfp4(weight: np.ndarray, tensor_scale: float) -> tuple[np.ndarray
     magnitudes = np.minimum(np.abs(blocks) / (scales[..., None] * tensor_scale), 6)
     codes = nearest(magnitudes, E2M1) + 8 * np.signbit(blocks)
     return codes.reshape(weight.shape), scales
+
+
+def caches_of(architecture: Architecture) -> list[CacheSpec]:
+    """What all layers keep while text is generated."""
+    return [cache for layer in architecture.layers for cache in LAYER_KINDS[layer.kind].caches(layer)]
