@@ -94,7 +94,7 @@ class PreparedRun:
         )
 
     def used_fraction(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation: the share of what the hardware could do at best that so many tokens make."""
+        """The share of the hardware's best rate that so many tokens take, counted as ``flops_per_token`` counts."""
         flops_per_second = self.hardware.bf16_flops * self.compute.processes.world_size
         return tokens_per_second * self._flops_per_token / flops_per_second
 

@@ -173,7 +173,7 @@ def demo_distillation(tokens: int, *, seed: int = 0, evaluations: int = 0) -> Di
 
 
 def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTexts, tokens: int, quiet: bool) -> None:
-    from distill.run import DistillRequest, distill_checkpoint
+    from distill.run import DistillRequest, prepare_run, run_prepared
     from minipuzzle.show.distill import distill_progress
 
     request = DistillRequest(
@@ -184,8 +184,9 @@ def _distill(student: Checkpoint, teacher: Checkpoint, out: Path, texts: DemoTex
         settings=demo_distillation(tokens),
         out=out,
     )
-    with distill_progress(request.settings.total_steps, quiet=quiet) as on_step:
-        distill_checkpoint(request, on_step=on_step)
+    prepared = prepare_run(request)
+    with distill_progress(prepared, is_quiet=quiet) as on_step:
+        run_prepared(prepared, on_step=on_step)
 
 
 def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:

@@ -114,7 +114,7 @@ def _distill(prepared: PreparedRun, tensorboard: Path | None, *, dry_run: bool, 
             echo_json(planned) if as_json else print_planned(planned)
         return
     quiet = as_json or not is_first
-    with distill_progress(prepared.request.settings.total_steps, quiet=quiet, prepared=prepared) as on_step:
+    with distill_progress(prepared, is_quiet=quiet) as on_step:
         result = finish_distill(prepared, tensorboard, on_step)
     if is_first:
         echo_json(result.to_json()) if as_json else print_result(result)

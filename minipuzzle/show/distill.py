@@ -14,7 +14,7 @@ from rich.table import Table
 
 from distill.settings import DOCUMENTS, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
-from minipuzzle.runtime.compute import Compute, peak_memory_bytes
+from minipuzzle.runtime.compute import peak_memory_bytes
 from minipuzzle.show.bars import steps_bar
 from minipuzzle.show.tables import figures_table
 
@@ -127,17 +127,14 @@ def print_estimates(facts: Mapping[str, float], runs: Sequence[RunEstimate]) -> 
 
 
 @contextmanager
-def distill_progress(total_steps: int, *, quiet: bool = False, prepared: PreparedRun | None = None) -> Iterator[OnStep]:
-    """Yield an OnStep that draws; nothing is drawn where ``quiet``. A continued run starts where it stopped.
-
-    ``prepared``: what a step's speed is compared with; without it the share of the hardware's best is not shown.
-    """
-    if quiet:
+def distill_progress(prepared: PreparedRun, *, is_quiet: bool = False) -> Iterator[OnStep]:
+    """Yield an OnStep that draws; nothing is drawn where ``is_quiet``. A continued run starts where it stopped."""
+    if is_quiet:
         yield ignore_step
         return
     console = Console(stderr=True)
     bar = steps_bar(console)
-    task = bar.add_task("distilling", total=total_steps)
+    task = bar.add_task("distilling", total=prepared.request.settings.total_steps)
     held_out_kl: list[float] = []
     with Live(bar, console=console, refresh_per_second=4) as live:
 
@@ -150,17 +147,16 @@ def distill_progress(total_steps: int, *, quiet: bool = False, prepared: Prepare
         yield on_step
 
 
-def step_table(record: StepRecord, held_out_kl: float | None, prepared: PreparedRun | None) -> Table:
+def step_table(record: StepRecord, held_out_kl: float | None, prepared: PreparedRun) -> Table:
     """The figures of a step in one row."""
-    compute = Compute() if prepared is None else prepared.compute
     figures = {
         "loss": f"{record.loss:.4f}",
         "KL": f"{record.kl:.4f}",
         "held-out KL": "-" if held_out_kl is None else f"{held_out_kl:.4f}",
         "rate": f"{record.learning_rate:.1e}",
         "tokens/s": f"{record.tokens_per_second:,.0f}",
-        "MFU (est.)": "-" if prepared is None else f"{prepared.used_fraction(record.tokens_per_second):.0%}",
-        "memory": format_gib(peak_memory_bytes(compute.torch_device)),
+        "MFU (est.)": f"{prepared.used_fraction(record.tokens_per_second):.0%}",
+        "memory": format_gib(peak_memory_bytes(prepared.compute.torch_device)),
     }
     table = Table(*figures, box=SIMPLE, expand=True)
     table.add_row(*figures.values())

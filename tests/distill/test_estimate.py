@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from distill.engine import EngineSettings
+from distill.run import DistillRequest, prepare_run
 from distill.scale.estimate import estimate_memory, estimate_run, flops_per_token
 from distill.scale.gpus import GPUS
 from distill.settings import DistillSettings
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.cut.plan import Plan
+from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from tests.support.cli import run_cli
 from tests.support.tiny_models import published_config, tiny_config
@@ -110,3 +112,23 @@ def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
     model = str(tmp_path / "model.json")
     result = run_cli("distill", model, "--teacher", model, "--tokens", "1M", "--estimate", "--gpus", "8,many")
     assert result.exit_code == 1 and "--gpus" in result.stderr
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_share_shown_while_training_is_the_one_that_the_estimate_expects(
+    tiny_checkpoint: Checkpoint, text_file: Path, tmp_path: Path, recomputes: bool
+) -> None:
+    """The same operations over the same rate of the device: at the estimated speed both are one number."""
+    prepared = prepare_run(
+        DistillRequest(
+            student=tiny_checkpoint,
+            teacher=tiny_checkpoint,
+            data=(text_file,),
+            settings=DistillSettings(tokens=64, sequence_length=16, batch_sequences=2),
+            out=tmp_path / "out",
+            engine=EngineSettings(activation_checkpointing=recomputes),
+        )
+    )
+    assert prepared.estimate.bound_by == "compute"
+    share = prepared.used_fraction(prepared.estimate.tokens_per_second)
+    assert share == pytest.approx(prepared.hardware.expected_fraction)

@@ -343,7 +343,7 @@ def test_exports_are_not_exported_again_and_unknown_tokens_are_refused(
 ) -> None:
     with pytest.raises(MinipuzzleError, match="quantised export"):
         export_fp8(Checkpoint.open(exported), TOKEN_IDS, tmp_path / "out")
-    with pytest.raises(MinipuzzleError, match=f"token {VOCABULARY}"):
+    with pytest.raises(MinipuzzleError, match=f"token id {VOCABULARY}"):
         export_fp8(source, torch.tensor([[1, VOCABULARY]]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
