@@ -22,7 +22,7 @@ from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import Advance
-from minipuzzle.quality.evaluate import ReferenceLogits, TokenSums, head_chunks
+from minipuzzle.quality.evaluate import CHUNK_LOGITS, ReferenceLogits, TokenSums, head_chunks
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, PlanQuality, RankedPlan, best_first
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet
@@ -30,7 +30,6 @@ from minipuzzle.runtime.narrowed_layers import NarrowedLayers
 from minipuzzle.runtime.processes import Processes
 
 _CHUNK_BUFFERS = 6  # of [chunk, vocabulary] in float32, at once
-_MAX_CHUNK_LOGITS = 2**25
 _MAX_CHUNK_LOGITS_CPU = 2**20  # more falls out of its caches
 _CHUNK_MEMORY_SHARE = 8  # the buffers take no more than this fraction of the memory
 
@@ -79,7 +78,7 @@ def working_set(source: Architecture, tree: PrefixTree, windows: EvaluationWindo
 
 def _chunk_logits(compute: Compute) -> int:
     """Logits of one stream that exist at once."""
-    most = _MAX_CHUNK_LOGITS_CPU if compute.is_on_cpu else _MAX_CHUNK_LOGITS
+    most = _MAX_CHUNK_LOGITS_CPU if compute.is_on_cpu else CHUNK_LOGITS
     return min(most, compute.limit_bytes // _CHUNK_MEMORY_SHARE // (4 * _CHUNK_BUFFERS))
 
 

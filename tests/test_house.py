@@ -35,10 +35,7 @@ LONG_FUNCTIONS = {
     "minipuzzle/commands/prune.py:prune",
 }
 MANY_PARAMETERS: set[str] = set()
-PRIVATE_NAMES = {
-    "tests/quality/test_evaluate.py:_CHUNK_LOGITS",
-    "tests/export/test_recovery.py:_PIECE_ELEMENTS",
-}
+PRIVATE_NAMES: set[str] = set()
 
 
 def source_files() -> list[Path]:
@@ -247,6 +244,31 @@ def test_no_list_of_names_exists_twice_and_each_table_is_described() -> None:
     assert {group: found for group, found in copies.items() if len(found) > 1} == {}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert {group for group in tables if f"`{group}`" not in text} == set()
+
+
+NAMESPACE = re.compile(r"__dict__$|^vars\(")
+
+
+def patches(tree: ast.Module) -> Iterator[str]:
+    """Places that change what one object is or does: its forward, its namespace, a method of its own."""
+    for node in ast.walk(tree):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            is_forward = isinstance(target, ast.Attribute) and target.attr in ("forward", "__class__")
+            is_namespace = isinstance(target, ast.Subscript) and NAMESPACE.search(ast.unparse(target.value))
+            if is_forward or is_namespace:
+                yield ast.unparse(target)
+        # Frozen records put their own fields in order by object.__setattr__(self, ...).
+        if isinstance(node, ast.Call) and re.search(r"MethodType\(|__setattr__\((?!self)", ast.unparse(node)):
+            yield ast.unparse(node)
+
+
+def test_modules_are_replaced_and_not_patched() -> None:
+    for bad in ("a.forward = f", "a.b.__dict__['x'] = 1", "vars(a)['x'] = 1", "MethodType(f, a)", "a.__class__ = B"):
+        assert list(patches(ast.parse(bad)))
+    for good in ("m.set_submodule('mixer', FastMamba2(m.mixer))", "object.__setattr__(self, 'a', 1)"):
+        assert not list(patches(ast.parse(good)))
+    found = {file: list(patches(tree)) for file, tree in syntax_trees(*PACKAGES).items()}
+    assert {file: places for file, places in found.items() if places} == {}
 
 
 def test_help_comes_without_torch() -> None:

@@ -36,7 +36,8 @@ LARGEST_KL = 1e30  # above any, and a number for JSON
 _UNFINISHED_SUFFIX = ".unfinished"
 _REMOVED_SUFFIX = ".removed"
 _PROGRESS_FILE = "progress.json"
-# DCP says of every save and load of a single process that it assumes a single process.
+# DCP says of every save and load of a single process that it assumes a single process; of saves in a thread of its own,
+# beyond the reach of a filter that holds while a block runs.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 _MODEL, _OPTIMIZER, _GENERATOR = "model/", "optimizer/", "generator/"
 

@@ -27,7 +27,7 @@ from minipuzzle.formats.flavours import INPUT_SCALE, SCALES, TENSOR_SCALE, Store
 from minipuzzle.formats.layout import WEIGHT, ExportLayout, module_of
 from minipuzzle.progress import Advance, no_progress
 
-_PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache
+PIECE_ELEMENTS = 2**17  # float32 copies of this many elements stay in a processor's cache
 _ONE = torch.tensor(1.0)
 
 
@@ -55,10 +55,10 @@ def read_source(checkpoint: Checkpoint, tensor: PlacedTensor) -> torch.Tensor:
     return checkpoint.tensor(source_name(checkpoint, tensor))
 
 
-def piece_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def piece_rows(shape: tuple[int, ...], piece_elements: int = PIECE_ELEMENTS) -> Iterator[tuple[int, int]]:
     """(first, end) of the pieces in which a tensor is read."""
     num_rows = shape[0] if shape else 1
-    step = max(1, _PIECE_ELEMENTS // max(1, prod(shape[1:])))
+    step = max(1, piece_elements // max(1, prod(shape[1:])))
     return ((first, min(first + step, num_rows)) for first in range(0, num_rows, step))
 
 
@@ -77,11 +77,18 @@ class WeightScales:
 class ExportTensors:
     """All tensors of one export of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: ExportLayout, amax: ActivationAmax) -> None:
-        """``amax``: calibrated activations; empty where the layout needs none."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: ExportLayout,
+        amax: ActivationAmax,
+        *,
+        piece_elements: int = PIECE_ELEMENTS,
+    ) -> None:
+        """``amax``: calibrated activations; empty where the layout needs none. ``piece_elements``: read at once."""
         self.checkpoint = checkpoint
         self.layout = layout
-        self._amax = amax
+        self._amax, self._piece_elements = amax, piece_elements
         self._tensor_scales: dict[str, torch.Tensor] = {}
         self.tensors = tuple(checkpoint.architecture.deployed.tensors())
         self._by_module = {module_of(tensor): tensor for tensor in self.tensors}
@@ -132,7 +139,8 @@ class ExportTensors:
     def _weight_amax(self, module: str) -> float:
         tensor = self._by_module[module]
         name = source_name(self.checkpoint, tensor)
-        return max(self.checkpoint.rows_and_amax(name, first, end)[1] for first, end in piece_rows(tensor.shape))
+        pieces = piece_rows(tensor.shape, self._piece_elements)
+        return max(self.checkpoint.rows_and_amax(name, first, end)[1] for first, end in pieces)
 
     def write(self, shard: Shard, tensor: PlacedTensor) -> None:
         """Write what is stored for one tensor of the model."""
@@ -141,7 +149,7 @@ class ExportTensors:
         by_role = {stored.role: stored for stored in self.layout.form} if is_quantized else {}
         name = source_name(self.checkpoint, tensor)
         scale = self.weight_scale(module) if is_quantized else _ONE
-        for first, end in piece_rows(tensor.shape):
+        for first, end in piece_rows(tensor.shape, self._piece_elements):
             rows = self.checkpoint.rows(name, first, end)
             if not by_role:
                 shard.write(tensor.name, rows.to(torch.bfloat16), first_row=first)

@@ -25,7 +25,7 @@ from minipuzzle.runtime.models import ModelParts, parts_of
 from minipuzzle.runtime.rounded_linear import RoundedLinear
 
 _CHARACTERS_OF_TOKEN = 64  # at most, on average over a text
-_CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
+CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
 _LIMIT_BYTES_PER_LOGIT = 256  # under a limit: with what is computed from them, logits take a tenth of it
 _MAX_LOSS_NATS = 700.0  # exp of more overflows float64; no sane model is near
 
@@ -128,7 +128,7 @@ def evaluate(
     student = _Scored(parts_of(model, family))
     teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
     sums = TokenSums()
-    device, max_logits = compute.torch_device, _CHUNK_LOGITS
+    device, max_logits = compute.torch_device, CHUNK_LOGITS
     if compute.memory_bytes is not None:
         max_logits = min(max_logits, compute.memory_bytes // _LIMIT_BYTES_PER_LOGIT)
     for token_ids_BT, labels_BT in _batches_without_padding(windows, batch):
@@ -176,7 +176,7 @@ def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) 
     return kept
 
 
-def head_chunks(num_tokens: int, vocabulary: int, max_logits: int = _CHUNK_LOGITS) -> Iterator[slice]:
+def head_chunks(num_tokens: int, vocabulary: int, max_logits: int = CHUNK_LOGITS) -> Iterator[slice]:
     """Consecutive slices of tokens, each with no more than so many logits."""
     chunk_tokens = max(1, max_logits // vocabulary)
     for start in range(0, num_tokens, chunk_tokens):

@@ -61,7 +61,7 @@ def verb(settings: Callable[..., Any], run: Callable[..., Any]) -> Callable[...,
     *positional, _ = signature(run).parameters.values()
     keywords = signature(settings).parameters.values()
     named = [parameter.replace(kind=Parameter.POSITIONAL_ONLY) for parameter in positional]
-    called.__dict__["__signature__"] = signature(run).replace(parameters=[*named, *keywords])
+    called.__signature__ = signature(run).replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
     return called
 
 

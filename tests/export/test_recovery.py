@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minipuzzle.export.calibration import ActivationAmax
 from minipuzzle.export.shards import TensorHeader, plan_shards, write_index
-from minipuzzle.export.write import ExportTensors
+from minipuzzle.export.write import ExportTensors, write_export
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
+from minipuzzle.formats.layout import export_layout
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
 from tests.support.kills import run_command, start, stop_when
@@ -109,25 +111,20 @@ def test_planned_shards_are_what_safetensors_itself_reads(tmp_path: Path) -> Non
 
 def test_memory_used_for_tensors_does_not_grow_with_the_model(source: Path, tmp_path: Path) -> None:
     """Counted, not measured: no read of the source and no write is larger than a piece."""
-    import minipuzzle.export.write as write_module
-
     checkpoint = Checkpoint.open(source)
+    layout, amax = export_layout(checkpoint.architecture, scheme="fp8-dynamic"), ActivationAmax()
     largest = 0
-    original_rows = checkpoint.rows
 
-    def counting_rows(name: str, start: int, stop: int | None) -> torch.Tensor:
-        nonlocal largest
-        rows = original_rows(name, start, stop)
-        largest = max(largest, rows.numel())
-        return rows
+    class Counting(Checkpoint):
+        def rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+            nonlocal largest
+            rows = super().rows(name, start, stop)
+            largest = max(largest, rows.numel())
+            return rows
 
-    checkpoint.rows = counting_rows  # type: ignore[method-assign]
-    before = write_module._PIECE_ELEMENTS
-    write_module._PIECE_ELEMENTS = 64
-    try:
-        export_checkpoint(checkpoint, tmp_path / "small", ExportRequest(scheme="fp8-dynamic", verifies=False))
-    finally:
-        write_module._PIECE_ELEMENTS = before
+    counting = Counting(checkpoint.folder, checkpoint.config, checkpoint.entries)
+    (tmp_path / "small").mkdir()
+    write_export(ExportTensors(counting, layout, amax, piece_elements=64), tmp_path / "small")
     assert largest == 64  # rows of 32 and 48 elements; convolutions are smaller
     export_checkpoint(Checkpoint.open(source), tmp_path / "large", ExportRequest(scheme="fp8-dynamic", verifies=False))
     assert (tmp_path / "small" / SINGLE_FILE).read_bytes() == (tmp_path / "large" / SINGLE_FILE).read_bytes()

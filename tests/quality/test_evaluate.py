@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import minipuzzle.quality.evaluate
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.data.windows import IGNORE, EvaluationWindows, document_tokens, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.quality.evaluate import combine, documents_within, evaluate
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
@@ -97,17 +97,16 @@ def test_batch_size_chunks_and_more_padding_change_nothing(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
     windows: EvaluationWindows,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = evaluate(student, FAMILY, windows, against=teacher, batch=2)
-    monkeypatch.setattr(minipuzzle.quality.evaluate, "_CHUNK_LOGITS", 5 * 272)
     padded = EvaluationWindows(
         token_ids=torch.nn.functional.pad(windows.token_ids, (0, 7)),
         labels=torch.nn.functional.pad(windows.labels, (0, 7), value=IGNORE),
         num_bytes=windows.num_bytes,
     )
+    compute = Compute(memory_bytes=256 * 5 * 272)  # for the logits of five tokens
     advanced: list[int] = []
-    chunked = evaluate(student, FAMILY, padded, against=teacher, batch=1, advance=advanced.append)
+    chunked = evaluate(student, FAMILY, padded, compute, against=teacher, batch=1, advance=advanced.append)
     assert sum(advanced) == len(windows.token_ids)
     for figure in ("loss", "kl", "bits_per_byte", "next_token_accuracy", "top1_agreement", "num_tokens"):
         assert getattr(chunked, figure) == pytest.approx(getattr(whole, figure), rel=1e-5), figure
