@@ -18,7 +18,8 @@ Shape suffixes: N tokens, I inputs of the projection, H hidden channels, U units
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -86,24 +87,39 @@ class RefitSums:
 
 @dataclass(frozen=True, kw_only=True)
 class RefitRows:
-    """The tokens of a refit themselves, where they are fewer than the inputs: ``D^1/2 A`` and ``D^1/2 R``."""
+    """The tokens of a refit themselves, where they are fewer than the inputs: parts of ``D^1/2 A`` and ``D^1/2 R``."""
 
-    inputs: torch.Tensor
-    missing: torch.Tensor
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """Weighted inputs of all tokens, ``[N, I]`` float64."""
+        return torch.cat([inputs_NI.double() for inputs_NI, _ in self.parts])
+
+    @property
+    def missing(self) -> torch.Tensor:
+        """What is missing of all tokens, weighted, ``[N, H]`` float64."""
+        return torch.cat([missing_NH.double() for _, missing_NH in self.parts])
+
+    def add(self, inputs_NI: torch.Tensor, missing_NH: torch.Tensor, weights_N: torch.Tensor) -> None:
+        """Add some tokens in place."""
+        roots_N1 = weights_N.sqrt()[:, None]
+        self.parts.append((inputs_NI * roots_N1, missing_NH * roots_N1))
+
+    def __add__(self, other: RefitRows) -> RefitRows:
+        return RefitRows(parts=[*self.parts, *other.parts])
 
     def change(self, ridge: float) -> torch.Tensor:
         """``dW`` ``[H, I]``, as ``RefitSums.change`` gives it for the same tokens."""
-        inputs_NI = self.inputs.double()
+        inputs_NI = self.inputs
         scaled_IN = inputs_NI.T / ridge_of(inputs_NI.square().sum(0), ridge)[:, None]
         regular_NN = inputs_NI @ scaled_IN
         regular_NN.diagonal().add_(1.0)
-        return (scaled_IN @ torch.cholesky_solve(self.missing.double(), torch.linalg.cholesky(regular_NN))).T
+        return (scaled_IN @ torch.cholesky_solve(self.missing, torch.linalg.cholesky(regular_NN))).T
 
     def loss(self, change_HI: torch.Tensor | None = None) -> float:
         """The weighted sum of squares of what is missing, after a change if one is given."""
-        missing_NH = self.missing.double()
-        if change_HI is not None:
-            missing_NH = missing_NH - self.inputs.double() @ change_HI.T
+        missing_NH = self.missing if change_HI is None else self.missing - self.inputs @ change_HI.T
         return float(missing_NH.square().sum())
 
 
@@ -113,27 +129,28 @@ def ridge_of(squares_I: torch.Tensor, ridge: float) -> torch.Tensor:
     return ridge * (squares_I + torch.where(mean > 0, _SILENT_SHARE * mean, 1.0))
 
 
+Tokens = TypeVar("Tokens", RefitSums, RefitRows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refit:
-    """The ridge that leaves least missing of held-out tokens, and what was missing before and is after it."""
+    """The change of a weight, and what is missing of held-out tokens without it and with that of the fitted tokens.
 
+    ``change``: ``[H, I]`` float64; None where no ridge leaves less missing, so that the plain weight should stay.
+    """
+
+    change: torch.Tensor | None
     ridge: float
     loss_before: float
     loss_after: float
 
-    @property
-    def helps(self) -> bool:
-        """Whether held-out tokens gain; if not, the plain weights should stay."""
-        return self.loss_after < self.loss_before
 
-
-def choose_refit(
-    fitted: RefitSums | RefitRows, held_out: RefitSums | RefitRows, ridges: Sequence[float] = RIDGES
-) -> Refit:
-    """Fit with several ridges and compare on tokens that were not fitted."""
+def refit(fitted: Tokens, held_out: Tokens, ridges: Sequence[float] = RIDGES) -> Refit:
+    """Choose the ridge by tokens that were not fitted, and fit all tokens with it."""
     losses = {ridge: held_out.loss(fitted.change(ridge)) for ridge in ridges}
-    best = min(losses, key=lambda ridge: losses[ridge])
-    return Refit(ridge=best, loss_before=held_out.loss(), loss_after=losses[best])
+    best, before = min(losses, key=lambda ridge: losses[ridge]), held_out.loss()
+    change = (fitted + held_out).change(best) if losses[best] < before else None
+    return Refit(change=change, ridge=best, loss_before=before, loss_after=losses[best])
 
 
 def cheapest_to_keep(

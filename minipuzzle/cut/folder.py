@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from minipuzzle.architecture.configs.per_layer import write_config
 from minipuzzle.cut.plan import PLAN_FILE, Plan
@@ -11,15 +14,27 @@ from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.safetensors_files import ShardWriter
 from minipuzzle.progress import Advance, no_progress
 
+if TYPE_CHECKING:
+    import torch
 
-def write_pruned(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Advance = no_progress) -> None:
+
+def write_pruned(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    advance: Advance = no_progress,
+    *,
+    new_weights: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
     """Cut a checkpoint into an existing folder, shard by shard: weights, config.json, tokenizer and the plan.
 
-    ``advance`` is called once a tensor. Raises: MinipuzzleError for a plan of another model or broken weights.
+    ``advance`` is called once a tensor. ``new_weights``: in the place of what is cut, by their names in the cut model.
+
+    Raises: MinipuzzleError for a plan of another model or broken weights.
     """
     writer = ShardWriter(folder)
     for name, tensor in cut_tensors(checkpoint, plan):
-        writer.add(name, tensor)
+        writer.add(name, new_weights.get(name, tensor))
         advance(1)
     writer.finish()
     config = write_config(checkpoint.family, checkpoint.config, plan.apply(checkpoint.architecture))

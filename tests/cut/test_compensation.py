@@ -4,12 +4,13 @@ and what it says about tokens that were not fitted is what those tokens say."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from minipuzzle.cut.compensation import Refit, RefitRows, RefitSums, cheapest_to_keep, choose_refit, ridge_of
+from minipuzzle.cut.compensation import RefitRows, RefitSums, cheapest_to_keep, refit, ridge_of
 
 TOKENS, INPUTS, HIDDEN = 60, 12, 5
 RIDGE = 0.1
@@ -34,8 +35,10 @@ def sums_of(inputs: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) 
 
 
 def rows_of(inputs: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) -> RefitRows:
-    roots = weights.sqrt()[:, None]
-    return RefitRows(inputs=inputs * roots, missing=missing * roots)
+    rows = RefitRows()
+    for start in range(0, len(inputs), 7):
+        rows.add(*(part[start : start + 7] for part in (inputs, missing, weights)))
+    return rows
 
 
 def test_a_refit_is_the_least_squares_solution_with_the_ridge_as_further_rows(tokens: Tokens) -> None:
@@ -104,21 +107,24 @@ def test_sums_of_the_inputs_that_stay_are_those_of_a_cut_layer(tokens: Tokens) -
         torch.testing.assert_close(getattr(derived, name), getattr(of_cut, name), rtol=1e-10, atol=1e-10)
 
 
-def test_the_ridge_is_chosen_by_tokens_that_were_not_fitted(tokens: Tokens) -> None:
-    fitted, held_out = (sums_of(*(part[rows] for part in tokens)) for rows in (slice(0, 16), slice(16, None)))
+@pytest.mark.parametrize("make", [sums_of, rows_of])
+def test_the_ridge_is_chosen_by_held_out_tokens_and_then_all_are_fitted(
+    tokens: Tokens, make: Callable[..., RefitSums]
+) -> None:
+    fitted, held_out = (make(*(part[rows] for part in tokens)) for rows in (slice(0, 16), slice(16, None)))
     ridges = (0.001, 0.1, 1.0, 10.0)
-    found = choose_refit(fitted, held_out, ridges)
+    found = refit(fitted, held_out, ridges)
     assert found.ridge == min(ridges, key=lambda ridge: held_out.loss(fitted.change(ridge)))
-    assert found.helps
-    assert found.loss_before == held_out.loss()
+    assert found.loss_before == held_out.loss() > found.loss_after
+    assert found.change is not None
+    torch.testing.assert_close(found.change, sums_of(*tokens).change(found.ridge), rtol=1e-8, atol=1e-10)
 
 
-def test_a_refit_that_harms_held_out_tokens_does_not_help(tokens: Tokens) -> None:
+def test_a_refit_that_harms_held_out_tokens_changes_nothing(tokens: Tokens) -> None:
     inputs, missing, weights = tokens
-    opposite = sums_of(inputs, -missing, weights)
-    found = choose_refit(sums_of(*tokens), opposite)
-    assert not found.helps
-    assert isinstance(found, Refit)
+    found = refit(sums_of(*tokens), sums_of(inputs, -missing, weights))
+    assert found.change is None
+    assert found.loss_after >= found.loss_before
 
 
 @pytest.mark.parametrize("num_units", [INPUTS, 4])
