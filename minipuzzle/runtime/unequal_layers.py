@@ -33,7 +33,7 @@ def narrow_on_meta(model: nn.Module, config: Mapping[str, Any], dtype: torch.dty
             block.set_submodule(norm, nn.Identity())
             _generate_without_cache(model)
         elif wanted.sizes != layer.sizes:
-            key = (layer.kind, *wanted.sizes.items())
+            key = (layer.kind, *wanted.sizes.items(), wanted.options)
             if key not in donors:
                 donors[key] = _model_of_widths(config, whole, wanted, dtype)
             block.set_submodule(mixer, donors[key].get_submodule(f"{path}.{mixer}"))
@@ -44,12 +44,7 @@ def _model_of_widths(
 ) -> nn.Module:
     """A model in which all layers of a kind are as wide as the wanted one."""
     base = base_config(config)
-    layers = tuple(
-        layer.resized(**{axis: wanted.sizes[axis] for axis in layer.sizes if axis != "window"})
-        if layer.kind == wanted.kind
-        else layer
-        for layer in whole.layers
-    )
+    layers = tuple(wanted if layer.kind == wanted.kind else layer for layer in whole.layers)
     return uniform_on_meta(family_of(base).write(base, replace(whole, layers=layers)), dtype)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minipuzzle.architecture.kinds import LAYER_KINDS
+from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
 
@@ -34,27 +36,51 @@ class ModulePaths:
         return disk_name
 
 
+def _as_it_is(config: Config) -> Config:
+    return config
+
+
+def _alike(_config: Config, architecture: Architecture) -> Architecture:
+    return architecture
+
+
+def _nothing_else(config: dict[str, Any], _source: Config, _architecture: Architecture) -> dict[str, Any]:
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model family.
+    """One model family: data first, and hooks where data does not reach.
 
-    ``read`` turns config.json into an Architecture. ``write`` turns the source's config.json into that of a cut
-    model. ``fields``: those of config.json with the size of an axis, by layer kind and axis. ``embedding_scale``,
-    ``residual_scale`` and ``logit_divisor``: fields of config.json with factors that
+    ``kinds`` gives the kind of each layer. ``fields``: those of config.json with the size of an axis, by kind and axis.
+    ``options``: by kind, those of its layers; True, or the field that says so. ``defaults``: what transformers assumes
+    where config.json is silent. ``only``: fields with the one value that is supported. ``drops``: fields that are no
+    longer true of a cut model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields with factors that
     transformers applies beside the embeddings, to what a layer adds, and to the logits.
+
+    ``complete`` fills what is silent, or refuses what is not supported; ``adjust`` says in what layers differ;
+    ``finish`` turns the fields of a cut model, written from the data, into its config.json.
+
     ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
+    They stand here so that a family is one file, tests included.
     """
 
     model_type: str
     names: TensorNames
     modules: ModulePaths
-    read: Callable[[Config], Architecture]
-    write: Callable[[Config, Architecture], dict[str, Any]]
+    kinds: Callable[[Config], Sequence[str]]
+    fields: Mapping[str, Mapping[str, str]]
     tiny_config: Config
-    fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, str | bool]] = field(default_factory=dict)
+    defaults: Config = field(default_factory=dict)
+    only: Mapping[str, str] = field(default_factory=dict)
+    drops: tuple[str, ...] = ()
     embedding_scale: str = ""
     residual_scale: str = ""
     logit_divisor: str = ""
+    complete: Callable[[Config], Config] = _as_it_is
+    adjust: Callable[[Config, Architecture], Architecture] = _alike
+    finish: Callable[[dict[str, Any], Config, Architecture], dict[str, Any]] = _nothing_else
     tiny_variants: Mapping[str, Config] = field(default_factory=dict)
 
     @property
@@ -62,6 +88,63 @@ class Family:
         """All configs for tests, by a name that begins with the model type."""
         variants = {f"{self.model_type}-{name}": config for name, config in self.tiny_variants.items()}
         return {self.model_type: self.tiny_config, **variants}
+
+    def read(self, config: Config) -> Architecture:
+        """The architecture that a config.json describes.
+
+        Raises: MinipuzzleError naming the field that is missing, wrong or not supported.
+        """
+        for name, value in self.only.items():
+            require_one_of(config, name, (value,), value)
+        config = self.complete({**self.defaults, **config})
+        kinds = self.kinds(config)
+        found = {kind: self._layer(kind, config) for kind in dict.fromkeys(kinds)}
+        architecture = Architecture(
+            model_type=self.model_type,
+            layers=tuple(found[kind] for kind in kinds),
+            hidden=require(config, "hidden_size"),
+            vocabulary=require(config, "vocab_size"),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            names=self.names,
+        )
+        return self.adjust(config, architecture)
+
+    def _layer(self, kind: str, config: Config) -> LayerSpec:
+        fields, record = self.fields[kind], LAYER_KINDS[kind]
+        if kind == "attention":
+            sizes = attention_sizes(config)
+        else:
+            optional = {name for role in record.roles for name in role.needs | role.lacks}
+            present = {
+                axis: name for axis, name in fields.items() if axis not in optional or config.get(name) is not None
+            }
+            sizes = {"hidden": require(config, "hidden_size")}
+            sizes |= {axis: require(config, name) for axis, name in present.items()}
+        for axis, group in record.unit_groups.items():
+            divide(sizes[axis], sizes[group], f"{fields[axis]} by {fields[group]}")
+        options = self.options.get(kind, {}).items()
+        is_on = (name for name, source in options if source is True or config.get(str(source)))
+        return LayerSpec(kind=kind, sizes=sizes, options=frozenset(is_on))
+
+    def write(self, source: Config, architecture: Architecture) -> dict[str, Any]:
+        """config.json of a cut model, from that of its source; everything that is not cut stays.
+
+        Raises: MinipuzzleError for layers of unequal widths, or blocks without one of their layers.
+        """
+        require_whole_blocks(architecture)
+        config = {key: value for key, value in source.items() if key not in self.drops}
+        config |= {"num_hidden_layers": len(architecture.blocks), "hidden_size": architecture.hidden}
+        for kind in architecture.layer_counts:
+            sizes = uniform_sizes(architecture, kind)
+            config |= {self.fields[kind][axis]: sizes[axis] for axis in LAYER_KINDS[kind].prunable_axes}
+            if kind == "attention":
+                queries = sizes["kv_group"] * sizes["queries_per_group"]
+                config["num_attention_heads"] = queries
+                if "head_dim" in source or architecture.hidden != queries * sizes["head_dim"]:
+                    config["head_dim"] = sizes["head_dim"]
+        dtype = source.get("dtype") or source.get("torch_dtype") or "bfloat16"
+        # Engines differ in which of the two names they read.
+        return self.finish({**config, "dtype": dtype, "torch_dtype": dtype}, source, architecture)
 
 
 def require(config: Config, field: str) -> int:
@@ -86,6 +169,17 @@ def require_one_of(config: Config, field: str, known: Sequence[str], default: st
     return str(value)
 
 
+def require_length(field: str, values: Sequence[Any], num_layers: int) -> list[Any]:
+    """A list of config.json that names each layer.
+
+    Raises: MinipuzzleError if it names more or fewer.
+    """
+    if len(values) != num_layers:
+        problem = f"config.json: {field} names {len(values)} layers, num_hidden_layers {num_layers}"
+        raise MinipuzzleError(problem, "correct the file")
+    return list(values)
+
+
 def divide(numerator: int, denominator: int, what: str) -> int:
     """An exact quotient.
 
@@ -97,14 +191,28 @@ def divide(numerator: int, denominator: int, what: str) -> int:
     return numerator // denominator
 
 
-def uniform_sizes(architecture: Architecture, kind: str) -> Mapping[str, int] | None:
-    """The sizes that all layers of a kind share; None if there are no such layers. Windows may differ.
+def attention_sizes(config: Config) -> dict[str, int]:
+    """Sizes of grouped-query attention by the field names that most families share."""
+    hidden, queries = require(config, "hidden_size"), require(config, "num_attention_heads")
+    kv_groups = queries if config.get("num_key_value_heads") is None else require(config, "num_key_value_heads")
+    if config.get("head_dim") is None:
+        head_dim = divide(hidden, queries, "hidden_size by num_attention_heads")
+    else:
+        head_dim = require(config, "head_dim")
+    return {
+        "hidden": hidden,
+        "kv_group": kv_groups,
+        "queries_per_group": divide(queries, kv_groups, "num_attention_heads by num_key_value_heads"),
+        "head_dim": head_dim,
+    }
+
+
+def uniform_sizes(architecture: Architecture, kind: str) -> Mapping[str, int]:
+    """The sizes that all layers of a kind share. Windows may differ.
 
     Raises: MinipuzzleError if others differ.
     """
     layers = [layer for layer in architecture.layers if layer.kind == kind]
-    if not layers:
-        return None
     widths = [{axis: size for axis, size in layer.sizes.items() if axis != "window"} for layer in layers]
     if any(other != widths[0] for other in widths):
         raise MinipuzzleError(

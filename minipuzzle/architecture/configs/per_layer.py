@@ -8,7 +8,7 @@ do not know and refuse, because they would fill the gaps with random weights. ``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from minipuzzle.architecture.configs.family import Config, Family, require
@@ -90,23 +90,33 @@ def _widths(layer: LayerSpec) -> dict[str, int]:
     return {axis: layer.sizes[axis] for axis in LAYER_KINDS[layer.kind].prunable_axes}
 
 
-def per_layer_family(base: Family) -> Family:
-    """The family of models in the per-layer layout; reading one whose ``layers`` are damaged is a MinipuzzleError."""
+@dataclass(frozen=True, kw_only=True)
+class PerLayerFamily(Family):
+    """The models of a family in the per-layer layout."""
 
-    def read(other: Config) -> Architecture:
-        whole = base.read(base_config(other))
+    base: Family
+
+    def read(self, config: Config) -> Architecture:
+        """The layers that are there, at their widths.
+
+        Raises: MinipuzzleError if ``layers`` is damaged.
+        """
+        whole = self.base.read(base_config(config))
         layers = [
             whole.layers[position].resized(**{axis: require(entry, axis) for axis in _widths(whole.layers[position])})
-            for position, entry in zip(_kept_layers(whole, other), other["layers"], strict=True)
+            for position, entry in zip(_kept_layers(whole, config), config["layers"], strict=True)
         ]
         return replace(whole, layers=tuple(layers))
 
-    return replace(
-        base,
-        model_type=PER_LAYER_MODEL_TYPE,
-        read=read,
-        write=lambda source, architecture: write_config(base, source, architecture),
-    )
+    def write(self, source: Config, architecture: Architecture) -> dict[str, Any]:
+        """config.json of a cut model, uniform again where that suffices."""
+        return write_config(self.base, source, architecture)
+
+
+def per_layer_family(base: Family) -> PerLayerFamily:
+    """The family of models in the per-layer layout."""
+    data = {field.name: getattr(base, field.name) for field in fields(base)}
+    return PerLayerFamily(**{**data, "model_type": PER_LAYER_MODEL_TYPE}, base=base)
 
 
 def _kept_layers(whole: Architecture, config: Config) -> list[int]:

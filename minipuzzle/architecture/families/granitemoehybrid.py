@@ -8,15 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from minipuzzle.architecture.configs.family import (
-    Config,
-    Family,
-    divide,
-    require,
-    require_one_of,
-    require_whole_blocks,
-    uniform_sizes,
-)
+from minipuzzle.architecture.configs.family import Config, Family, divide, require, require_one_of
 from minipuzzle.architecture.configs.paired import (
     ATTENTION_NORM,
     MLP_NORM,
@@ -24,9 +16,7 @@ from minipuzzle.architecture.configs.paired import (
     PAIRED_NAMES,
     STALE_KEYS,
     TINY_CONFIG,
-    attention_sizes,
 )
-from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError
 
@@ -46,7 +36,6 @@ _KIND_OF_LAYER_TYPE = {
     "attention": "attention",
     "full_attention": "attention",
 }
-_EXPAND = 2  # where config.json is silent
 
 
 def _layer_types(config: Config) -> list[str]:
@@ -58,79 +47,32 @@ def _layer_types(config: Config) -> list[str]:
     return list(found)
 
 
-def _mamba(config: Config) -> LayerSpec:
-    hidden, heads, groups = (require(config, field) for field in ("hidden_size", "mamba_n_heads", "mamba_n_groups"))
-    divide(heads, groups, "mamba_n_heads by mamba_n_groups")
-    if config.get("mamba_d_head", "auto") == "auto":
-        inner = hidden * require({"mamba_expand": _EXPAND, **config}, "mamba_expand")
-        channels = divide(inner, heads, "mamba_expand times hidden_size by mamba_n_heads")
-    else:
-        channels = require(config, "mamba_d_head")
-    flags = {"bias": config.get("mamba_proj_bias", False), "conv_bias": config.get("mamba_conv_bias", True)}
-    sizes = {
-        "hidden": hidden,
-        "ssm_head": heads,
-        "ssm_head_channel": channels,
-        "ssm_group": groups,
-        "ssm_state": require(config, "mamba_d_state"),
-        "conv_kernel": require(config, "mamba_d_conv"),
-    }
-    return LayerSpec(kind="mamba", sizes=sizes, options=frozenset(name for name, is_on in flags.items() if is_on))
-
-
-def _read(config: Config) -> Architecture:
-    require_one_of(config, "hidden_act", ("silu",), "silu")
+def _complete(config: Config) -> Config:
     if config.get("num_local_experts"):
         problem = (
             f"config.json: num_local_experts is {config['num_local_experts']}; routed experts are not supported here"
         )
         raise MinipuzzleError(problem, "use a Granite 4 model without experts, such as h-micro")
-    hidden = require(config, "hidden_size")
-    ffn = require(config, "shared_intermediate_size")
-    mlp = LayerSpec(kind="mlp", sizes={"hidden": hidden, "ffn": ffn}, options=frozenset({"gated", "fused_gate"}))
-    layers: list[LayerSpec] = []
-    for name in _layer_types(config):
-        if _KIND_OF_LAYER_TYPE[name] == "mamba":
-            layers += [_mamba(config), mlp]
-        else:
-            options = frozenset({"bias"} if config.get("attention_bias") else ())
-            layers += [LayerSpec(kind="attention", sizes=attention_sizes(config), options=options), mlp]
-    return Architecture(
-        model_type="granitemoehybrid",
-        layers=tuple(layers),
-        hidden=hidden,
-        vocabulary=require(config, "vocab_size"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        names=_NAMES,
-    )
+    if "mamba" not in _kinds(config) or config["mamba_d_head"] != "auto":
+        return config
+    inner = require(config, "hidden_size") * require(config, "mamba_expand")
+    what = "mamba_expand times hidden_size by mamba_n_heads"
+    return {**config, "mamba_d_head": divide(inner, require(config, "mamba_n_heads"), what)}
 
 
-def _write(source: Config, architecture: Architecture) -> dict[str, Any]:
-    require_whole_blocks(architecture)
+def _kinds(config: Config) -> list[str]:
+    return [kind for name in _layer_types(config) for kind in (_KIND_OF_LAYER_TYPE[name], "mlp")]
+
+
+def _finish(config: dict[str, Any], source: Config, architecture: Architecture) -> dict[str, Any]:
     name_of_kind = {_KIND_OF_LAYER_TYPE[name]: name for name in _layer_types(source)}
-    firsts = [architecture.layers[block[0]].kind for block in architecture.blocks]
-    config = {key: value for key, value in source.items() if key not in (*STALE_KEYS, "layers_block_type")}
-    config |= {
-        "num_hidden_layers": len(firsts),
-        "layer_types": [name_of_kind[kind] for kind in firsts],
-        "hidden_size": architecture.hidden,
-    }
-    if mamba := uniform_sizes(architecture, "mamba"):
-        inner = mamba["ssm_head"] * mamba["ssm_head_channel"]
-        config |= {
-            "mamba_n_heads": mamba["ssm_head"],
-            "mamba_d_head": mamba["ssm_head_channel"],
-            "mamba_expand": _expand(inner, architecture.hidden),
-        }
-    if attention := uniform_sizes(architecture, "attention"):
-        queries = attention["kv_group"] * attention["queries_per_group"]
-        config |= {"num_attention_heads": queries, "num_key_value_heads": attention["kv_group"]}
-        if "head_dim" in source or architecture.hidden != queries * attention["head_dim"]:
-            config["head_dim"] = attention["head_dim"]
-    if mlp := uniform_sizes(architecture, "mlp"):
-        config["shared_intermediate_size"] = mlp["ffn"]
-    dtype = source.get("dtype") or source.get("torch_dtype") or "bfloat16"
-    return {**config, "dtype": dtype, "torch_dtype": dtype}
+    firsts = [architecture.layers[block[0]] for block in architecture.blocks]
+    config["layer_types"] = [name_of_kind[layer.kind] for layer in firsts]
+    for layer in firsts:
+        if layer.kind == "mamba":
+            inner = layer.sizes["ssm_head"] * layer.sizes["ssm_head_channel"]
+            config["mamba_expand"] = _expand(inner, architecture.hidden)
+    return config
 
 
 def _expand(inner: int, hidden: int) -> int:
@@ -175,11 +117,31 @@ FAMILIES = (
         model_type="granitemoehybrid",
         names=_NAMES,
         modules=PAIRED_MODULES,
-        read=_read,
-        write=_write,
+        kinds=_kinds,
+        fields={
+            "mamba": {
+                "ssm_head": "mamba_n_heads",
+                "ssm_head_channel": "mamba_d_head",
+                "ssm_group": "mamba_n_groups",
+                "ssm_state": "mamba_d_state",
+                "conv_kernel": "mamba_d_conv",
+            },
+            "attention": {"kv_group": "num_key_value_heads"},
+            "mlp": {"ffn": "shared_intermediate_size"},
+        },
+        options={
+            "mamba": {"bias": "mamba_proj_bias", "conv_bias": "mamba_conv_bias"},
+            "attention": {"bias": "attention_bias"},
+            "mlp": {"gated": True, "fused_gate": True},
+        },
+        defaults={"mamba_d_head": "auto", "mamba_expand": 2, "mamba_conv_bias": True},
+        only={"hidden_act": "silu"},
+        drops=(*STALE_KEYS, "layers_block_type"),
         embedding_scale="embedding_multiplier",
         residual_scale="residual_multiplier",
         logit_divisor="logits_scaling",
+        complete=_complete,
+        finish=_finish,
         tiny_config=_TINY_CONFIG,
         # As in the files of the published models: older names, and attention without positions.
         tiny_variants={

@@ -6,25 +6,20 @@ the mean of all, and the correction of a cut norm uses mean squares around the m
 
 from __future__ import annotations
 
-from minipuzzle.architecture.configs.family import Config
-from minipuzzle.architecture.configs.paired import TINY_CONFIG, paired_family
+from dataclasses import replace
+
+from minipuzzle.architecture.configs.paired import PAIRED, PAIRED_NAMES, tiny
 from minipuzzle.architecture.layers import NormSpec
 
-
-def _options(config: Config) -> tuple[frozenset[str], frozenset[str]]:
-    attention = frozenset({"bias"} if config.get("attention_bias") else ())
-    return attention, frozenset({"bias"} if config.get("mlp_bias") else ())
-
-
-_TINY_CONFIG = {key: value for key, value in TINY_CONFIG.items() if key != "rms_norm_eps"}
+_TINY_CONFIG = tiny("nemotron", "NemotronForCausalLM", hidden_act="relu2", norm_eps=1e-5, partial_rotary_factor=0.5)
 
 FAMILIES = (
-    paired_family(
-        "nemotron",
-        "NemotronForCausalLM",
-        options=_options,
-        activation="relu2",
-        norm=NormSpec(has_bias=True, is_centered=True, weight_offset=1.0),
-        tiny_config={**_TINY_CONFIG, "hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    replace(
+        PAIRED,
+        model_type="nemotron",
+        names=replace(PAIRED_NAMES, norm=NormSpec(has_bias=True, is_centered=True, weight_offset=1.0)),
+        options={"attention": {"bias": "attention_bias"}, "mlp": {"bias": "mlp_bias"}},
+        only={"hidden_act": "relu2"},
+        tiny_config={key: value for key, value in _TINY_CONFIG.items() if key != "rms_norm_eps"},
     ),
 )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from minipuzzle.architecture.configs.family import (
     Config,
     Family,
     ModulePaths,
-    divide,
     require,
-    require_one_of,
     uniform_sizes,
 )
 from minipuzzle.architecture.kinds import LAYER_KINDS
-from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
 
@@ -29,7 +27,6 @@ _NAMES = TensorNames(
     ties_head=False,
 )
 _FIELDS = {
-    "trunk": {"hidden": "hidden_size"},
     "mamba": {
         "ssm_head": "mamba_num_heads",
         "ssm_head_channel": "mamba_head_dim",
@@ -37,7 +34,7 @@ _FIELDS = {
         "ssm_state": "ssm_state_size",
         "conv_kernel": "conv_kernel",
     },
-    "attention": {"kv_group": "num_key_value_heads", "head_dim": "head_dim"},
+    "attention": {"kv_group": "num_key_value_heads"},
     "mlp": {"ffn": "intermediate_size"},
     "moe": {
         "expert": "n_routed_experts",
@@ -104,52 +101,12 @@ def _kinds(config: Config) -> list[str]:
     return [table[block_type] for block_type in found]
 
 
-def _layer(kind: str, config: Config) -> LayerSpec:
-    hidden = require(config, "hidden_size")
-    if kind == "mamba":
-        heads, groups = require(config, "mamba_num_heads"), require(config, "n_groups")
-        divide(heads, groups, "mamba_num_heads by n_groups")
-        sizes = {
-            "ssm_head": heads,
-            "ssm_head_channel": require(config, "mamba_head_dim"),
-            "ssm_group": groups,
-            "ssm_state": require(config, "ssm_state_size"),
-            "conv_kernel": require(config, "conv_kernel"),
-        }
-        # transformers builds in_proj and out_proj with use_bias; mamba_proj_bias is read by other engines.
-        flags = {"bias": config.get("use_bias", False), "conv_bias": config.get("use_conv_bias", True)}
-    elif kind == "attention":
-        queries, kv_groups = require(config, "num_attention_heads"), require(config, "num_key_value_heads")
-        head_dim = config.get("head_dim") or config.get("attention_head_dim")
-        sizes = {
-            "kv_group": kv_groups,
-            "queries_per_group": divide(queries, kv_groups, "num_attention_heads by num_key_value_heads"),
-            "head_dim": int(head_dim) if head_dim else divide(hidden, queries, "hidden_size by num_attention_heads"),
-        }
+def _complete(config: Config) -> Config:
+    if "attention" in _kinds(config):
+        require(config, "num_key_value_heads")
         if config.get("attention_bias"):
             raise MinipuzzleError("config.json: attention_bias is not supported", "transformers ignores it, too")
-        flags = {}
-    elif kind == "moe":
-        sizes, flags = _moe_sizes(config), {"bias": config.get("mlp_bias", False)}
-    else:
-        sizes, flags = {"ffn": require(config, "intermediate_size")}, {"bias": config.get("mlp_bias", False)}
-    options = frozenset(name for name, is_on in flags.items() if is_on)
-    return LayerSpec(kind=kind, sizes={"hidden": hidden, **sizes}, options=options)
-
-
-def _moe_sizes(config: Config) -> dict[str, int]:
-    experts, groups = require(config, "n_routed_experts"), require({"n_group": 1, **config}, "n_group")
-    divide(experts, groups, "n_routed_experts by n_group")
-    sizes = {
-        "expert": experts,
-        "expert_group": groups,
-        "experts_per_token": require(config, "num_experts_per_tok"),
-        "expert_ffn": require(config, "moe_intermediate_size"),
-        "shared_ffn": require(config, "moe_shared_expert_intermediate_size"),
-    }
-    if config.get("moe_latent_size") is not None:
-        sizes["latent"] = require(config, "moe_latent_size")
-    return sizes
+    return {**config, "head_dim": config.get("head_dim") or config.get("attention_head_dim")}
 
 
 _PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -164,51 +121,23 @@ def _ssm_state_precision(config: Config) -> str:
     return _PRECISION_OF_DTYPE[dtype]
 
 
-def _read(config: Config) -> Architecture:
-    require_one_of(config, "mlp_hidden_act", ("relu2",), "relu2")
-    require_one_of(config, "mamba_hidden_act", ("silu",), "silu")
-    return Architecture(
-        model_type="nemotron_h",
-        layers=tuple(_layer(kind, config) for kind in _kinds(config)),
-        hidden=require(config, "hidden_size"),
-        vocabulary=require(config, "vocab_size"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        names=_NAMES,
-        ssm_state_precision=_ssm_state_precision(config),
-    )
+def _adjust(config: Config, architecture: Architecture) -> Architecture:
+    return replace(architecture, ssm_state_precision=_ssm_state_precision(config))
 
 
-def _write(source: Config, architecture: Architecture) -> dict[str, Any]:
-    moe = uniform_sizes(architecture, "moe")
-    left_out = _UNPORTABLE_KEYS if moe else (*_UNPORTABLE_KEYS, *_MOE_KEYS)
-    config = {key: value for key, value in source.items() if key not in left_out}
+def _finish(config: dict[str, Any], source: Config, architecture: Architecture) -> dict[str, Any]:
+    if "moe" in architecture.layer_counts:
+        _check_routing(uniform_sizes(architecture, "moe"), source)
+    else:
+        config = {key: value for key, value in config.items() if key not in _MOE_KEYS}
     config |= {
         "architectures": ["NemotronHForCausalLM"],
         "hybrid_override_pattern": architecture.pattern,
-        "num_hidden_layers": len(architecture.layers),
-        "hidden_size": architecture.hidden,
         "tie_word_embeddings": False,
     }
-    if mamba := uniform_sizes(architecture, "mamba"):
-        config |= {"mamba_num_heads": mamba["ssm_head"], "mamba_head_dim": mamba["ssm_head_channel"]}
-    if attention := uniform_sizes(architecture, "attention"):
-        config |= {
-            "num_attention_heads": attention["kv_group"] * attention["queries_per_group"],
-            "num_key_value_heads": attention["kv_group"],
-            "head_dim": attention["head_dim"],
-        }
-    if mlp := uniform_sizes(architecture, "mlp"):
-        config["intermediate_size"] = mlp["ffn"]
-    if moe:
-        _check_routing(moe, source)
-        config |= {
-            "n_routed_experts": moe["expert"],
-            "moe_intermediate_size": moe["expert_ffn"],
-            "moe_shared_expert_intermediate_size": moe["shared_ffn"],
-        }
-    dtype = source.get("dtype") or source.get("torch_dtype") or "bfloat16"
-    # Engines differ in which of the two names they read; keys with defaults are spelled out for mlx-lm.
-    config |= {"dtype": dtype, "torch_dtype": dtype}
+    if "attention" in architecture.layer_counts:
+        config["head_dim"] = uniform_sizes(architecture, "attention")["head_dim"]
+    # Keys with defaults are spelled out for mlx-lm.
     defaults = {"mamba_proj_bias": False, "use_bias": False, "mlp_bias": False, "attention_bias": False}
     return {**defaults, "use_conv_bias": True, **config}
 
@@ -269,9 +198,20 @@ _NEMOTRON_H = Family(
         disk_prefix="backbone.",
         module_prefix="model.",
     ),
-    read=_read,
-    write=_write,
+    kinds=_kinds,
     fields=_FIELDS,
+    options={
+        # transformers builds in_proj and out_proj with use_bias; mamba_proj_bias is read by other engines.
+        "mamba": {"bias": "use_bias", "conv_bias": "use_conv_bias"},
+        "mlp": {"bias": "mlp_bias"},
+        "moe": {"bias": "mlp_bias"},
+    },
+    defaults={"use_conv_bias": True, "n_group": 1},
+    only={"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu"},
+    drops=_UNPORTABLE_KEYS,
+    complete=_complete,
+    adjust=_adjust,
+    finish=_finish,
     tiny_config=_TINY_CONFIG,
     tiny_variants={
         "moe": {
