@@ -52,7 +52,7 @@ def _nothing_else(config: dict[str, Any], _source: Config, _architecture: Archit
 class Family:
     """One model family: data first, and hooks where data does not reach.
 
-    ``kinds`` gives the kind of each layer. ``fields``: those of config.json with the size of an axis, by kind and axis.
+    ``kinds`` gives the kind of each layer. ``fields``: those of config.json with the size of an axis, by kind (or ``trunk``) and axis.
     ``options``: by kind, those of its layers; True, or the field that says so. ``defaults``: what transformers assumes
     where config.json is silent. ``only``: fields with the one value that is supported. ``drops``: fields that are no
     longer true of a cut model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields with factors that
@@ -102,7 +102,7 @@ class Family:
         architecture = Architecture(
             model_type=self.model_type,
             layers=tuple(found[kind] for kind in kinds),
-            hidden=require(config, "hidden_size"),
+            hidden=require(config, self.fields["trunk"]["hidden"]),
             vocabulary=require(config, "vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             names=self.names,
@@ -118,7 +118,7 @@ class Family:
             present = {
                 axis: name for axis, name in fields.items() if axis not in optional or config.get(name) is not None
             }
-            sizes = {"hidden": require(config, "hidden_size")}
+            sizes = {"hidden": require(config, self.fields["trunk"]["hidden"])}
             sizes |= {axis: require(config, name) for axis, name in present.items()}
         for axis, group in record.unit_groups.items():
             divide(sizes[axis], sizes[group], f"{fields[axis]} by {fields[group]}")
@@ -133,7 +133,8 @@ class Family:
         """
         require_whole_blocks(architecture)
         config = {key: value for key, value in source.items() if key not in self.drops}
-        config |= {"num_hidden_layers": len(architecture.blocks), "hidden_size": architecture.hidden}
+        config |= {"num_hidden_layers": len(architecture.blocks)}
+        config[self.fields["trunk"]["hidden"]] = architecture.hidden
         for kind in architecture.layer_counts:
             sizes = uniform_sizes(architecture, kind)
             config |= {self.fields[kind][axis]: sizes[axis] for axis in LAYER_KINDS[kind].prunable_axes}

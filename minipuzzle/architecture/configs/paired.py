@@ -112,7 +112,11 @@ PAIRED = Family(
     names=PAIRED_NAMES,
     modules=PAIRED_MODULES,
     kinds=pairs,
-    fields={"attention": {"kv_group": "num_key_value_heads"}, "mlp": {"ffn": "intermediate_size"}},
+    fields={
+        "trunk": {"hidden": "hidden_size"},
+        "attention": {"kv_group": "num_key_value_heads"},
+        "mlp": {"ffn": "intermediate_size"},
+    },
     options={"mlp": {"gated": True}},
     only={"hidden_act": "silu"},
     drops=STALE_KEYS,

@@ -119,6 +119,7 @@ FAMILIES = (
         modules=PAIRED_MODULES,
         kinds=_kinds,
         fields={
+            "trunk": {"hidden": "hidden_size"},
             "mamba": {
                 "ssm_head": "mamba_n_heads",
                 "ssm_head_channel": "mamba_d_head",

@@ -27,6 +27,7 @@ _NAMES = TensorNames(
     ties_head=False,
 )
 _FIELDS = {
+    "trunk": {"hidden": "hidden_size"},
     "mamba": {
         "ssm_head": "mamba_num_heads",
         "ssm_head_channel": "mamba_head_dim",
