@@ -52,8 +52,8 @@ def _nothing_else(config: dict[str, Any], _source: Config, _architecture: Archit
 class Family:
     """One model family: data first, and hooks where data does not reach.
 
-    ``kinds`` gives the kind of each layer. ``fields``: those of config.json with the size of an axis, by kind (or ``trunk``) and axis.
-    ``options``: by kind, those of its layers; True, or the field that says so. ``defaults``: what transformers assumes
+    ``kinds`` gives the kind of each layer. ``fields``: those of config.json with the size of an axis, by kind (or
+    ``trunk``) and axis. ``options``: by kind, those of its layers; True, or the field that says so. ``defaults``: what transformers assumes
     where config.json is silent. ``only``: fields with the one value that is supported. ``drops``: fields that are no
     longer true of a cut model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields with factors that
     transformers applies beside the embeddings, to what a layer adds, and to the logits.
