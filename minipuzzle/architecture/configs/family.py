@@ -53,10 +53,10 @@ class Family:
     """One model family: data first, and hooks where data does not reach.
 
     ``kinds`` gives the kind of each layer. ``fields``: those of config.json with the size of an axis, by kind (or
-    ``trunk``) and axis. ``options``: by kind, those of its layers; True, or the field that says so. ``defaults``: what transformers assumes
-    where config.json is silent. ``only``: fields with the one value that is supported. ``drops``: fields that are no
-    longer true of a cut model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields with factors that
-    transformers applies beside the embeddings, to what a layer adds, and to the logits.
+    ``trunk``) and axis. ``options``: by kind, those of its layers; True, or the field that says so. ``defaults``: what
+    transformers assumes where config.json is silent. ``only``: fields with the one value that is supported. ``drops``:
+    fields that are no longer true of a cut model. ``embedding_scale``, ``residual_scale`` and ``logit_divisor``: fields
+    with factors that transformers applies beside the embeddings, to what a layer adds, and to the logits.
 
     ``complete`` fills what is silent, or refuses what is not supported; ``adjust`` says in what layers differ;
     ``finish`` turns the fields of a cut model, written from the data, into its config.json.
