@@ -82,11 +82,6 @@ def _chunk_logits(compute: Compute) -> int:
     return min(most, compute.limit_bytes // _CHUNK_MEMORY_SHARE // (4 * _CHUNK_BUFFERS))
 
 
-def num_steps(tree: PrefixTree, num_windows: int) -> int:
-    """Steps of progress: layer applications and heads x windows."""
-    return (tree.num_applications + tree.num_streams) * num_windows
-
-
 def measure_plans(
     stack: LayerStack,
     tree: PrefixTree,
@@ -107,7 +102,7 @@ def measure_plans(
         slice_windows = stack.sequences_that_fit(working_set(stack.architecture, tree, windows, compute), num_windows)
     narrowed = NarrowedLayers(stack)
     sums = [TokenSums() for _ in range(tree.num_streams)]
-    with compute.progress("measuring candidates", num_steps(tree, num_windows)) as advance:
+    with compute.progress("measuring candidates", tree.num_steps(num_windows)) as advance:
         for start in compute.processes.share(range(0, num_windows, slice_windows)):
             token_ids_BT = windows.token_ids[start : start + slice_windows]
             labels_BT = windows.labels[start : start + slice_windows].to(stack.device)
@@ -145,7 +140,8 @@ def _compare_streams(
     plan_of_stream = dict(zip(tree.stream_of_plan, (keep_everything(source), *plans), strict=True))
     norms = [narrowed.final_norm(plan_of_stream[stream]) for stream in range(len(streams))]
     head_VH = narrowed.stack.head_weight().float()
-    heads_VH = [_columns(head_VH, plan_of_stream[stream]) for stream in range(len(streams))]
+    kept = [plan_of_stream[stream].units("hidden", None) for stream in range(len(streams))]
+    heads_VH = [head_VH if units is None else head_VH[:, list(units)] for units in kept]
     counts_BT = labels_BT != IGNORE
     labels_N = labels_BT[counts_BT]
     for stream, norm in enumerate(norms):
@@ -156,11 +152,6 @@ def _compare_streams(
         reference = ReferenceLogits(F.linear(streams[reference_stream][chunk].float(), heads_VH[reference_stream]))
         for stream, stream_NH in enumerate(streams):
             sums[stream].add(F.linear(stream_NH[chunk].float(), heads_VH[stream]), labels_C, reference)
-
-
-def _columns(head_VH: torch.Tensor, plan: Plan) -> torch.Tensor:
-    units = plan.units("hidden", None)
-    return head_VH if units is None else head_VH[:, list(units)]
 
 
 def _add_up(sums: Sequence[TokenSums], processes: Processes) -> None:

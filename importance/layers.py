@@ -64,11 +64,6 @@ def _head_sizes(source: Architecture, num_streams: int) -> dict[str, int]:
     return {"num_streams": num_streams, "hidden": source.hidden, "vocabulary": source.vocabulary}
 
 
-def num_steps(tree: PrefixTree, num_samples: int) -> int:
-    """Steps of progress of one measurement: applications of a layer, or of the head, to one sequence."""
-    return num_samples * (tree.num_applications + tree.num_streams)
-
-
 def alteration_tree(source: Architecture, plans: Sequence[Plan]) -> PrefixTree:
     """The tree of the full model and the altered ones."""
     return build_tree(source, [keep_everything(source), *plans])
@@ -100,7 +95,7 @@ def score_plans(
         slice_samples = stack.sequences_that_fit(needs, len(samples))
     metrics = hooks.earlier or HeadInputMetrics(len(plans))
     num_done = metrics.num_tokens // num_tokens
-    hooks.advance(num_steps(tree, num_done))
+    hooks.advance(tree.num_steps(num_done))
     for start in range(samples.start + num_done, samples.stop, slice_samples):
         token_ids = token_ids_BT[start : min(start + slice_samples, samples.stop)]
         streams_BTH = run.streams(token_ids, start)

@@ -165,7 +165,7 @@ def _score_round(
     stage, partial = f"layers-{round_idx}", run.partial
     earlier = partial.stage(stage) if partial else None
     num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
-    steps = layers.num_steps(alteration_tree(run.stack.architecture, plans), num_samples)
+    steps = alteration_tree(run.stack.architecture, plans).num_steps(num_samples)
     title = f"round {round_idx + 1} of layers" if round_idx else "scoring layers"
     with run.stack.compute.progress(title, steps) as advance:
         hooks = Hooks(

@@ -59,6 +59,10 @@ class PrefixTree:
         """Layer applications that measure all plans on one slice of tokens."""
         return sum(level.num_applications for level in self.levels)
 
+    def num_steps(self, num_sequences: int) -> int:
+        """Steps of progress of a measurement: applications of a layer, or of the head, to one sequence."""
+        return num_sequences * (self.num_applications + self.num_streams)
+
 
 def build_tree(source: Architecture, plans: Sequence[Plan]) -> PrefixTree:
     """The tree of some plans of one model."""

@@ -117,20 +117,6 @@ class RoundedSource(Checkpoint):
         return values
 
 
-def verify_export(
-    tensors: ExportTensors,
-    folder: Path,
-    token_ids_BT: torch.Tensor,
-    compute: Compute = Compute(),
-) -> Verification:
-    """Read a written folder, run it on tokens, and compare it with its source as it is and rounded alike.
-
-    Raises: MinipuzzleError if it does not compute what was expected of it.
-    """
-    expected = expected_states(tensors, token_ids_BT, compute)
-    return verify_against(tensors, folder, token_ids_BT, expected, compute)
-
-
 def expected_states(tensors: ExportTensors, token_ids_BT: torch.Tensor, compute: Compute = Compute()) -> ExpectedStates:
     """Run a source on tokens as it is, and with weights and activations rounded as its export rounds them."""
     _return_freed_memory()  # of calibration

@@ -20,7 +20,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import CalibrationMethod
 from minipuzzle.export.calibration import ActivationAmax, calibration_bytes, measure_amax, open_stack
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
-from minipuzzle.export.verify import Verification, verification_slice, verify_export, verify_plain
+from minipuzzle.export.verify import Verification, expected_states, verification_slice, verify_against, verify_plain
 from minipuzzle.export.write import ExportTensors, export_headers, portable_config, write_export
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
@@ -324,7 +324,7 @@ def _verify(
         if token_ids is None:
             return None
     tokens_BT = random_tokens(tensors.checkpoint) if token_ids is None else verification_slice(token_ids)
-    return verify_export(tensors, folder, tokens_BT, compute)
+    return verify_against(tensors, folder, tokens_BT, expected_states(tensors, tokens_BT, compute), compute)
 
 
 def _card_facts(

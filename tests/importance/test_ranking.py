@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from importance.candidates import measure_plans, num_steps, open_stack, rank_plans, working_set
+from importance.candidates import measure_plans, open_stack, rank_plans, working_set
 from importance.prefix_tree import PrefixTree, build_tree
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
@@ -102,7 +102,7 @@ def test_each_stream_runs_once_and_weights_are_read_once_a_slice(tiny_checkpoint
     # M-M*-M-: 0 runs once; 1 for all but one; then 2 twice; 3 and 4 by who keeps them; 5 and 6 for all four.
     assert tree.num_applications == 1 + 1 + 2 + 2 + 2 + 4 + 4
     assert stack.counters.layer_applications == 3 * tree.num_applications
-    assert [sum(steps)] == announced == [num_steps(tree, 5)]
+    assert [sum(steps)] == announced == [tree.num_steps(5)]
     norm_bytes = stack.stored_bytes(FINAL_NORM)
     reads = 1 if fits else 3
     assert stack.counters.weight_bytes_read == reads * (tiny_checkpoint.weight_bytes - norm_bytes) + norm_bytes
