@@ -10,8 +10,7 @@ import pytest
 
 from minipuzzle.architecture.quantities import GIB
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.search.sweep import FrontierPoint, parse_sweep
-from minipuzzle.show.frontier import frontier_chart, plot_frontier
+from minipuzzle.search.sweep import parse_sweep
 from tests.support.cli import run_cli
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
@@ -62,19 +61,6 @@ def test_a_budget_that_nothing_fits_is_a_point_without_figures(tmp_path: Path) -
     frontier = json.loads(search(tmp_path, "--context", "4096", "--sweep", "1MiB:10MiB:9MiB", "--json")[1])["frontier"]
     assert frontier[0]["memory_bytes"] is None and "is the least" in frontier[0]["description"]
     assert frontier[1]["memory_bytes"] <= 10 * 2**20
-
-
-def test_bars_are_as_long_as_losses_are_high(tmp_path: Path) -> None:
-    losses = (4.0, 2.0, 0.0)
-    points = [
-        FrontierPoint(budget_bytes=idx * GIB, memory_bytes=idx * GIB, quality=loss)
-        for idx, loss in enumerate(losses, 1)
-    ]
-    lengths = [line.count("█") for line in frontier_chart(points, quality="loss").splitlines()[1:]]
-    assert lengths[0] == 2 * lengths[1] > 0 == lengths[2]
-    nothing = [FrontierPoint(budget_bytes=GIB)]
-    plot_frontier(nothing, tmp_path / "empty.png", quality="loss")
-    assert (tmp_path / "empty.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
