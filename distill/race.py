@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.run import DistillRequest, distill_checkpoint
-from distill.scale.estimate import FLOAT32_BYTES, estimate_memory
+from distill.scale.estimate import estimate_memory
 from distill.settings import DistillSettings
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.data.windows import EvaluationWindows
@@ -22,6 +24,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.compute import Compute
+from minipuzzle.runtime.layer_stack import resident_weight_bytes
 from minipuzzle.runtime.models import load_model
 
 RACE_FILE = "race.json"
@@ -179,16 +182,15 @@ class RaceSettings:
         )
 
     def require_room(self, student: Architecture, teacher: Architecture, compute: Compute) -> None:
-        """Refuse to train and measure a finalist within too little memory, by an estimate; without a limit, nothing.
+        """Refuse to train or measure a finalist beside its source within a limit that is too low for it.
 
         Raises: MinipuzzleError with both amounts.
         """
-        if compute.memory_bytes is None:
-            return
-        training = estimate_memory(student, teacher, self.distillation(self.tokens, 0, compute.dtype), compute.device)
-        weights_bytes = FLOAT32_BYTES * (student.num_parameters + teacher.num_parameters)
-        needed_bytes = max(training.total_bytes, weights_bytes)
-        compute.require_room(needed_bytes, "to train a finalist, both models whole", "drop --finalists")
+        settings = self.distillation(self.tokens, 0, compute.dtype)
+        estimate_memory(student, teacher, settings, compute.device).require_room(compute, "drop --finalists")
+        if compute.memory_bytes is not None:
+            weight_bytes = sum(resident_weight_bytes(model, torch.float32) for model in (student, teacher))
+            compute.require_room(weight_bytes, "to measure a finalist beside its source", "drop --finalists")
 
     def tokens_of_rounds(self, num_finalists: int) -> tuple[int, ...]:
         """Tokens of each round: one round, or with halving as many equal ones as it takes to leave one finalist."""

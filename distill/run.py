@@ -208,7 +208,7 @@ def prepare_run(request: DistillRequest, compute: Compute = Compute()) -> Prepar
         validation_windows = evaluation_windows(
             vocabulary.tokenizer, held_out, sequence_length=settings.sequence_length
         )
-    return PreparedRun(
+    prepared = PreparedRun(
         request=request,
         compute=compute,
         text=text,
@@ -218,6 +218,8 @@ def prepare_run(request: DistillRequest, compute: Compute = Compute()) -> Prepar
         hardware=hardware_of(compute),
         notes=notes,
     )
+    prepared.estimate.memory.require_room(compute, "lower --micro-batch or --sequence-length")
+    return prepared
 
 
 def _without_unavailable(request: DistillRequest, compute: Compute) -> tuple[DistillRequest, tuple[str, ...]]:

@@ -17,9 +17,9 @@ from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
-from minipuzzle.runtime.compute import DTYPES
+from minipuzzle.runtime.compute import DTYPES, Compute
 
-FLOAT32_BYTES = 4
+_FLOAT32_BYTES = 4
 _TRAINING_COPIES = 4  # weight, gradient and AdamW's two moments, all float32
 _KEPT_PER_CHANNEL = 3  # values that autograd keeps a token for each channel of a layer's input
 _UNITS_GATHERED = 2  # the layer that runs, and the next one
@@ -49,6 +49,14 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """Sum of all."""
         return sum(asdict(self).values())
+
+    def require_room(self, compute: Compute, hint: str) -> None:
+        """Refuse to train within a limit that this exceeds; without a limit there is nothing to compare with.
+
+        Raises: MinipuzzleError with both amounts.
+        """
+        if compute.memory_bytes is not None:
+            compute.require_room(self.total_bytes, "to train with both models whole, by an estimate", hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +145,7 @@ def _moved_bytes(student: Architecture, teacher: Architecture, settings: Distill
     if num_processes == 1:
         return 0.0
     weight_bytes = DTYPES[settings.dtype].itemsize
-    student_bytes = (2 * weight_bytes + FLOAT32_BYTES) * student.num_parameters  # gathered twice, reduced once
+    student_bytes = (2 * weight_bytes + _FLOAT32_BYTES) * student.num_parameters  # gathered twice, reduced once
     return (student_bytes + weight_bytes * teacher.num_parameters) * (num_processes - 1) / num_processes
 
 
@@ -161,10 +169,10 @@ def estimate_memory(
     is_split = num_processes > 1 or is_offloaded or kind.type != "cpu"
     teacher_bytes = 0 if is_offloaded else weight_bytes * teacher.num_parameters
     return MemoryEstimate(
-        student_bytes=FLOAT32_BYTES * _TRAINING_COPIES * student.num_parameters // num_processes,
+        student_bytes=_FLOAT32_BYTES * _TRAINING_COPIES * student.num_parameters // num_processes,
         teacher_bytes=teacher_bytes // num_processes,
         gathered_bytes=_gathered_bytes(student, teacher, weight_bytes) if is_split else 0,
-        loss_bytes=FLOAT32_BYTES * loss_values,
+        loss_bytes=_FLOAT32_BYTES * loss_values,
         activation_bytes=weight_bytes * rows * _kept_values_per_token(student, engine),
     )
 
@@ -173,7 +181,7 @@ def _gathered_bytes(student: Architecture, teacher: Architecture, weight_bytes: 
     """Both heads during the loss, two units of one model, and the student's gradients of one."""
     heads = weight_bytes * student.vocabulary * (student.hidden + teacher.hidden)
     forward = _UNITS_GATHERED * weight_bytes * max(_largest_unit(student), _largest_unit(teacher))
-    gradients = (weight_bytes + FLOAT32_BYTES) * _largest_unit(student)
+    gradients = (weight_bytes + _FLOAT32_BYTES) * _largest_unit(student)
     return heads + forward + gradients
 
 

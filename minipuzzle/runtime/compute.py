@@ -135,13 +135,6 @@ def _control_group_bytes() -> float:
         return float("inf")
 
 
-def best_device() -> str:
-    """The device to use where none was asked for."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def checked_device(device: str | None) -> str:
     """The device asked for, or the best one there is.
 
@@ -150,7 +143,7 @@ def checked_device(device: str | None) -> str:
     import torch
 
     if device is None:
-        return best_device()
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

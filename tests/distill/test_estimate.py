@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from distill.scale.gpus import GPUS
 from distill.settings import DistillSettings
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.cut.plan import Plan
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
+from minipuzzle.runtime.compute import Compute
 from tests.support.cli import run_cli
 from tests.support.tiny_models import published_config, tiny_config
 
@@ -114,21 +117,29 @@ def test_a_number_of_gpus_that_is_none_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "--gpus" in result.stderr
 
 
+def small_request(checkpoint: Checkpoint, text: Path, folder: Path) -> DistillRequest:
+    """A model that is distilled from itself."""
+    settings = DistillSettings(tokens=64, sequence_length=16, batch_sequences=2)
+    return DistillRequest(student=checkpoint, teacher=checkpoint, data=(text,), settings=settings, out=folder / "out")
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_the_share_shown_while_training_is_the_one_that_the_estimate_expects(
     tiny_checkpoint: Checkpoint, text_file: Path, tmp_path: Path, recomputes: bool
 ) -> None:
     """The same operations over the same rate of the device: at the estimated speed both are one number."""
-    prepared = prepare_run(
-        DistillRequest(
-            student=tiny_checkpoint,
-            teacher=tiny_checkpoint,
-            data=(text_file,),
-            settings=DistillSettings(tokens=64, sequence_length=16, batch_sequences=2),
-            out=tmp_path / "out",
-            engine=EngineSettings(activation_checkpointing=recomputes),
-        )
-    )
+    engine = EngineSettings(activation_checkpointing=recomputes)
+    prepared = prepare_run(replace(small_request(tiny_checkpoint, text_file, tmp_path), engine=engine))
     assert prepared.estimate.bound_by == "compute"
     share = prepared.used_fraction(prepared.estimate.tokens_per_second)
     assert share == pytest.approx(prepared.hardware.expected_fraction)
+
+
+def test_a_limit_that_training_exceeds_by_the_estimate_is_refused_before_weights_are_read(
+    tiny_checkpoint: Checkpoint, text_file: Path, tmp_path: Path
+) -> None:
+    request = small_request(tiny_checkpoint, text_file, tmp_path)
+    needed = prepare_run(request).estimate.memory.total_bytes
+    prepare_run(request, Compute(memory_bytes=needed))
+    with pytest.raises(MinipuzzleError, match=r"needs .* by an estimate\), but .* may be used"):
+        prepare_run(request, Compute(memory_bytes=needed - 1))

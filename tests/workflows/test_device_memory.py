@@ -1,4 +1,4 @@
-"""Guarantee: --device-memory bounds every step of prune, and its dry run refuses what the run would refuse."""
+"""Guarantee: --device-memory bounds every step of prune and export; dry runs refuse what runs would refuse."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def test_measuring_and_comparing_keep_within_the_limit(tiny_folder: Path, text_f
     assert resident["memory_while_measuring_bytes"] > ONE_LAYER_BYTES
     assert resident["weights_to_read_bytes"] < planned["weights_to_read_bytes"]
     assert prune(tiny_folder, text_file, tmp_path / "out", *limit).exit_code == 0
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_calibration_and_its_dry_run_are_refused_alike(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    calibrating = ["--fp8", "--data", str(text_file), "--samples", "2", "--sequence-length", "16"]
+    arguments = ["export", str(tiny_folder), *calibrating, "-o", str(tmp_path / "out"), "--device-memory", "1KiB", *how]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "may be used" in result.stderr, result.output
+    assert not (tmp_path / "out").exists()
