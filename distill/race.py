@@ -23,6 +23,7 @@ from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.quality.evaluate import evaluate
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import resident_weight_bytes
 from minipuzzle.runtime.models import load_model
@@ -89,8 +90,7 @@ def _measure(request: DistillRequest, validation: EvaluationWindows, num_tokens:
     compute = replace(compute, dtype="float32")
     student, against = Checkpoint.open(request.out), load_model(request.teacher, compute)
     found = evaluate(load_model(student, compute), student.family, validation, compute, against=against)
-    assert found.kl is not None
-    return RoundResult(tokens=num_tokens, loss=found.loss, kl=found.kl)
+    return RoundResult(tokens=num_tokens, quality=found)
 
 
 class _Record:
@@ -107,19 +107,19 @@ class _Record:
             raise InputChangedError(f"{path} belongs to a race of other finalists", f"remove {path.parent}")
 
     def add(self, contender: int, round_idx: int, result: RoundResult) -> None:
-        self.content["results"][f"{contender}-{round_idx}"] = vars(result)
+        self.content["results"][f"{contender}-{round_idx}"] = result.to_json()
         unfinished = self.path.with_suffix(".unfinished")
         write_json(unfinished, self.content)
         unfinished.replace(self.path)
 
     def result(self, contender: int, round_idx: int) -> RoundResult | None:
         found: Mapping[str, Any] | None = self.content["results"].get(f"{contender}-{round_idx}")
-        return None if found is None else RoundResult(**found)
+        return None if found is None else RoundResult.from_json(found)
 
     def loss(self, contender: int, round_idx: int) -> float:
         result = self.result(contender, round_idx)
         assert result is not None
-        return result.loss
+        return result.quality.loss
 
     def rounds(self, contender: int) -> tuple[RoundResult, ...]:
         found = (self.result(contender, round_idx) for round_idx in range(len(self.content["results"])))
@@ -128,11 +128,19 @@ class _Record:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """A finalist after one round. ``tokens`` of training so far; ``loss``, ``kl`` in nats per validation token."""
+    """A finalist after one round. ``tokens`` of training so far; ``quality`` on the validation text."""
 
     tokens: int
-    loss: float
-    kl: float
+    quality: Quality
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """What the race's file and the table of finalists keep."""
+        return {"tokens": self.tokens, "loss": self.quality.loss, "kl": self.quality.kl}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> RoundResult:
+        """The inverse of ``to_json``."""
+        return cls(tokens=record["tokens"], quality=Quality(loss=record["loss"], kl=record["kl"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +223,6 @@ def survivors(latest: dict[int, float]) -> list[int]:
 def finalist_table(finalists: Sequence[Mapping[str, Any]], result: RaceResult) -> list[dict[str, Any]]:
     """What is known of each finalist with its rounds, and which one won."""
     return [
-        {**facts, "rounds": [asdict(done) for done in rounds], "is_winner": number == result.winner}
+        {**facts, "rounds": [done.to_json() for done in rounds], "is_winner": number == result.winner}
         for number, (facts, rounds) in enumerate(zip(finalists, result.rounds, strict=True))
     ]

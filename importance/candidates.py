@@ -23,7 +23,8 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import Advance
 from minipuzzle.quality.evaluate import CHUNK_LOGITS, ReferenceLogits, TokenSums, head_chunks
-from minipuzzle.quality.ranked import DEFAULT_RANK_BY, PlanQuality, RankedPlan, best_first
+from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RankedPlan, best_first
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet
 from minipuzzle.runtime.narrowed_layers import NarrowedLayers
@@ -89,7 +90,7 @@ def measure_plans(
     windows: EvaluationWindows,
     *,
     slice_windows: int | None = None,
-) -> list[PlanQuality]:
+) -> list[Quality]:
     """The quality of each plan, in the order given. ``tree`` is that of the source model and then ``plans``.
 
     ``slice_windows``: windows at a time (default: as many as fit); the slicing changes nothing but rounding. The
@@ -165,15 +166,15 @@ def _add_up(sums: Sequence[TokenSums], processes: Processes) -> None:
             setattr(item, name, type(getattr(item, name))(value))
 
 
-def _quality(plan: Plan, sums: TokenSums) -> PlanQuality:
+def _quality(plan: Plan, sums: TokenSums) -> Quality:
     loss = sums.loss / sums.num_tokens
     if not loss < inf:
         name = plan.figures.pattern if plan.figures else plan.kept_layers
         raise MinipuzzleError(f"candidate {name} computes values that are not finite", "measure with --dtype float32")
-    return PlanQuality(
+    return Quality(
         loss=loss,
         kl=sums.kl / sums.num_tokens,
-        next_token_accuracy=sums.num_correct / sums.num_tokens,
+        accuracy=sums.num_correct / sums.num_tokens,
         agreement=sums.num_agreed / sums.num_tokens,
         num_tokens=sums.num_tokens,
     )

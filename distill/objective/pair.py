@@ -28,6 +28,7 @@ from distill.objective.losses import (
 from distill.objective.teacher_cache import TeacherCache
 from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import parts_of
 
@@ -62,14 +63,6 @@ class HiddenStates(nn.Module):
         """Forget what a forward pass without a backward pass has gathered."""
         if isinstance(self, FSDPModule):
             self.reshard()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distance:
-    """A student on held-out text, in nats per token: forward KL from its teacher, and its loss on the text itself."""
-
-    kl: float
-    loss: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +161,7 @@ class DistillPair:
         return targets
 
     @torch.no_grad()
-    def distance(self, windows: EvaluationWindows, *, batch_sequences: int) -> Distance:
+    def distance(self, windows: EvaluationWindows, *, batch_sequences: int) -> Quality:
         """Forward KL and the student's own loss over all predictions of some windows, at temperature 1.
 
         Each process takes every ``world_size``-th batch; one that has none left runs the first again, uncounted,
@@ -187,7 +180,7 @@ class DistillPair:
                 sums += torch.stack([terms.kl, terms.cross_entropy])
         self.student.release()
         kl, loss = (processes.sum_(sums) / windows.num_predictions).tolist()
-        return Distance(kl=kl, loss=loss)
+        return Quality(kl=kl, loss=loss, num_tokens=windows.num_predictions)
 
     def _autocast(self) -> AbstractContextManager[object]:
         # A split model casts its weights as it gathers them.

@@ -17,7 +17,7 @@ from torch import nn
 
 from distill.engine import SPIKE_WINDOW, EngineSettings
 from distill.objective.losses import LossSettings
-from distill.objective.pair import Distance, DistillPair
+from distill.objective.pair import DistillPair
 from distill.scale.parallel import rows_of_process, whole
 from distill.settings import DistillSettings, OnStep, StepRecord, ignore_step
 from distill.states.checkpointing import Progress, StateStore, TrainingState
@@ -27,6 +27,7 @@ from distill.training.interrupts import deferred_interrupts
 from distill.training.optimizers import make_optimizer
 from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.processes import Processes
 
 SAVE_SECONDS = 300.0
@@ -227,7 +228,7 @@ class _Run:
         loss, kl = self.processes.sum_(sums).tolist()
         return loss, kl
 
-    def _validation_distance(self) -> Distance | None:
+    def _validation_distance(self) -> Quality | None:
         if self.validation is None:
             return None
         model = self.state.model

@@ -23,7 +23,8 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sample_windows
 from minipuzzle.export.reader import load_any_model
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.quality.evaluate import Evaluation, documents_within, evaluate
+from minipuzzle.quality.evaluate import documents_within, evaluate
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.show.bars import drawn_bar
@@ -107,11 +108,11 @@ def run(folder: Path) -> dict[tuple[str, str], Loss]:
 
 
 def _measured(path: Path, teacher: Checkpoint, windows: EvaluationWindows) -> Loss:
-    result: Evaluation = evaluate(
+    result: Quality = evaluate(
         load_any_model(Checkpoint.open(path)), teacher.family, windows, against=load_any_model(teacher)
     )
-    assert result.kl is not None and result.top1_agreement is not None
-    return Loss(kl=result.kl, loss=result.loss, agreement=result.top1_agreement)
+    assert result.kl is not None and result.agreement is not None
+    return Loss(kl=result.kl, loss=result.loss, agreement=result.agreement)
 
 
 def render(found: dict[tuple[str, str], Loss]) -> str:

@@ -28,7 +28,8 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, sample_windows, windows_of_tokens
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import evaluate
-from minipuzzle.quality.ranked import RANK_BY, PlanQuality, RankedPlan, best_first
+from minipuzzle.quality.ranked import RANK_BY, RankedPlan, best_first
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.models import build_model, load_model, load_tokenizer
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.workflows.choosing.compare import Problem
@@ -64,29 +65,18 @@ def candidate_sets(checkpoint: Checkpoint, scores: Scores) -> dict[str, list[Pla
     }
 
 
-def measure_alone(checkpoint: Checkpoint, plans: Sequence[Plan], windows: EvaluationWindows) -> list[PlanQuality]:
+def measure_alone(checkpoint: Checkpoint, plans: Sequence[Plan], windows: EvaluationWindows) -> list[Quality]:
     """Each candidate as a model of its own."""
     teacher = load_model(checkpoint)
     qualities = []
     for plan in plans:
         config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
         student = build_model(config, cut_tensors(checkpoint, plan))
-        found = evaluate(student, checkpoint.family, windows, against=teacher, batch=8)
-        assert found.kl is not None and found.top1_agreement is not None
-        accuracy = found.next_token_accuracy
-        qualities.append(
-            PlanQuality(
-                loss=found.loss,
-                kl=found.kl,
-                next_token_accuracy=accuracy,
-                agreement=found.top1_agreement,
-                num_tokens=found.num_tokens,
-            )
-        )
+        qualities.append(evaluate(student, checkpoint.family, windows, against=teacher, batch=8))
     return qualities
 
 
-def measure_together(checkpoint: Checkpoint, plans: Sequence[Plan], windows: EvaluationWindows) -> list[PlanQuality]:
+def measure_together(checkpoint: Checkpoint, plans: Sequence[Plan], windows: EvaluationWindows) -> list[Quality]:
     """All candidates with shared prefixes."""
     tree = build_tree(checkpoint.architecture, [keep_everything(checkpoint.architecture), *plans])
     return measure_plans(open_stack(checkpoint, tree, windows), tree, plans, windows)
@@ -99,17 +89,17 @@ def applications(checkpoint: Checkpoint, plans: Sequence[Plan]) -> tuple[int, in
     return tree.num_applications, of_candidates + len(plans) * len(checkpoint.architecture.layers), of_candidates
 
 
-def largest_difference(found: Sequence[PlanQuality], wanted: Sequence[PlanQuality]) -> float:
+def largest_difference(found: Sequence[Quality], wanted: Sequence[Quality]) -> float:
     """Over all candidates and figures."""
-    figures = ("loss", "kl", "next_token_accuracy", "agreement")
+    figures = ("loss", "kl", "accuracy", "agreement")
     pairs = zip(found, wanted, strict=True)
     return max(abs(float(getattr(a, name)) - float(getattr(b, name))) for a, b in pairs for name in figures)
 
 
-def order_agreement(one: Sequence[PlanQuality], other: Sequence[PlanQuality], rank_by: str) -> float:
+def order_agreement(one: Sequence[Quality], other: Sequence[Quality], rank_by: str) -> float:
     """Spearman's correlation of the orders that two measurements of the same candidates give."""
 
-    def positions(qualities: Sequence[PlanQuality]) -> np.ndarray:
+    def positions(qualities: Sequence[Quality]) -> np.ndarray:
         ranked = [
             RankedPlan(plan=Plan(source_fingerprint="", kept_layers=(number,)), quality=quality)
             for number, quality in enumerate(qualities)

@@ -104,10 +104,11 @@ def _show(exported: ExportedFolder, scheme: str, *, is_verified: bool) -> None:
         return
     if scheme == PLAIN:
         click.echo("verified: every tensor read back and compared with the source, rounded once to BF16")
-    if found := exported.verification:
+    if (found := exported.verification) and found.before is not None:
+        before, after = found.before, found.after
         click.echo(
-            f"verified: reloaded and run on {found.num_tokens:,} tokens; differs from the source rounded alike by "
+            f"verified: reloaded and run on {after.num_tokens:,} tokens; differs from the source rounded alike by "
             f"{found.relative_difference:.1e}\n"
-            f"cost of {scheme}: KL {found.kl_from_source:.4g} nats/token from the source, "
-            f"agreement {found.agreement_with_source:.2%}, loss {found.source_loss:.4f} -> {found.loss:.4f}"
+            f"cost of {scheme}: KL {after.kl:.4g} nats/token from the source, "
+            f"agreement {after.agreement:.2%}, loss {before.loss:.4f} -> {after.loss:.4f}"
         )

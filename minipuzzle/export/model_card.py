@@ -18,19 +18,13 @@ from minipuzzle.export.verify import Verification
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.choices import FORMATS, PLAIN
 from minipuzzle.formats.layout import ExportLayout
+from minipuzzle.quality.record import LABELS
 from minipuzzle.version import __version__
 
 README = "README.md"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt")
 _INHERITED_FIELDS = ("license", "license_name", "license_link", "language")
-_QUALITY_COLUMNS = {
-    "bits_per_byte": "bits per byte",
-    "perplexity": "perplexity",
-    "next_token_accuracy": "next-token accuracy",
-    "kl": "KL from teacher (nats/token)",
-    "top1_agreement": "agreement with teacher",
-    "num_tokens": "tokens",
-}
+_QUALITY_COLUMNS = ("bits_per_byte", "perplexity", "next_token_accuracy", "kl", "top1_agreement", "num_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,14 +191,14 @@ def _precision(facts: PrecisionFacts) -> str:
 
 
 def _verification(facts: CardFacts) -> str:
-    found = facts.verification
-    assert found is not None
+    assert facts.verification is not None and facts.verification.before is not None
+    before, after = facts.verification.before, facts.verification.after
     rows = [
-        ("loss (nats/token)", f"{found.source_loss:.4f}", f"{found.loss:.4f}"),
-        ("KL from before (nats/token)", "", f"{found.kl_from_source:.3g}"),
-        ("agreement with before on the most likely token", "", f"{found.agreement_with_source:.2%}"),
+        (LABELS["loss"][0], f"{before.loss:.4f}", f"{after.loss:.4f}"),
+        ("KL from before (nats/token)", "", f"{after.kl:.3g}"),
+        ("agreement with before on the most likely token", "", f"{after.agreement:.2%}"),
     ]
-    note = f"Before: {facts.verified_on}, {found.num_tokens:,} tokens, float32, with this export's source. After: this "
+    note = f"Before: {facts.verified_on}, {after.num_tokens:,} tokens, float32, with this export's source. After: this "
     return _table(("", "before", "after"), rows) + f"\n\n{note}folder, read back, rounding activations as engines do."
 
 
@@ -225,7 +219,7 @@ def _memory(source: Checkpoint, facts: CardFacts) -> str:
 def _quality(quality: Mapping[str, Mapping[str, float | None]]) -> str:
     shown = [column for column in _QUALITY_COLUMNS if any(row.get(column) is not None for row in quality.values())]
     rows = [(name, *(_number(row.get(column)) for column in shown)) for name, row in quality.items()]
-    return _table(("data", *(_QUALITY_COLUMNS[column] for column in shown)), rows)
+    return _table(("data", *(LABELS[column][0] for column in shown)), rows)
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ import ctypes
 import gc
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from minipuzzle.export.write import (
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.layout import WEIGHT, ExportLayout
 from minipuzzle.quality.evaluate import divergence_sums, head_chunks
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.rounded_linear import RoundedLinear
@@ -49,38 +50,15 @@ class ExpectedStates:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """How an export compares with its source on a slice of text.
+    """What a folder computes on a slice of text, and beside it the model that it was made from, where that is known.
 
-    ``relative_difference``: of the LM head's inputs, to the source rounded alike; 0 up to kernels' own noise.
-    ``kl_from_source``: KL(source || export) in nats/token, the cost of rounding; ``agreement_with_source``: share of
-    tokens. ``source_loss`` and ``loss``: nats per predicted token before and after.
+    ``after``: of the folder, its KL and agreement from the source: the cost of rounding. ``relative_difference``: of
+    the LM head's inputs, to the source rounded alike; 0 up to kernels' own noise, None where they were not compared.
     """
 
-    relative_difference: float
-    kl_from_source: float
-    agreement_with_source: float
-    source_loss: float
-    loss: float
-    num_tokens: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """All figures by name."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """How the predictions of a model compare with those of another; the latter's are None where there is no other."""
-
-    loss: float
-    num_tokens: int
-    kl: float | None = None
-    agreement: float | None = None
-    against_loss: float | None = None
-
-    def to_json(self) -> dict[str, float | int | None]:
-        """All figures by name."""
-        return asdict(self)
+    after: Quality
+    before: Quality | None = None
+    relative_difference: float | None = None
 
 
 def verification_slice(token_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -152,15 +130,7 @@ def verify_against(
             "do not deploy it; check the disk and run the command again",
         )
     compared = compare(written, found_NH, token_ids_BT, tensors.checkpoint, expected.source, compute)
-    assert compared.kl is not None and compared.agreement is not None and compared.against_loss is not None
-    return Verification(
-        relative_difference=difference,
-        kl_from_source=compared.kl,
-        agreement_with_source=compared.agreement,
-        source_loss=compared.against_loss,
-        loss=compared.loss,
-        num_tokens=compared.num_tokens,
-    )
+    return replace(compared, relative_difference=difference)
 
 
 def compare_folders(
@@ -168,7 +138,7 @@ def compare_folders(
     against: Checkpoint | None,
     token_ids_BT: torch.Tensor,
     compute: Compute = Compute(),
-) -> Comparison:
+) -> Verification:
     """Run one or two readable checkpoints on tokens, a layer at a time where memory holds no more.
 
     Raises: MinipuzzleError if a model does not fit, or does not compute finite numbers.
@@ -249,7 +219,7 @@ def compare(
     against: Checkpoint | None,
     against_NH: torch.Tensor,
     compute: Compute = Compute(),
-) -> Comparison:
+) -> Verification:
     """Losses, KL and agreement from what two LM heads see; windows follow each other in ``states_NH``."""
     device = compute.torch_device
     head_VH = _head(model, device)
@@ -267,13 +237,12 @@ def compare(
         sums["kl"] += kl
         sums["agreed"] += agreed
     num_tokens, num_labels = len(states_NH), max(1, int((labels_N != -100).sum()))
-    has_other = against is not None
-    return Comparison(
-        loss=sums["loss"] / num_labels,
-        num_tokens=num_tokens,
-        kl=sums["kl"] / num_tokens if has_other else None,
-        agreement=sums["agreed"] / num_tokens if has_other else None,
-        against_loss=sums["against_loss"] / num_labels if has_other else None,
+    after = Quality(loss=sums["loss"] / num_labels, num_tokens=num_tokens)
+    if against is None:
+        return Verification(after=after)
+    return Verification(
+        after=replace(after, kl=sums["kl"] / num_tokens, agreement=sums["agreed"] / num_tokens),
+        before=Quality(loss=sums["against_loss"] / num_labels, num_tokens=num_tokens),
     )
 
 

@@ -6,7 +6,6 @@ V vocabulary. ``[N, V]`` never exists whole: LM heads are applied to C tokens at
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import IGNORE, PIECE_CHARACTERS, EvaluationWindows, document_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import ModelParts, parts_of
 from minipuzzle.runtime.rounded_linear import RoundedLinear
@@ -28,49 +28,6 @@ _CHARACTERS_OF_TOKEN = 64  # at most, on average over a text
 CHUNK_LOGITS = 2**25  # 128 MiB of float32 logits at a time
 _LIMIT_BYTES_PER_LOGIT = 256  # under a limit: with what is computed from them, logits take a tenth of it
 _MAX_LOSS_NATS = 700.0  # exp of more overflows float64; no sane model is near
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Quality of one model on one set of windows.
-
-    Units: ``loss`` and ``kl`` nats per predicted token; ``bits_per_byte`` bits per UTF-8 byte of the predicted text;
-    ``next_token_accuracy`` and ``top1_agreement`` shares of 1; ``model_seconds`` without the teacher's.
-    ``kl`` is forward: sum of teacher * (log teacher - log model). It and ``top1_agreement`` are None without a teacher.
-    """
-
-    loss: float
-    bits_per_byte: float
-    next_token_accuracy: float
-    num_tokens: int
-    num_bytes: int
-    model_seconds: float
-    kl: float | None = None
-    top1_agreement: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """e to the loss."""
-        return math.exp(self.loss)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Predicted tokens per second of the model's own time, measured."""
-        return self.num_tokens / self.model_seconds
-
-    def to_json(self) -> dict[str, float | int | None]:
-        """All figures by name."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "next_token_accuracy": self.next_token_accuracy,
-            "kl": self.kl,
-            "top1_agreement": self.top1_agreement,
-            "num_tokens": self.num_tokens,
-            "num_bytes": self.num_bytes,
-            "tokens_per_second": self.tokens_per_second,
-        }
 
 
 class ReferenceLogits:
@@ -117,7 +74,7 @@ def evaluate(
     against_family: Family | None = None,
     batch: int = 4,
     advance: Advance = no_progress,
-) -> Evaluation:
+) -> Quality:
     """Measure a model on windows, and its distance from a teacher that shares its vocabulary if one is given.
 
     Each trunk runs once a batch. Logits are float32, sums float64; padding counts nowhere. ``advance`` is called with
@@ -147,18 +104,19 @@ def _batches_without_padding(windows: EvaluationWindows, batch: int) -> Iterator
         yield windows.token_ids[rows, :end], windows.labels[rows, :end]
 
 
-def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The evaluation of several sets of windows together, weighted by their tokens."""
+def combine(evaluations: Sequence[Quality]) -> Quality:
+    """The quality on several sets of windows together, weighted by their tokens; each as ``evaluate`` gives it."""
     sums = TokenSums()
     for part in evaluations:
-        sums.loss += part.loss * part.num_tokens
-        sums.num_correct += round(part.next_token_accuracy * part.num_tokens)
-        sums.kl += (part.kl or 0.0) * part.num_tokens
-        sums.num_agreed += round((part.top1_agreement or 0.0) * part.num_tokens)
-        sums.num_tokens += part.num_tokens
-        sums.seconds += part.model_seconds
+        num_tokens = part.num_tokens or 0
+        sums.loss += part.loss * num_tokens
+        sums.num_correct += round((part.accuracy or 0.0) * num_tokens)
+        sums.kl += (part.kl or 0.0) * num_tokens
+        sums.num_agreed += round((part.agreement or 0.0) * num_tokens)
+        sums.num_tokens += num_tokens
+        sums.seconds += part.seconds or 0.0
     has_teacher = all(part.kl is not None for part in evaluations)
-    return _finish(sums, sum(part.num_bytes for part in evaluations), has_teacher=has_teacher)
+    return _finish(sums, sum(part.num_bytes or 0 for part in evaluations), has_teacher=has_teacher)
 
 
 def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) -> list[str]:
@@ -255,20 +213,19 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Evaluation:
+def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Quality:
     loss = sums.loss / sums.num_tokens
     if not loss < _MAX_LOSS_NATS:  # also true for NaN
         raise MinipuzzleError(
             f"the model's loss is {loss} nats/token: it computes NaN, infinite or senseless values",
             "check the weights, or try --dtype float32",
         )
-    return Evaluation(
+    return Quality(
         loss=loss,
-        bits_per_byte=sums.loss / math.log(2) / num_bytes,
-        next_token_accuracy=sums.num_correct / sums.num_tokens,
+        kl=sums.kl / sums.num_tokens if has_teacher else None,
+        agreement=sums.num_agreed / sums.num_tokens if has_teacher else None,
+        accuracy=sums.num_correct / sums.num_tokens,
         num_tokens=sums.num_tokens,
         num_bytes=num_bytes,
-        model_seconds=sums.seconds,
-        kl=sums.kl / sums.num_tokens if has_teacher else None,
-        top1_agreement=sums.num_agreed / sums.num_tokens if has_teacher else None,
+        seconds=sums.seconds,
     )

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 from minipuzzle.cut.figures import Figures
 from minipuzzle.cut.plan import Plan
+from minipuzzle.quality.record import Quality
 from minipuzzle.table import Table
 
 DEFAULT_RANK_BY = "kl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanQuality:
-    """What a cut model does before any distillation.
-
-    Units: ``loss`` and ``kl`` (forward, from the source model) nats/token; ``next_token_accuracy`` and ``agreement``
-    (same best next token as the source model) shares of 1.
-    """
-
-    loss: float
-    kl: float
-    next_token_accuracy: float
-    agreement: float
-    num_tokens: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """All figures by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +20,7 @@ class RankedPlan:
     """A plan and what was measured of it before any distillation."""
 
     plan: Plan
-    quality: PlanQuality
+    quality: Quality
 
     @property
     def figures(self) -> Figures:
@@ -46,19 +28,36 @@ class RankedPlan:
         assert self.plan.figures is not None, "no search made this plan"
         return self.plan.figures
 
+    @property
+    def kl(self) -> float:
+        """Forward KL from the source model, nats/token."""
+        assert self.quality.kl is not None, "candidates are compared with their source"
+        return self.quality.kl
+
     def to_json(self) -> dict[str, Any]:
         """The figures of the plan, and what was measured."""
-        return {**self.figures.to_json(), **self.quality.to_json()}
+        return {**self.figures.to_json(), **self.measured()}
+
+    def measured(self) -> dict[str, float | int | None]:
+        """What was measured, under the names of the table of candidates."""
+        quality = self.quality
+        return {
+            "loss": quality.loss,
+            "kl": quality.kl,
+            "next_token_accuracy": quality.accuracy,
+            "agreement": quality.agreement,
+            "num_tokens": quality.num_tokens,
+        }
 
 
-def _mean_rank(qualities: Sequence[PlanQuality]) -> list[float]:
+def _mean_rank(qualities: Sequence[Quality]) -> list[float]:
     """Ranks by next-token accuracy and by agreement, added up.
 
     Source: the two criteria of the published search (arXiv 2504.03624, section 3.3), which does not say how it combines
     them.
     """
-    accuracy = _ranks([-quality.next_token_accuracy for quality in qualities])
-    agreement = _ranks([-quality.agreement for quality in qualities])
+    accuracy = _ranks([-(quality.accuracy or 0.0) for quality in qualities])
+    agreement = _ranks([-(quality.agreement or 0.0) for quality in qualities])
     return [a + b for a, b in zip(accuracy, agreement, strict=True)]
 
 
@@ -68,11 +67,11 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 # A criterion gives one number for each of several candidates; the lowest is best.
-RANK_BY: Table[Callable[[Sequence[PlanQuality]], list[float]]] = Table(
+RANK_BY: Table[Callable[[Sequence[Quality]], list[float]]] = Table(
     "ranking criterion",
     "ranking_criteria",
     entries={
-        "kl": lambda qualities: [quality.kl for quality in qualities],
+        "kl": lambda qualities: [quality.kl or 0.0 for quality in qualities],
         "loss": lambda qualities: [quality.loss for quality in qualities],
         "mean-rank": _mean_rank,
     },

@@ -45,8 +45,8 @@ class Refinement:
         facts: dict[str, Any] = {
             "rounds": len(self.path) - 1,
             "neighbours_measured": len(self.measured),
-            "before": start.quality.to_json(),
-            "after": best.quality.to_json(),
+            "before": start.measured(),
+            "after": best.measured(),
             "layers_exchanged": sorted(set(start.plan.kept_layers) ^ set(best.plan.kept_layers)),
         }
         if "kl" in scores.layer:

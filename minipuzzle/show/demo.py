@@ -17,7 +17,7 @@ from minipuzzle.show.pictures import picture
 from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
-    from minipuzzle.quality.evaluate import Evaluation
+    from minipuzzle.quality.record import Quality
 
 STAGE_COLORS = ("#4c566a", "#bf616a", "#5e81ac", "#88c0d0")
 
@@ -29,8 +29,8 @@ class Stage:
     name: str
     architecture: Architecture
     memory_bytes: int
-    by_domain: Mapping[str, Evaluation]
-    overall: Evaluation
+    by_domain: Mapping[str, Quality]
+    overall: Quality
 
     @property
     def layers(self) -> str:
@@ -67,7 +67,7 @@ def print_stages(stages: Sequence[Stage], deployment: str) -> None:
             f"{stage.memory_bytes / GIB:.4f}",
             *(f"{stage.by_domain[domain].bits_per_byte:.3f}" for domain in domains),
             f"{overall.kl or 0:.4f}",
-            f"{overall.top1_agreement or 0:.1%}",
+            f"{overall.agreement or 0:.1%}",
             f"{overall.tokens_per_second:,.0f}",
         )
     console = Console(highlight=False)

@@ -10,8 +10,9 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, check_token_ids, evaluation_windows
 from minipuzzle.export.reader import check_readable, load_any_model
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.quality.evaluate import Evaluation, combine, documents_within
+from minipuzzle.quality.evaluate import combine, documents_within
 from minipuzzle.quality.evaluate import evaluate as evaluate_model
+from minipuzzle.quality.record import Quality
 from minipuzzle.quality.vocabulary import check_same_vocabulary
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.workflows.settings import EvaluateSettings, paths_of
@@ -24,10 +25,10 @@ TOTAL = "total"
 class EvaluatedModel:
     """The quality of a model on each text by its name, and over all of them where there are several."""
 
-    rows: Mapping[str, Evaluation]
+    rows: Mapping[str, Quality]
 
     @property
-    def total(self) -> Evaluation:
+    def total(self) -> Quality:
         """Over all texts."""
         return self.rows[TOTAL] if TOTAL in self.rows else next(iter(self.rows.values()))
 

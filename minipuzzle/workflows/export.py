@@ -32,7 +32,7 @@ from minipuzzle.formats.layout import ExportLayout, export_layout
 from minipuzzle.progress import Advance
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_bytes
-from minipuzzle.workflows.settings import ExportSettings, Quality, paths_of
+from minipuzzle.workflows.settings import ExportSettings, QualityFile, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
 from minipuzzle.workflows.verify import random_tokens
 
@@ -115,9 +115,21 @@ class ExportedFolder:
             "out": str(self.folder),
             "num_tensors": self.num_tensors,
             "weight_bytes": self.weight_bytes,
-            "verification": self.verification.to_json() if self.verification else None,
+            "verification": _figures(self.verification) if self.verification else None,
             "warnings": list(self.warnings),
         }
+
+
+def _figures(found: Verification) -> dict[str, Any]:
+    assert found.before is not None
+    return {
+        "relative_difference": found.relative_difference,
+        "kl_from_source": found.after.kl,
+        "agreement_with_source": found.after.agreement,
+        "source_loss": found.before.loss,
+        "loss": found.after.loss,
+        "num_tokens": found.after.num_tokens,
+    }
 
 
 def check_export_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
@@ -219,7 +231,7 @@ def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
     )
 
 
-def _quality(quality: Quality) -> Mapping[str, Mapping[str, float | None]]:
+def _quality(quality: QualityFile) -> Mapping[str, Mapping[str, float | None]]:
     rows = read_json(Path(quality)) if isinstance(quality, str | Path) else quality or {}
     if not all(isinstance(row, Mapping) for row in rows.values()):
         raise MinipuzzleError(f"{quality} holds no table of quality", "give what `minipuzzle evaluate --json` printed")

@@ -209,7 +209,7 @@ def _race(
             shutil.rmtree(work / str(number), ignore_errors=True)
             (work / str(number)).mkdir(parents=True)
             write_pruned(problem.checkpoint, item.plan, work / str(number))
-        finalists = [{**item.figures.to_json(), "before": item.quality.to_json()} for item in found.finalists]
+        finalists = [{**item.figures.to_json(), "before": item.measured()} for item in found.finalists]
         with output_file(table_file) as path:
             write_json(path, {**found.to_json(), "finalists": finalists})
     table = read_json(table_file)

@@ -31,7 +31,7 @@ DEFAULT_TOP_K = 64  # of a teacher cache
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
 Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Deployment
-Quality = str | Path | Mapping[str, Mapping[str, float | None]] | None  # a file, or figures by text and by name
+QualityFile = str | Path | Mapping[str, Mapping[str, float | None]] | None  # a file, or figures by text and by name
 TEXT_HELP = "Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable."
 OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote; never any other."
 OUT_HELP = "Output folder; appears only when complete."
@@ -215,7 +215,7 @@ class ExportSettings:
     max_shard_size: str = option("5GB", "Size of a file of weights at most.", section="Folder")
     no_verify: bool = option(False, "Do not read the result back and compare what it computes.", section="Folder")
     base_model: str | None = option(None, "The base model's name on a model hub, for the model card.", section="Folder")
-    quality: Quality = option(
+    quality: QualityFile = option(
         None,
         "What `minipuzzle evaluate --json` printed, for the model card.",
         takes="path",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minipuzzle.export.reader import QuantizedCheckpoint
-from minipuzzle.export.verify import Comparison, compare_folders, open_any, scale_figures
+from minipuzzle.export.verify import Verification, compare_folders, open_any, scale_figures
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.vocabulary import check_same_vocabulary
 from minipuzzle.workflows.settings import VerifySettings, paths_of
@@ -23,7 +23,7 @@ class VerifiedFolder:
 
     checkpoint: Checkpoint
     has_text: bool = False
-    computed: Comparison | None = None
+    computed: Verification | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""
@@ -40,8 +40,11 @@ class VerifiedFolder:
                 **scale_figures(self.checkpoint),
             }
         if self.computed is not None:
-            figures = {name: value for name, value in self.computed.to_json().items() if value is not None}
-            facts |= {"text": "text" if self.has_text else "random tokens", **figures}
+            after, before = self.computed.after, self.computed.before
+            facts |= {"text": "text" if self.has_text else "random tokens"}
+            facts |= {"loss": after.loss, "num_tokens": after.num_tokens}
+            if before is not None:
+                facts |= {"kl": after.kl, "agreement": after.agreement, "against_loss": before.loss}
         return facts
 
 

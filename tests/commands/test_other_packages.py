@@ -22,7 +22,7 @@ OURS = NamedDeployment(name="ours", deployment=Deployment(context_tokens=77), me
 
 
 def by_accuracy(qualities):
-    return [-quality.next_token_accuracy for quality in qualities]
+    return [-quality.accuracy for quality in qualities]
 """
 
 

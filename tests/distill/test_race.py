@@ -88,7 +88,7 @@ def test_every_finalist_gets_what_distilling_it_alone_gives_and_the_best_wins(
         distill_checkpoint(request)
         model = load_model(Checkpoint.open(tmp_path / str(number)))
         losses.append(evaluate(model, tiny_checkpoint.family, validation).loss)
-    assert [rounds[-1].loss for rounds in result.rounds] == losses
+    assert [rounds[-1].quality.loss for rounds in result.rounds] == losses
     assert result.winner == losses.index(min(losses))
     assert [rounds[-1].tokens for rounds in result.rounds] == [96, 96]
     won, alone = result.winner_folder / "model.safetensors", tmp_path / str(result.winner) / "model.safetensors"
@@ -100,10 +100,10 @@ def test_halving_drops_the_worse_half_and_the_rest_trains_on(
 ) -> None:
     halving = replace(SETTINGS, halving=True, tokens=64)
     result = race(students, tiny_checkpoint, text_file, validation, tmp_path / "race", halving)
-    first = {number: rounds[0].loss for number, rounds in enumerate(result.rounds)}
+    first = {number: rounds[0].quality.loss for number, rounds in enumerate(result.rounds)}
     assert [number for number, rounds in enumerate(result.rounds) if len(rounds) == 2] == survivors(first)
     assert {rounds[-1].tokens for rounds in result.rounds} == {32, 64}
-    last = {number: result.rounds[number][-1].loss for number in survivors(first)}
+    last = {number: result.rounds[number][-1].quality.loss for number in survivors(first)}
     assert last[result.winner] == min(last.values())
     assert halving.total_steps(4) == 4 + 2
 

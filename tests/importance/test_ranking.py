@@ -27,15 +27,16 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.progress import Advance, Progress, silent
 from minipuzzle.quality.evaluate import evaluate
-from minipuzzle.quality.ranked import PlanQuality, RankedPlan, best_first
+from minipuzzle.quality.ranked import RankedPlan, best_first
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import FINAL_NORM, LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from tests.support.cuts import plan_with
-from tests.support.ranking import candidates, figures_with, padded_windows, quality_of
+from tests.support.ranking import candidates, figures_with, measured_figures, padded_windows, quality_of
 
 
-def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationWindows) -> list[PlanQuality]:
+def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationWindows) -> list[Quality]:
     """What each candidate gives when it is cut, loaded as a model of its own and evaluated."""
     teacher = load_model(checkpoint)
     found = []
@@ -43,15 +44,12 @@ def measured_alone(checkpoint: Checkpoint, plans: list[Plan], texts: EvaluationW
         config = checkpoint.family.write(checkpoint.config, plan.apply(checkpoint.architecture))
         student = build_model(config, cut_tensors(checkpoint, plan))
         evaluation = evaluate(student, checkpoint.family, texts, against=teacher, batch=5)
-        assert evaluation.kl is not None and evaluation.top1_agreement is not None
-        figures = {"loss": evaluation.loss, "kl": evaluation.kl, "agreement": evaluation.top1_agreement}
-        accuracy, num_tokens = evaluation.next_token_accuracy, evaluation.num_tokens
-        found.append(PlanQuality(**figures, next_token_accuracy=accuracy, num_tokens=num_tokens))
+        found.append(replace(evaluation, num_bytes=None, seconds=None))
     return found
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_folder: Path) -> list[PlanQuality]:
+def alone(tiny_folder: Path) -> list[Quality]:
     """All candidates of the tiny model, each alone."""
     checkpoint = Checkpoint.open(tiny_folder)
     return measured_alone(checkpoint, candidates(checkpoint), padded_windows())
@@ -75,14 +73,14 @@ def open_in(checkpoint: Checkpoint, tree: PrefixTree, *, fits: bool, progress: P
 @pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("slice_windows", [None, 2])
 def test_measuring_together_equals_measuring_alone(
-    tiny_checkpoint: Checkpoint, alone: list[PlanQuality], fits: bool, slice_windows: int | None
+    tiny_checkpoint: Checkpoint, alone: list[Quality], fits: bool, slice_windows: int | None
 ) -> None:
     plans = candidates(tiny_checkpoint)
     tree = build_tree(tiny_checkpoint.architecture, [keep_everything(tiny_checkpoint.architecture), *plans])
     stack = open_in(tiny_checkpoint, tree, fits=fits)
     found = measure_plans(stack, tree, plans, padded_windows(), slice_windows=slice_windows)
     for quality, wanted in zip(found, alone, strict=True):
-        assert quality.to_json() == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)
+        assert measured_figures(quality) == pytest.approx(measured_figures(wanted), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -149,7 +147,7 @@ def test_the_order_follows_the_criterion_and_ties_the_prediction() -> None:
 def test_ranking_returns_the_best_first(tiny_checkpoint: Checkpoint) -> None:
     plans = candidates(tiny_checkpoint)[:3]
     ranked = rank_plans(tiny_checkpoint, plans, padded_windows())
-    divergences = [item.quality.kl for item in ranked]
+    divergences = [item.kl for item in ranked]
     assert divergences == sorted(divergences) and len(ranked) == len(plans)
 
 
@@ -198,7 +196,7 @@ def test_sixty_candidates_of_the_hybrid_measure_as_alone(hybrid: Checkpoint, hyb
     tree = build_tree(hybrid.architecture, [keep_everything(hybrid.architecture), *hybrid_candidates])
     found = measure_plans(open_stack(hybrid, tree, texts), tree, hybrid_candidates, texts)
     for quality_together, wanted in zip(found, measured_alone(hybrid, hybrid_candidates, texts), strict=True):
-        assert quality_together.to_json() == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)
+        assert measured_figures(quality_together) == pytest.approx(measured_figures(wanted), rel=1e-5, abs=1e-5)
 
 
 JOB = """
@@ -210,7 +208,7 @@ from importance.prefix_tree import build_tree
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import joined_processes
 from importance.candidates import measure_plans, open_stack
-from tests.support.ranking import figures_with, candidates, padded_windows
+from tests.support.ranking import candidates, measured_figures, padded_windows
 
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 plans = candidates(checkpoint)
@@ -218,13 +216,14 @@ tree = build_tree(checkpoint.architecture, [keep_everything(checkpoint.architect
 with joined_processes("cpu") as processes:
     stack = open_stack(checkpoint, tree, padded_windows(), Compute().among(processes))
     found = measure_plans(stack, tree, plans, padded_windows(), slice_windows=1)
-    record = {"found": [quality.to_json() for quality in found], "applications": stack.counters.layer_applications}
+    figures = [measured_figures(quality) for quality in found]
+    record = {"found": figures, "applications": stack.counters.layer_applications}
     Path(sys.argv[2], f"{processes.rank}.json").write_text(json.dumps(record))
 """
 
 
 @pytest.mark.slow
-def test_processes_share_the_windows_and_agree(tiny_folder: Path, alone: list[PlanQuality], tmp_path: Path) -> None:
+def test_processes_share_the_windows_and_agree(tiny_folder: Path, alone: list[Quality], tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -234,4 +233,4 @@ def test_processes_share_the_windows_and_agree(tiny_folder: Path, alone: list[Pl
     assert first["found"] == second["found"]
     assert first["applications"] * 2 == second["applications"] * 3  # of five windows, three and two
     for figures, wanted in zip(first["found"], alone, strict=True):
-        assert figures == pytest.approx(wanted.to_json(), rel=1e-5, abs=1e-5)
+        assert figures == pytest.approx(measured_figures(wanted), rel=1e-5, abs=1e-5)

@@ -67,10 +67,10 @@ def test_loss_accuracy_and_bits_per_byte_equal_a_computation_over_whole_logits(
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(loss * len(labels) / math.log(2) / num_bytes, rel=1e-6)
-    assert found.next_token_accuracy == (logits.argmax(-1) == labels).double().mean().item()
+    assert found.accuracy == (logits.argmax(-1) == labels).double().mean().item()
     assert (found.num_tokens, found.num_bytes) == (len(labels), num_bytes)
     assert found.tokens_per_second > 0
-    assert found.kl is None and found.top1_agreement is None
+    assert found.kl is None and found.agreement is None
 
 
 def test_divergence_from_a_teacher_equals_a_computation_over_whole_logits(
@@ -82,7 +82,7 @@ def test_divergence_from_a_teacher_equals_a_computation_over_whole_logits(
     kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1).mean().item()
     assert found.kl == pytest.approx(kl, rel=1e-5)
     agreement = (teacher_logits.argmax(-1) == student_logits.argmax(-1)).double().mean().item()
-    assert found.top1_agreement == agreement
+    assert found.agreement == agreement
 
 
 def test_a_model_evaluated_against_itself_has_no_divergence(
@@ -90,7 +90,7 @@ def test_a_model_evaluated_against_itself_has_no_divergence(
 ) -> None:
     found = evaluate(student, FAMILY, windows, against=student)
     assert found.kl == 0.0
-    assert found.top1_agreement == 1.0
+    assert found.agreement == 1.0
 
 
 def test_batch_size_chunks_and_more_padding_change_nothing(
@@ -108,7 +108,7 @@ def test_batch_size_chunks_and_more_padding_change_nothing(
     advanced: list[int] = []
     chunked = evaluate(student, FAMILY, padded, compute, against=teacher, batch=1, advance=advanced.append)
     assert sum(advanced) == len(windows.token_ids)
-    for figure in ("loss", "kl", "bits_per_byte", "next_token_accuracy", "top1_agreement", "num_tokens"):
+    for figure in ("loss", "kl", "bits_per_byte", "accuracy", "agreement", "num_tokens"):
         assert getattr(chunked, figure) == pytest.approx(getattr(whole, figure), rel=1e-5), figure
 
 
@@ -119,7 +119,7 @@ def test_parts_combine_to_the_evaluation_of_the_whole(
     parts = [evaluation_windows(tokenizer, [text], sequence_length=32) for text in DOCUMENTS]
     found = combine([evaluate(student, FAMILY, part, against=teacher) for part in parts])
     expected = evaluate(student, FAMILY, windows, against=teacher)
-    for figure in ("loss", "kl", "bits_per_byte", "next_token_accuracy", "top1_agreement", "num_tokens", "num_bytes"):
+    for figure in ("loss", "kl", "bits_per_byte", "accuracy", "agreement", "num_tokens", "num_bytes"):
         assert getattr(found, figure) == pytest.approx(getattr(expected, figure), rel=1e-5), figure
 
 

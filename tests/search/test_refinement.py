@@ -40,7 +40,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
 
 def divergence(problem: Problem, plans: list, texts: EvaluationWindows) -> list[float]:  # type: ignore[type-arg]
     ranked = rank_plans(problem.checkpoint, plans, texts)
-    return [item.quality.kl for item in ranked]
+    return [item.kl for item in ranked]
 
 
 def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> None:
@@ -48,10 +48,10 @@ def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> N
     best = found.ranked[0]
     neighbours = problem.neighbourhood.of(best.plan)
     assert neighbours
-    assert min(divergence(problem, neighbours, padded_windows())) >= best.quality.kl * (1 - 1e-5)
+    assert min(divergence(problem, neighbours, padded_windows())) >= best.kl * (1 - 1e-5)
     start = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2)).ranked[0]
-    assert found.refinement["before"]["kl"] == pytest.approx(start.quality.kl)
-    assert best.quality.kl <= start.quality.kl
+    assert found.refinement["before"]["kl"] == pytest.approx(start.kl)
+    assert best.kl <= start.kl
     exchanged = set(best.plan.kept_layers) ^ set(start.plan.kept_layers)
     assert found.refinement["layers_exchanged"] == sorted(exchanged)
     added_up = found.refinement["sum_of_dropped_layers_kl"]["after"]
@@ -67,7 +67,7 @@ def test_a_bad_start_is_left_behind_step_by_step(problem: Problem) -> None:
     starts = [replace(whole, kept_layers=(0, 3, *rest)) for rest in itertools.combinations((1, 2, 4, 5, 6, 7), 3)]
     worst = measured([plan for plan in starts if problem.neighbourhood.fits(plan.apply(problem.source))])[-1]
     found = refine(worst, neighbours=problem.neighbourhood.of, measure=measured, rank_by="kl")
-    steps = [item.quality.kl for item in found.path]
+    steps = [item.kl for item in found.path]
     assert len(steps) > 1 and steps == sorted(steps, reverse=True)
     layers = [item.plan.kept_layers for item in (worst, *found.measured)]
     assert len(set(layers)) == len(layers)  # nothing is measured twice

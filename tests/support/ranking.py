@@ -11,7 +11,7 @@ from minipuzzle.cut.figures import Figures
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.data.windows import IGNORE, EvaluationWindows
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.quality.ranked import PlanQuality
+from minipuzzle.quality.record import Quality
 from tests.support.cuts import plan_with
 from tests.support.tiny_models import VOCABULARY
 
@@ -46,8 +46,8 @@ def candidates(checkpoint: Checkpoint) -> list[Plan]:
     ]
 
 
-def quality_of(kl: float, loss: float, accuracy: float, agreement: float) -> PlanQuality:
-    return PlanQuality(kl=kl, loss=loss, next_token_accuracy=accuracy, agreement=agreement, num_tokens=1)
+def quality_of(kl: float, loss: float, accuracy: float, agreement: float) -> Quality:
+    return Quality(kl=kl, loss=loss, accuracy=accuracy, agreement=agreement, num_tokens=1)
 
 
 def figures_with(pattern: str, predicted_loss: float) -> Figures:
@@ -64,3 +64,8 @@ def figures_with(pattern: str, predicted_loss: float) -> Figures:
         predicted_loss=predicted_loss,
         metric="mse",
     )
+
+
+def measured_figures(quality: Quality) -> dict[str, float | int]:
+    """What was measured, by name."""
+    return {name: value for name, value in quality.to_json().items() if value is not None}

@@ -93,7 +93,7 @@ def _point(budget_bytes: int, item: RankedPlan | None, reason: str) -> FrontierP
         budget_bytes=budget_bytes,
         memory_bytes=item.figures.memory_bytes,
         num_parameters=item.figures.num_parameters,
-        quality=item.quality.kl,
+        quality=item.kl,
         description=item.figures.pattern,
     )
 
