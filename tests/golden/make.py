@@ -26,7 +26,7 @@ CALIBRATION = ROOT / "examples/tiny_hybrid/text/calibration.jsonl"
 VALIDATION = ROOT / "examples/tiny_hybrid/text/validation.jsonl"
 NAMES = (
     *("embedded", "nemotron_h", "nemotron_h-moe", "nemotron", "granitemoehybrid", "granitemoehybrid-nope"),
-    *("llama", "mistral", "qwen2", "qwen3"),
+    *("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"),
 )
 WITHOUT_MLP = ("nemotron_h-moe",)
 # Axes that no default search touches, cut as well.

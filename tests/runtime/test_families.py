@@ -99,6 +99,8 @@ def test_parameter_count_equals_the_transformers_model(family: Family, config: C
         ("mistral", (32, 4096, 14336, 32, 8, 32000, False), 7_241_732_096),  # Mistral 7B
         ("qwen2", (28, 3584, 18944, 28, 4, 152064, False), 7_615_616_512),  # Qwen2.5 7B
         ("qwen3", (36, 4096, 12288, 32, 8, 151936, False), 8_190_735_360),  # Qwen3 8B
+        ("phi3", (32, 3072, 8192, 32, 32, 32064, False), 3_821_079_552),  # Phi-3-mini
+        ("smollm3", (36, 2048, 11008, 16, 4, 128256, True), 3_075_098_624),  # SmolLM3 3B
     ],
 )
 def test_known_models_have_their_published_parameter_counts(model_type: str, sizes: Any, published: int) -> None:
@@ -293,6 +295,15 @@ def test_windows_follow_the_blocks_that_stay(folders: dict[str, Path]) -> None:
         assert [layer.sizes.get("window") for layer in written.layers[::2]] == windows
 
 
+def test_layers_that_stay_rotate_as_before(folders: dict[str, Path]) -> None:
+    source = Checkpoint.open(folders["smollm3"])
+    kept = tuple(idx for block_idx in (1, 2) for idx in source.architecture.blocks[block_idx])
+    plan = replace(keep_everything(source.architecture), kept_layers=kept)
+    written = source.family.write(source.config, plan.apply(source.architecture))
+    assert written["no_rope_layers"] == [0, 1]
+    assert read_architecture(written) == plan.apply(source.architecture)
+
+
 def test_a_quantised_checkpoint_is_refused_with_the_field_named(folders: dict[str, Path]) -> None:
     source = Checkpoint.open(folders["llama"])
     quantised = Checkpoint(source.folder, {**source.config, "quantization_config": {}}, source.entries)
@@ -308,6 +319,8 @@ def test_a_quantised_checkpoint_is_refused_with_the_field_named(folders: dict[st
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"layer_types\[1\]"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("qwen2", {"sliding_window": None}, "sliding_window"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_scaling"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("mistral", {"head_dim": 0}, "head_dim"),
         ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts"),
