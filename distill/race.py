@@ -22,6 +22,7 @@ from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.files.outputs import write_whole
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
@@ -108,9 +109,8 @@ class _Record:
 
     def add(self, contender: int, round_idx: int, result: RoundResult) -> None:
         self.content["results"][f"{contender}-{round_idx}"] = result.to_json()
-        unfinished = self.path.with_suffix(".unfinished")
-        write_json(unfinished, self.content)
-        unfinished.replace(self.path)
+        with write_whole(self.path) as path:
+            write_json(path, self.content)
 
     def result(self, contender: int, round_idx: int) -> RoundResult | None:
         found: Mapping[str, Any] | None = self.content["results"].get(f"{contender}-{round_idx}")

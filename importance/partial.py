@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minipuzzle.errors import InputChangedError
-from minipuzzle.files.outputs import require_same_inputs
+from minipuzzle.files.outputs import require_same_inputs, write_whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -57,9 +57,8 @@ class PartialSums:
 
         kept = {name: array for name, array in self._arrays.items() if not name.startswith(f"{stage}/")}
         self._arrays = {**kept, **{f"{stage}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}}
-        unfinished = self.path.with_name(self.path.name + ".new")
-        save_file(self._arrays, unfinished, metadata={"identity": json.dumps(self.identity)})
-        unfinished.replace(self.path)
+        with write_whole(self.path) as path:
+            save_file(self._arrays, path, metadata={"identity": json.dumps(self.identity)})
 
     def remove(self) -> None:
         """Forget the sums; the result is complete."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from minipuzzle.files.json_files import write_json
-from minipuzzle.files.safetensors_files import INDEX_FILE, SINGLE_FILE, torch_dtype
+from minipuzzle.files.outputs import write_whole
+from minipuzzle.files.safetensors_files import HEADER_LENGTH_BYTES, INDEX_FILE, SINGLE_FILE, torch_dtype
 
-_HEADER_LENGTH_BYTES = 8
 _ALIGNMENT_BYTES = 8
 
 
@@ -59,7 +59,7 @@ class Shard:
             fields[header.name] = {"dtype": header.dtype, "shape": header.shape, "data_offsets": [begin, end]}
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT_BYTES)
-        self._header = len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text
+        self._header = len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
         self.file_bytes = len(self._header) + end
         self._file: FileIO | None = None
 
@@ -71,15 +71,13 @@ class Shard:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Write the file within this block; it gets its name at the end of it."""
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        with unfinished.open("wb", buffering=0) as file:
+        with write_whole(self.path) as path, path.open("wb", buffering=0) as file:
             _write_all(file, self._header, 0)
             file.truncate(self.file_bytes)
             self._file = file
             yield
             self._file = None
             os.fsync(file.fileno())
-        unfinished.rename(self.path)
 
     def write(self, name: str, values: torch.Tensor, *, first_row: int = 0) -> None:
         """Write some rows of a tensor, or all of it."""

@@ -164,8 +164,8 @@ def _open_partial(partial: Path, record: dict[str, Any]) -> bool:
         raise MinipuzzleError(f"{partial} is in the way and was not written by minipuzzle", "move it away")
     if not partial.exists() or set(partial.iterdir()) <= {unfinished, partial / _WRITER_FILE}:
         partial.mkdir(exist_ok=True)
-        write_json(unfinished, record)
-        unfinished.rename(provenance)
+        with write_whole(provenance) as path:
+            write_json(path, record)
         return True
     if not provenance.is_file():
         raise MinipuzzleError(f"{partial} is in the way and was not written by minipuzzle", "move it away")
@@ -215,6 +215,17 @@ def output_file(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_whole(target: Path) -> Iterator[Path]:
+    """Yield a path beside ``target``, in a folder of ours; it becomes ``target`` when the block ends without an error.
+
+    What a killed run leaves there is overwritten when the same file is written again.
+    """
+    unfinished = target.with_name(target.name + ".unfinished")
+    yield unfinished
+    unfinished.replace(target)
 
 
 def fingerprint_files(paths: list[Path]) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_HEADER_LENGTH_BYTES = 8
+HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -40,13 +40,13 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     hint = "download or copy the file again"
     file_bytes = require_regular_file(path, "a file of the checkpoint is missing: " + hint)
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+        header_bytes = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, file_bytes):
             raise MinipuzzleError(f"{path} is truncated or not a safetensors file", hint)
         header = parse_json(file.read(header_bytes), f"the safetensors header of {path}", hint)
     if not isinstance(header, dict):
         raise MinipuzzleError(f"{path} has an unreadable safetensors header", hint)
-    begin_of_data = _HEADER_LENGTH_BYTES + header_bytes
+    begin_of_data = HEADER_LENGTH_BYTES + header_bytes
     entries = {
         name: _entry(path, name, fields, begin_of_data) for name, fields in header.items() if name != "__metadata__"
     }

@@ -24,7 +24,7 @@ from minipuzzle.export.verify import Verification, expected_states, verification
 from minipuzzle.export.write import ExportTensors, export_headers, portable_config, write_export
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
-from minipuzzle.files.outputs import check_target_folder, output_folder
+from minipuzzle.files.outputs import check_target_folder, output_folder, write_whole
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
 from minipuzzle.formats.choices import FORMATS, PLAIN, RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
@@ -323,8 +323,8 @@ def _calibrate(
         method=method,
         advance=advance,
     )
-    write_json(path.with_name(path.name + ".new"), amax.to_json())
-    path.with_name(path.name + ".new").rename(path)
+    with write_whole(path) as unfinished:
+        write_json(unfinished, amax.to_json())
     return amax
 
 
