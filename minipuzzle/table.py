@@ -101,9 +101,9 @@ class Table(Mapping[str, Entry], Generic[Entry]):
         return UnknownNameError(f"unknown {self.sort} {name!r}", f"{hint}there are {', '.join(self.names())}")
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(
-            name in names for names in (self._entries, self._places, self._places_of_others)
-        )
+        if not isinstance(name, str):
+            return False
+        return name in self._entries or name in self._places or name in self._places_of_others
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
