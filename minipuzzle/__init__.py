@@ -1,17 +1,50 @@
-"""MiniPuzzle makes large language models smaller: measure, search, cut, distil, export."""
+"""MiniPuzzle makes large language models smaller: measure, search, cut, distil, export.
+
+The Python API: a verb takes what it is done to by position and how by keyword, named like the fields of its settings,
+and returns a frozen value with ``to_json()``. torch is imported when a verb is used for the first time.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import sys
+from importlib import import_module
+from inspect import Signature, signature
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from minipuzzle.architecture.memory import Deployment as Deployment
+    from minipuzzle.files.checkpoint import Checkpoint as Checkpoint
+    from minipuzzle.runtime.compute import Compute as Compute
+    from minipuzzle.workflows.distill import distill as distill
+    from minipuzzle.workflows.evaluate import evaluate as evaluate
+    from minipuzzle.workflows.export import export as export
+    from minipuzzle.workflows.prune import prune as prune
+    from minipuzzle.workflows.score import score as score
+    from minipuzzle.workflows.search import search as search
+    from minipuzzle.workflows.verbs import Model
+    from minipuzzle.workflows.verbs import open_model as open  # noqa: F401
+    from minipuzzle.workflows.verify import verify as verify
+
+_VERBS = ("score", "search", "prune", "distill", "export", "verify", "evaluate")
+_PLACES = {
+    "open": "minipuzzle.workflows.verbs:open_model",
+    **{verb: f"minipuzzle.workflows.{verb}:{verb}" for verb in _VERBS},
+    "Checkpoint": "minipuzzle.files.checkpoint:Checkpoint",
+    "Compute": "minipuzzle.runtime.compute:Compute",
+    "Deployment": "minipuzzle.architecture.memory:Deployment",
+}
+__all__ = [
+    *("Checkpoint", "Compute", "Deployment"),
+    *("distill", "evaluate", "export", "load", "open", "prune", "score", "search", "verify"),
+]
+
 
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", rounds_activations: bool = True
+    model: Model, *, dtype: torch.dtype | None = None, device: str = "cpu", rounds_activations: bool = True
 ) -> nn.Module:
     """A runnable transformers model from a checkpoint folder or from any export of ours, in evaluation mode.
 
@@ -23,6 +56,44 @@ def load(
     """
     from minipuzzle.export.reader import load_any_model
     from minipuzzle.runtime.compute import Compute
+    from minipuzzle.workflows.verbs import open_model
 
     compute = Compute(device=device, dtype=str(dtype or "float32").removeprefix("torch."))
-    return load_any_model(Path(folder), compute, rounds_activations=rounds_activations)
+    return load_any_model(open_model(model), compute, rounds_activations=rounds_activations)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+class _VerbAndPackage:
+    """``search`` and ``export`` are packages too: called, one is the verb; its attributes are the package's."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(__getattr__(self._name))
+
+    def __call__(self, *what: Any, **how: Any) -> Any:
+        return __getattr__(self._name)(*what, **how)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(f"{__name__}.{self._name}"), attribute)
+
+
+class _Api(ModuleType):
+    """Without the setters Python would put the packages in the place of the verbs as soon as they are imported."""
+
+    search = property(lambda _self: _VerbAndPackage("search"), lambda _self, _package: None)
+    export = property(lambda _self: _VerbAndPackage("export"), lambda _self, _package: None)
+
+
+_api = _Api(__name__)
+_api.__dict__.update(globals())
+sys.modules[__name__] = _api

@@ -31,9 +31,7 @@ MAX_PACKAGE_LINES = 18_500
 # What does not hold yet. Whoever mends one takes it off; nothing is added.
 UPWARD: set[str] = set()
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS = {
-    "minipuzzle/commands/prune.py:prune",
-}
+LONG_FUNCTIONS: set[str] = set()
 MANY_PARAMETERS: set[str] = set()
 PRIVATE_NAMES: set[str] = set()
 

@@ -139,7 +139,7 @@ def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sa
     """Measure, search and cut as the demo does."""
     from minipuzzle.search.request import SearchRequest
     from minipuzzle.show.report import print_plan
-    from minipuzzle.workflows.prune import PruneRequest, prune
+    from minipuzzle.workflows.prune import PruneRequest, prune_checkpoint
 
     request = PruneRequest(
         checkpoint=teacher,
@@ -149,7 +149,7 @@ def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sa
         samples=samples,
         sequence_length=256,
     )
-    choice = prune(request, compute, out=out)
+    choice = prune_checkpoint(request, compute, out=out)
     if compute.progress is not silent:
         source = teacher.architecture
         print_plan(source, choice.plan.apply(source), source.layers_besides(choice.plan.kept_layers), DEPLOYMENT)

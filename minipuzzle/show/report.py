@@ -147,3 +147,31 @@ def print_finalists(finalists: Sequence[Mapping[str, Any]]) -> None:
             f"{last['loss']:.4f}{' ◂' if finalist['is_winner'] else ''}",
         )
     Console().print(table)
+
+
+def print_choice(table: Mapping[str, Any]) -> None:
+    """What the choice was made by: the race, the refinement, the best measured candidate."""
+    if "finalists" in table:
+        print_finalists(table["finalists"])
+    if (refinement := table.get("refinement")) is not None:
+        before, after = refinement["before"]["kl"], refinement["after"]["kl"]
+        print(
+            f"refined in {refinement['rounds']} rounds, {refinement['neighbours_measured']} neighbours: "
+            f"KL {before:.4f} -> {after:.4f} nats/token"
+        )
+        for name, added_up in refinement.get("sum_of_dropped_layers_kl", {}).items():
+            print(f"  {name}: measured {refinement[name]['kl']:.4f}, sum of the dropped layers' KLs {added_up:.4f}")
+    if "candidates" in table:
+        candidates = table["candidates"]
+        print(
+            f"{len(candidates)} candidates measured; the best, KL {candidates[0]['kl']:.4f} nats/token before "
+            f"distillation, was predicted to be number {table['best_was_predicted']}"
+        )
+
+
+def print_planned_work(facts: Mapping[str, int]) -> None:
+    """Print what a cut would do and take."""
+    for name, value in facts.items():
+        label = name.replace("_bytes", "").replace("_", " ")
+        print(f"{label:<30} {format_gib(value) if name.endswith('_bytes') else f'{value:,}'}")
+    print("dry run: nothing was written")

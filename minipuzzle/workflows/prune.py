@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import update_wrapper
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from distill.race import finalist_table, run_race
+from distill.race import RaceSettings, finalist_table, run_race
 from importance.measure import measure
 from importance.work import open_stack, predict_work
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
+from minipuzzle.architecture.model import Architecture
+from minipuzzle.architecture.quantities import parse_count
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import PLAN_FILE, Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores, write_scores
@@ -29,7 +34,10 @@ from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates
 from minipuzzle.search.request import SearchRequest
+from minipuzzle.show.report import plan_summary
 from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem, compare
+from minipuzzle.workflows.settings import PruneSettings, named_deployment, paths_of
+from minipuzzle.workflows.verbs import Keywords, Model, open_model, verb
 
 SCORES_FILE = "scores.safetensors"
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
@@ -49,8 +57,8 @@ class PruneRequest:
     checkpoint: Checkpoint
     target: SearchRequest | None
     deployment: Deployment
-    plan: Path | None = None
-    scores: Path | None = None
+    plan: Plan | Path | None = None
+    scores: Scores | Path | None = None
     data: tuple[Path, ...] = ()
     validation: tuple[Path, ...] = ()
     race_data: tuple[Path, ...] = ()
@@ -78,7 +86,8 @@ class PruneRequest:
     def provenance(self, compute: Compute) -> dict[str, Any]:
         """What the output remembers: its teacher, for `distill`, and what was asked."""
         texts = (*self.data, *self.validation, *self.race_data)
-        files = [path for path in (self.plan, self.scores, *texts) if path is not None]
+        files = [path for path in (self.plan, self.scores, *texts) if isinstance(path, Path)]
+        given = [str(value.to_json()) for value in (self.plan, self.scores) if isinstance(value, Plan | Scores)]
         return {
             "command": "prune",
             "teacher": str(self.checkpoint.folder.resolve()),
@@ -90,6 +99,7 @@ class PruneRequest:
                 **asdict(self.choosing),
                 "dtype": compute.dtype,
                 "inputs_fingerprint": fingerprint_files(files),
+                **({"given_fingerprint": sha256("".join(given).encode()).hexdigest()[:16]} if given else {}),
             },
         }
 
@@ -115,7 +125,9 @@ def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: De
     return find_candidates(checkpoint.architecture, Scores(layer={target.metric: no_scores}), target, deployment)
 
 
-def prune(request: PruneRequest, compute: Compute = Compute(), *, out: Path, overwrite: bool = False) -> Choice:
+def prune_checkpoint(
+    request: PruneRequest, compute: Compute = Compute(), *, out: Path, overwrite: bool = False
+) -> Choice:
     """Find the best plan and write the cut checkpoint to ``out``; with a race, the winner with its trained weights.
 
     Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
@@ -127,10 +139,10 @@ def prune(request: PruneRequest, compute: Compute = Compute(), *, out: Path, ove
     tokenizer = load_tokenizer(checkpoint.folder) if request.data or request.validation else None
     documents = read_documents(request.data, tokenizer) if request.data else []
     validation = read_documents(request.validation, tokenizer) if request.validation else []
-    plan = read_plan(request.plan) if request.plan is not None else None
+    plan = read_plan(request.plan) if isinstance(request.plan, Path) else request.plan
     if plan is not None:
         plan.check_against(checkpoint.architecture)
-    scores = read_scores(request.scores) if request.scores is not None else None
+    scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
     with output_folder(out, request.provenance(compute), overwrite=overwrite) as folder:
         if plan is not None:
             choice = Choice(plan=plan)
@@ -145,6 +157,80 @@ def prune(request: PruneRequest, compute: Compute = Compute(), *, out: Path, ove
             write_json(folder / CANDIDATES_FILE, choice.table)
         shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
     return choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedModel:
+    """A cut checkpoint folder, and what it was chosen by: the plan, and the table of all that was compared."""
+
+    out: Path
+    source: Architecture = field(repr=False)
+    deployment: Deployment
+    choice: Choice = field(repr=False)
+
+    @property
+    def plan(self) -> Plan:
+        """What was cut."""
+        return self.choice.plan
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What was written."""
+        return Checkpoint.open(self.out)
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        return {"out": str(self.out), **plan_summary(self.source, self.plan, self.deployment), **self.choice.table}
+
+
+def prune_request(model: Model, settings: PruneSettings, sweep: str | None = None) -> PruneRequest:
+    """What settings ask for, with everything opened; ``sweep``: budgets that stand in the place of one.
+
+    Raises: MinipuzzleError for what does not go together.
+    """
+    checkpoint, named = open_model(model), named_deployment(settings.deployment)
+    checkpoint.require_plain_weights()
+    tokens = settings.race_tokens
+    race = None
+    if tokens is not None:
+        race = RaceSettings(
+            tokens=parse_count(tokens) if isinstance(tokens, str) else tokens,
+            halving=settings.race_halving,
+            learning_rate=settings.race_learning_rate,
+            batch_sequences=settings.race_batch,
+            sequence_length=settings.sequence_length,
+            seed=settings.seed,
+        )
+    return PruneRequest(
+        checkpoint=checkpoint,
+        target=settings.request(named.memory if settings.plan is None else None, sweep),
+        deployment=named.deployment,
+        plan=Path(settings.plan) if isinstance(settings.plan, str) else settings.plan,
+        scores=Path(settings.scores) if isinstance(settings.scores, str) else settings.scores,
+        data=paths_of(settings.data),
+        validation=paths_of(settings.validation),
+        race_data=paths_of(settings.race_data),
+        samples=settings.samples,
+        sequence_length=settings.sequence_length,
+        seed=settings.seed,
+        choosing=ChoosingSettings(
+            num_candidates=settings.num_candidates,
+            rank_by=settings.rank_by,
+            refine=settings.refine,
+            num_finalists=settings.num_finalists,
+            race=race,
+        ),
+    )
+
+
+def run_prune(model: Model, settings: PruneSettings) -> PrunedModel:
+    """Cut a model by a plan, or to a target: measure, search, measure the best candidates, cut.
+
+    Raises: as ``prune_checkpoint``.
+    """
+    request, out = prune_request(model, settings), Path(settings.out)
+    choice = prune_checkpoint(request, settings.compute, out=out, overwrite=settings.overwrite)
+    return PrunedModel(out=out, source=request.checkpoint.architecture, deployment=request.deployment, choice=choice)
 
 
 def measured_scores(request: PruneRequest, documents: list[str], compute: Compute, folder: Path) -> Scores:
@@ -242,7 +328,7 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     facts = {"source_memory_bytes": memory_breakdown(source, request.deployment).total_bytes}
     num_kept_parameters, candidates = source.num_parameters, list[Candidate]()
     if request.plan is not None:
-        plan = read_plan(request.plan)
+        plan = read_plan(request.plan) if isinstance(request.plan, Path) else request.plan
         plan.check_against(source)
         num_kept_parameters = plan.apply(source).num_parameters
     if request.target is not None:
@@ -256,7 +342,8 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     if (race := request.choosing.race) is not None:
         facts |= {"finalists": request.choosing.num_finalists, "race_tokens_a_finalist": race.tokens}
     if request.scores is not None:
-        read_scores(request.scores).check_against(source, checkpoint.fingerprint)
+        scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
+        scores.check_against(source, checkpoint.fingerprint)
     elif request.data:
         facts |= {
             "documents": len(read_documents(request.data, load_tokenizer(checkpoint.folder))),
@@ -288,3 +375,24 @@ def _measuring_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
         "weights_to_read_bytes": work.weight_bytes_read,
         "memory_while_measuring_bytes": work.peak_bytes,
     }
+
+
+class _Prune(Protocol[Keywords]):
+    """A plan may stand beside the model, because it is what the model is cut by."""
+
+    def __call__(
+        self, model: Model, plan: Plan | str | Path | None = None, /, *how: Keywords.args, **named: Keywords.kwargs
+    ) -> PrunedModel: ...
+
+
+def _prune_verb(_settings: Callable[Keywords, PruneSettings]) -> _Prune[Keywords]:
+    by_keywords: Any = verb(PruneSettings, run_prune)
+
+    def prune(model: Model, plan: Any = None, /, **how: Any) -> Any:
+        return by_keywords(model, **({} if plan is None else {"plan": plan}), **how)
+
+    typed: Any = prune
+    return update_wrapper(typed, by_keywords)
+
+
+prune = _prune_verb(PruneSettings)

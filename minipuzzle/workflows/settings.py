@@ -21,13 +21,17 @@ from minipuzzle.export.algorithms import ALGORITHMS
 from minipuzzle.formats.choices import RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.option import option, part
+from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.search.request import SearchTargets
 
 if TYPE_CHECKING:
+    from minipuzzle.cut.plan import Plan
+    from minipuzzle.cut.scores import Scores
     from minipuzzle.workflows.verbs import Model
 
 DEFAULT_TOP_K = 64  # of a teacher cache
+_CHOOSING, _RACE = "Comparing candidates", "Race of finalists"
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
 Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Deployment
@@ -271,3 +275,52 @@ class DistillOptions(DistillSettings):
     def training(self) -> DistillSettings:
         """What shapes the result."""
         return DistillSettings(**{item.name: getattr(self, item.name) for item in fields(DistillSettings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(SearchTargets):
+    """What to cut, on which evidence, how candidates are compared, and where the result goes.
+
+    Raises: MinipuzzleError for targets that do not go together.
+    """
+
+    deployment: Serving = None
+    data: Texts = option((), TEXT_HELP, takes="paths")
+    out: str | Path = option(help=OUT_HELP, takes="path")
+    scores: Scores | str | Path | None = option(None, "Use these scores; measure nothing.", takes="path")
+    plan: Plan | str | Path | None = option(None, "Cut by this plan; search nothing.", takes="path")
+    samples: int = option(128, "Calibration samples.")
+    sequence_length: int = option(512, "Tokens a sample.")
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    seed: int = option(0, "Seed of the sampling.", takes="integer", section=_CHOOSING)
+    num_candidates: int = option(
+        8,
+        "Candidates to measure, the best predicted; 1 trusts the prediction.",
+        name="candidates",
+        at_least=1,
+        section=_CHOOSING,
+    )
+    validation: Texts = option(
+        (),
+        "Text to compare candidates on; default: the calibration samples. Repeatable.",
+        takes="paths",
+        section=_CHOOSING,
+    )
+    rank_by: str = option(
+        DEFAULT_RANK_BY,
+        "kl: to the source, the least noisy; loss; mean-rank: of next-token accuracy and agreement, as published.",
+        choices=RANK_BY,
+        section=_CHOOSING,
+    )
+    refine: bool = option(
+        False, "Add and exchange layers of the best candidate while that measures better.", section=_CHOOSING
+    )
+    num_finalists: int = option(1, "Candidates that race.", name="finalists", at_least=1, section=_RACE)
+    race_tokens: int | str | None = option(
+        None, "Tokens that each finalist is distilled on; the winner keeps its weights.", takes="count", section=_RACE
+    )
+    race_data: Texts = option((), "Text for that; default: --data. Repeatable.", takes="paths", section=_RACE)
+    race_halving: bool = option(False, "Race in rounds and drop the worse half after each.", section=_RACE)
+    race_learning_rate: float = option(1e-4, "Peak rate of the race.", section=_RACE)
+    race_batch: int = option(16, "Sequences of an optimiser step.", section=_RACE)
+    compute: Compute = field(default_factory=Compute)

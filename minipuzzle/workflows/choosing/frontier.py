@@ -105,13 +105,15 @@ def sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, o
 
     Raises: as ``measured_frontier``, and MinipuzzleError for scores without tokens and no validation text.
     """
+    if request.choosing.race is not None or request.choosing.refine or request.plan is not None:
+        raise MinipuzzleError("a sweep measures candidates and cuts nothing", "drop --finalists, --refine and --plan")
     assert request.target is not None
     checkpoint = request.checkpoint
     source_bytes = memory_breakdown(checkpoint.architecture, request.deployment).total_bytes
     sizes = parse_sweep(budgets, source_bytes)
     tokenizer = load_tokenizer(checkpoint.folder)
     documents, validation = (read_documents(paths, tokenizer) for paths in (request.data, request.validation))
-    scores = read_scores(request.scores) if request.scores is not None else None
+    scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
     provenance = request.provenance(compute)
     provenance["settings"]["sweep"] = budgets
     with output_folder(out, provenance, overwrite=overwrite) as folder:
