@@ -15,22 +15,24 @@ from minipuzzle.architecture.layers import LayerSpec
 @OBSERVERS.register("moe")
 def observe_moe(sums: Sums, layer_idx: int, spec: LayerSpec, modules: Modules) -> dict[str, Observe]:
     """Of each expert as a whole, and of its neurons."""
-    num_experts, num_tokens = spec.sizes["expert"], 1
+    num_experts = spec.sizes["expert"]
+    # Experts see the tokens of all sequences in one list. How many a sequence has is seen at the router, which runs
+    # before them: of sequences of 512 tokens, an expert that is given 40 adds the sum over these, divided by 512.
+    seen = {"tokens": 1}
 
     def observe_gate(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-        nonlocal num_tokens  # of a sequence; experts see tokens of all sequences in one list
-        num_tokens = args[0].shape[-2]
+        seen["tokens"] = args[0].shape[-2]
 
     def observe_expert(expert_idx: int) -> Observe:
         def observe(_module: nn.Module, _args: tuple[torch.Tensor, ...], weighted_NH: torch.Tensor) -> None:
             norms_N = weighted_NH.norm(dim=-1, dtype=torch.promote_types(weighted_NH.dtype, torch.float32))
-            sums.add_row(sums.means, f"expert.{layer_idx}", num_experts, expert_idx, norms_N.sum() / num_tokens)
+            sums.add_row(sums.means, f"expert.{layer_idx}", num_experts, expert_idx, norms_N.sum() / seen["tokens"])
 
         return observe
 
     def observe_expert_down_proj(expert_idx: int) -> Observe:
         def observe(_module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-            size_F = args[0].abs().sum(dim=0, dtype=torch.promote_types(args[0].dtype, torch.float32)) / num_tokens
+            size_F = args[0].abs().sum(dim=0, dtype=torch.promote_types(args[0].dtype, torch.float32)) / seen["tokens"]
             sums.add_row(sums.means, f"expert_ffn.{layer_idx}", num_experts, expert_idx, size_F)
 
         return observe

@@ -35,10 +35,14 @@ def rank_layers(
     for together in source.removable(layout):
         ranked[source.layers[together[0]].kind].append(together)
 
-    def badness(together: tuple[int, ...]) -> tuple[bool, float, tuple[int, ...]]:
-        return not keep_layers & set(together), -float(layer_scores[list(together)].sum()), together
+    def score(together: tuple[int, ...]) -> float:
+        return float(layer_scores[list(together)].sum())
 
-    return {kind: sorted(found, key=badness) for kind, found in ranked.items()}
+    # Sorting keeps the order of equals: scores 3, 5, 5 of layers 0, 4, 7 give 4, 7, 0; if 0 must stay, 0, 4, 7.
+    for found in ranked.values():
+        found.sort(key=score, reverse=True)
+        found.sort(key=lambda together: not keep_layers & set(together))
+    return ranked
 
 
 def keep_best_units(unit_scores: Array, num_kept: int, num_groups: int = 1) -> tuple[int, ...]:

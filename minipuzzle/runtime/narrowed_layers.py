@@ -196,7 +196,9 @@ def prefix_axes(layer: LayerSpec) -> tuple[str, ...]:
 def unit_orders(layer: LayerSpec, cuts: Sequence[LayerCut]) -> dict[str, Units]:
     """For each prefix axis that some cuts narrow: all its units, in an order that begins with those cuts' units.
 
-    The widest cut counts first; one that is not a part of the next wider one keeps its own copy.
+    The widest cut counts first; one that is not a part of the next wider one keeps its own copy. Of six units, cuts
+    that keep (0, 2, 3, 5) and (2, 5) give the order 2, 5, 0, 3, 1, 4: both are beginnings of it. A third that keeps
+    (1, 2) is not, and is copied.
     """
     orders = {}
     for axis in prefix_axes(layer):
@@ -214,7 +216,8 @@ def unit_orders(layer: LayerSpec, cuts: Sequence[LayerCut]) -> dict[str, Units]:
 
 
 def _without_prefixes(cut: LayerCut, orders: Mapping[str, Units]) -> LayerCut:
-    """What has to be cut from reordered weights before the rest of the cut is their beginning."""
+    """What has to be cut from reordered weights before the rest of the cut is their beginning: nothing of an axis whose
+    kept units begin its order; else the kept units by their places in it, so (1, 2) in 2, 5, 0, 3, 1, 4 is (4, 0)."""
     copied = []
     for axis, units in cut.kept_units:
         order = orders.get(axis)

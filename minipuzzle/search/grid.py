@@ -106,7 +106,8 @@ def price_grid(loss: LossModel, pricing: Pricing, space: SearchSpace) -> Grid:
     costs, losses = np.zeros((len(COSTS), *shape)), np.zeros(shape)
     dims = {name: dim for dim, name in enumerate((*space.counts, *space.widths))}
     outer = np.array([pricing.outer(hidden) for hidden in space.widths.get("hidden", (source.hidden,))])
-    costs += _spread(outer.T, dims, ("hidden",) if "hidden" in dims else (), len(shape))
+    is_varied = "hidden" in dims
+    costs += _spread(outer.T if is_varied else outer[0], dims, ("hidden",) if is_varied else (), len(shape))
     for kind in space.counts:
         axes = _axes_of(source, space, ranked[kind])
         kind_costs, kind_losses = _kind_tables(loss, pricing, space, ranked[kind], kind, axes)
@@ -154,14 +155,14 @@ def _kind_tables(
 
 
 def _spread(table: Floats, dims: Mapping[str, int], names: tuple[str, ...], num_dims: int) -> Floats:
-    """A table [values, *sizes of the named dimensions], broadcast-ready against the whole grid."""
-    order = sorted(range(len(names)), key=lambda idx: dims[names[idx]])
-    table = table.reshape(len(table), *(table.shape[1 : 1 + len(names)]))
-    table = table.transpose(0, *(1 + idx for idx in order))
-    shape = [1] * num_dims
-    for idx, size in zip(order, table.shape[1:], strict=True):
-        shape[dims[names[idx]]] = size
-    return table.reshape(len(table), *shape)
+    """A table [values, *sizes of the named dimensions], broadcast-ready against the whole grid.
+
+    On a grid of mamba x mlp x ffn a table [costs, 4 counts of mlp, 3 widths of ffn] becomes [costs, 1, 4, 3].
+    """
+    missing = [dim for dim in range(num_dims) if dim not in {dims[name] for name in names}]
+    table = np.expand_dims(table, [1 + len(names) + idx for idx in range(len(missing))])
+    places = [1 + dim for dim in (*(dims[name] for name in names), *missing)]
+    return np.moveaxis(table, range(1, 1 + num_dims), places)
 
 
 def _dominated(fits: Bools) -> Bools:

@@ -29,31 +29,47 @@ Layers = tuple[int, ...]
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
     """Where a local search ended. ``path``: the best plan of each round that improved, from the start on;
-    ``measured``: all neighbours."""
+    ``measured``: all neighbours. ``dropped_layers_kl``: sums of the KLs of the single layers that the first and the
+    last plan drop, where those were measured: what their KLs would be if layers did not act together."""
 
     path: tuple[RankedPlan, ...]
     measured: tuple[RankedPlan, ...]
+    dropped_layers_kl: tuple[float, float] | None = None
+
+    @property
+    def start(self) -> RankedPlan:
+        """The plan that the search began with."""
+        return self.path[0]
 
     @property
     def best(self) -> RankedPlan:
         """The plan that no measured neighbour beats."""
         return self.path[-1]
 
-    def to_json(self, source: Architecture, scores: Scores) -> dict[str, Any]:
+    @property
+    def layers_exchanged(self) -> list[int]:
+        """Layers that only one of the first and the last plan keeps."""
+        return sorted(set(self.start.plan.kept_layers) ^ set(self.best.plan.kept_layers))
+
+    def with_layer_scores(self, source: Architecture, scores: Scores) -> Refinement:
+        """With what single layers' KLs add up to (nats/token), if they were measured."""
+        if "kl" not in scores.layer:
+            return self
+        dropped = (list(source.layers_besides(item.plan.kept_layers)) for item in (self.start, self.best))
+        before, after = (float(scores.layer["kl"][layers].sum()) for layers in dropped)
+        return replace(self, dropped_layers_kl=(before, after))
+
+    def to_json(self) -> dict[str, Any]:
         """What the search gained, and how far measured KLs are from sums of single layers' KLs (nats/token)."""
-        start, best = self.path[0], self.best
         facts: dict[str, Any] = {
             "rounds": len(self.path) - 1,
             "neighbours_measured": len(self.measured),
-            "before": start.measured(),
-            "after": best.measured(),
-            "layers_exchanged": sorted(set(start.plan.kept_layers) ^ set(best.plan.kept_layers)),
+            "before": self.start.measured(),
+            "after": self.best.measured(),
+            "layers_exchanged": self.layers_exchanged,
         }
-        if "kl" in scores.layer:
-            facts["sum_of_dropped_layers_kl"] = {
-                name: float(scores.layer["kl"][list(source.layers_besides(item.plan.kept_layers))].sum())
-                for name, item in (("before", start), ("after", best))
-            }
+        if self.dropped_layers_kl is not None:
+            facts["sum_of_dropped_layers_kl"] = dict(zip(("before", "after"), self.dropped_layers_kl, strict=True))
         return facts
 
 

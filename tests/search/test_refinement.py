@@ -50,11 +50,13 @@ def test_no_neighbour_of_the_refined_plan_measures_better(problem: Problem) -> N
     assert neighbours
     assert min(divergence(problem, neighbours, padded_windows())) >= best.kl * (1 - 1e-5)
     start = compare(problem, padded_windows(), ChoosingSettings(num_candidates=2)).ranked[0]
-    assert found.refinement["before"]["kl"] == pytest.approx(start.kl)
+    assert found.refinement is not None
+    assert found.refinement.start.kl == pytest.approx(start.kl)
     assert best.kl <= start.kl
     exchanged = set(best.plan.kept_layers) ^ set(start.plan.kept_layers)
-    assert found.refinement["layers_exchanged"] == sorted(exchanged)
-    added_up = found.refinement["sum_of_dropped_layers_kl"]["after"]
+    assert found.refinement.layers_exchanged == sorted(exchanged)
+    assert found.refinement.dropped_layers_kl is not None
+    added_up = found.refinement.dropped_layers_kl[1]
     dropped = problem.source.layers_besides(best.plan.kept_layers)
     assert added_up == pytest.approx(float(np.sum(problem.scores.layer["kl"][list(dropped)])))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -20,7 +20,7 @@ from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.search.costs import Pricing
 from minipuzzle.search.engine import find_candidates, plan_of
-from minipuzzle.search.refinement import Neighbourhood, refine
+from minipuzzle.search.refinement import Neighbourhood, Refinement, refine
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.space import requested_space
 from minipuzzle.workflows.choosing.finalists import pick_finalists
@@ -85,12 +85,12 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All measured plans, best first, the finalists among them, and what refinement did (empty if none was asked)."""
+class ComparisonTable:
+    """All measured plans, best first, the finalists among them, and what refinement did (None if none was asked)."""
 
     ranked: tuple[RankedPlan, ...]
     finalists: tuple[RankedPlan, ...]
-    refinement: dict[str, Any] = field(default_factory=dict)
+    refinement: Refinement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The table of all plans, and how far the order of predictions is from the measured one."""
@@ -98,13 +98,13 @@ class Comparison:
         return {
             "candidates": [item.to_json() for item in self.ranked],
             "best_was_predicted": sorted(predicted).index(predicted[0]) + 1,
-            **({"refinement": self.refinement} if self.refinement else {}),
+            **({"refinement": self.refinement.to_json()} if self.refinement else {}),
         }
 
 
 def compare(
     problem: Problem, windows: EvaluationWindows, settings: ChoosingSettings, compute: Compute = Compute()
-) -> Comparison:
+) -> ComparisonTable:
     """Measure the best predicted candidates on windows, refine the best, and pick finalists.
 
     With three finalists or more, the best predicted candidate is one of them.
@@ -117,14 +117,14 @@ def compare(
 
     plans = problem.predicted_plans(settings.num_candidates)
     best_predicted, ranked = plans[0], measured(plans)
-    refinement: dict[str, Any] = {}
+    refinement = None
     if settings.refine:
         found = refine(ranked[0], neighbours=problem.neighbourhood.of, measure=measured, rank_by=settings.rank_by)
         ranked = best_first([*ranked, *found.measured], settings.rank_by)
-        refinement = found.to_json(problem.source, problem.scores)
+        refinement = found.with_layer_scores(problem.source, problem.scores)
     min_different = max(problem.target.diversity, ceil(FINALIST_DIFFERENCE * len(problem.source.layers)))
     finalists = pick_finalists(problem.source, ranked, settings.num_finalists, min_different)
     # Both opinions race: what was measured before distillation says little about what comes after it.
     if len(finalists) > 2 and not any(item.plan == best_predicted for item in finalists):
         finalists[-1] = next(item for item in ranked if item.plan == best_predicted)
-    return Comparison(ranked=tuple(ranked), finalists=tuple(finalists), refinement=refinement)
+    return ComparisonTable(ranked=tuple(ranked), finalists=tuple(finalists), refinement=refinement)
