@@ -30,7 +30,7 @@ def test_two_processes_train_a_llama_without_one_attention_as_one_does(tmp_path:
     write_pruned(teacher, replace(keep_everything(teacher.architecture), kept_layers=kept), models / "student")
     engine = EngineSettings(keep_last=2, activation_checkpointing=True)
     with joined_placement(Compute(), engine) as placement:
-        run(models, tmp_path / "one", placement, engine, num_steps=STEPS, count=False)
+        run(models, tmp_path / "one", placement, engine, num_steps=STEPS)
     keep_only_step_10(tmp_path / "one", tmp_path / "one_two")
     folders = [tmp_path / "two", tmp_path / "one_two"]
     arguments = [str(part) for folder in folders for part in (models, folder, STEPS)]

@@ -44,7 +44,7 @@ def run_alone(models: Path, folder: Path, num_steps: int = STEPS) -> Job:
     engine = EngineSettings(keep_last=2)
     with joined_placement(Compute(), engine) as placement:
         assert placement.mesh is None
-        return run(models, folder, placement, engine, num_steps=num_steps, count=False)
+        return run(models, folder, placement, engine, num_steps=num_steps)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_compiled_layers_learn_the_same(models: Path, tmp_path: Path) -> None:
     found = []
     for name, engine in (("plain", EngineSettings()), ("compiled", EngineSettings(compile_layers=True))):
         with joined_placement(Compute(), engine) as placement:
-            run(models, tmp_path / name, placement, engine, num_steps=FEW_STEPS, count=False)
+            run(models, tmp_path / name, placement, engine, num_steps=FEW_STEPS)
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 

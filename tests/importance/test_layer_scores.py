@@ -7,7 +7,6 @@ memory; and it costs L (L + 1) / 2 layer applications and one read of the weight
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from tests.support.oracles import Scores, assert_same_scores, plain_metrics
 from tests.support.scoring import score_layers
 from tests.support.text import random_tokens
 from tests.support.tiny_models import change_tensors, write_tiny_checkpoint
+from tests.support.watched import watched
 
 Tensors = dict[str, torch.Tensor]
 SAMPLES, TOKENS = 3, 37
@@ -156,20 +156,13 @@ def test_one_part_at_a_time_means_one(tiny_checkpoint: Checkpoint) -> None:
         assert loaded == [layer_idx]
 
 
-def test_the_next_layer_is_read_in_the_background(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    readers: dict[str, set[str]] = {}
-    read = Checkpoint.tensor
-
-    def tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-        readers.setdefault(name, set()).add(threading.current_thread().name)
-        return read(checkpoint, name)
-
-    monkeypatch.setattr(Checkpoint, "tensor", tensor)
-    wanted = score_layers(LayerStack(tiny_checkpoint), TOKEN_IDS)
-    readers.clear()
-    found = score_layers(open_stack(tiny_checkpoint, fits=False), TOKEN_IDS)
-    in_background = {name for name, threads in readers.items() if threads != {threading.main_thread().name}}
-    assert in_background == {name for name in readers if ".layers." in name}
+def test_the_next_layer_is_read_in_the_background(tiny_checkpoint: Checkpoint) -> None:
+    checkpoint = watched(tiny_checkpoint.folder)
+    wanted = score_layers(LayerStack(checkpoint), TOKEN_IDS)
+    checkpoint.reads.clear()
+    found = score_layers(open_stack(checkpoint, fits=False), TOKEN_IDS)
+    in_background = {read.name for read in checkpoint.reads if not read.is_in_main_thread}
+    assert in_background == {read.name for read in checkpoint.reads if ".layers." in read.name}
     assert_same_scores(found, wanted, relative=1e-6)
 
 

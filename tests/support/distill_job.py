@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from distill.engine import EngineSettings
@@ -20,9 +19,9 @@ from distill.scale.parallel import Placement, joined_placement, open_pair, whole
 from distill.settings import DistillSettings
 from distill.states.results import write_result
 from distill.training.loop import distill_pair
-from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
 from tests.support.distilling import SETTINGS, held_out, windows
+from tests.support.watched import watched
 
 
 def settings_of(num_steps: int, dtype: str) -> DistillSettings:
@@ -37,11 +36,9 @@ def run(
     engine: EngineSettings,
     *,
     num_steps: int,
-    count: bool = True,
 ) -> dict[str, Any]:
     """Distil; report what this process read and holds, and write the student from the first process."""
-    student, teacher = (Checkpoint.open(models / name) for name in ("student", "teacher"))
-    rows_read = count_rows(student, teacher) if count else []
+    student, teacher = (watched(models / name) for name in ("student", "teacher"))
     pair = open_pair(
         student=student,
         teacher=teacher,
@@ -66,32 +63,12 @@ def run(
     gradients = [name for name, parameter in pair.teacher.named_parameters() if parameter.grad is not None]
     return {
         "held": held,
-        "read": sum(rows_read),
+        "read": sum(read.num_elements for checkpoint in (student, teacher) for read in checkpoint.reads),
         "all_split": all(isinstance(parameter, DTensor) for parameter in pair.student.parameters()),
         "step": progress.step,
         "teacher_gradients": gradients,
         "weight_sums": {n: float(whole(p.detach()).sum()) for n, p in pair.student.model.named_parameters()},
     }
-
-
-def count_rows(*checkpoints: Checkpoint) -> list[int]:
-    """Elements that are read from now on, one entry a read; reading a whole tensor is an error."""
-    read: list[int] = []
-
-    def counted(checkpoint: Checkpoint) -> None:
-        rows = checkpoint.rows
-
-        def count(name: str, start: int, stop: int | None) -> torch.Tensor:
-            tensor = rows(name, start, stop)
-            read.append(tensor.numel())
-            return tensor
-
-        checkpoint.__dict__["rows"] = count
-        checkpoint.__dict__["tensor"] = None
-
-    for checkpoint in checkpoints:
-        counted(checkpoint)
-    return read
 
 
 def main() -> None:
