@@ -13,8 +13,8 @@ come as JSON: ``{"layer": {"mse": [...]}}``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,34 @@ from minipuzzle.errors import MinipuzzleError
 SCHEMA_VERSION = "1"
 FINAL = "final"  # stands for the layer index of the final norm
 
-_JSON_METADATA = ("removed_layers", "samples", "channel_samples", "sequence_length", "processes", "counters")
-_TEXT_METADATA = ("model_fingerprint", "token_ids_sha256", "scan")
 
 Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFacts:
+    """How scores were measured. In the file each is a string: numbers, ``removed_layers`` and ``counters`` are JSON."""
+
+    removed_layers: Sequence[int]
+    samples: int
+    channel_samples: int
+    sequence_length: int
+    processes: int
+    counters: Mapping[str, int]
+    model_fingerprint: str
+    token_ids_sha256: str
+    scan: str
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> ScoreFacts | None:
+        """The facts in a file's metadata; None where they are not all there."""
+        names = {field.name: field.type == "str" for field in fields(cls)}
+        if not metadata.keys() >= names.keys():
+            return None
+        values: dict[str, Any] = {
+            name: metadata[name] if is_text else json.loads(metadata[name]) for name, is_text in names.items()
+        }
+        return cls(**values)
 
 
 def unit_key(axis: str, layer_idx: int | None) -> str:
@@ -103,15 +127,17 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """The scores of layers (None: not measured), and what was measured how; of units their numbers."""
-        facts = {name: json.loads(self.metadata[name]) for name in _JSON_METADATA if name in self.metadata}
-        texts = {name: self.metadata[name] for name in _TEXT_METADATA if name in self.metadata}
         return {
             "layer": {name: [None if v != v else v for v in values.tolist()] for name, values in self.layer.items()},
             "variants": {name: values.tolist() for name, values in self.variants.items()},
             "units": {name: values.size for name, values in self.units.items()},
-            **facts,
-            **texts,
+            **(asdict(self.facts) if self.facts else {}),
         }
+
+    @property
+    def facts(self) -> ScoreFacts | None:
+        """How they were measured; None for scores that come from elsewhere."""
+        return ScoreFacts.from_metadata(self.metadata)
 
     def __repr__(self) -> str:
         """One line, without the arrays."""

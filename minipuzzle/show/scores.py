@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,19 +72,19 @@ def print_scores(architecture: Architecture, scores: Scores, metric: str = "mse"
             lines.append(f"{idx:>3} {bar} {values[idx]:.2e}{' ◂' if idx == lowest else ''}")
         columns.append("\n".join(lines))
     grid.add_row(*columns)
-    counters = json.loads(scores.metadata["counters"])
     console = Console(highlight=False)
     console.print(f"[bold]layer scores[/] ({metric} of the LM head's input; logarithmic; ◂ lowest of its kind)")
     console.print(grid)
-    removed = json.loads(scores.metadata["removed_layers"])
-    if removed:
+    assert scores.facts is not None, "printed where they are measured"
+    if removed := scores.facts.removed_layers:
         console.print(f"removed one after another: {', '.join(map(str, removed))}")
+    counters = scores.facts.counters
     console.print(
         f"{len(values)} layers, {sum(v.size for v in scores.units.values()):,} unit scores; "
         f"{counters['layer_applications']:,} layer applications, {format_gib(counters['weight_bytes_read'])} read"
     )
     if "mamba" in architecture.layer_counts:
-        console.print(f"Mamba-2 scan: {scores.metadata['scan']}")
+        console.print(f"Mamba-2 scan: {scores.facts.scan}")
 
 
 def print_planned_scoring(planned: PlannedScoring) -> None:
