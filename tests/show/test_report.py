@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from importance.work import PlannedScoring, Work
 from minipuzzle.architecture.memory import Deployment
-from minipuzzle.architecture.quantities import GIB
+from minipuzzle.architecture.quantities import GIB, format_gib
 from minipuzzle.cut.selection import make_plan
+from minipuzzle.search.engine import find_candidates
+from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.sweep import FrontierPoint
 from minipuzzle.show.frontier import frontier_chart, plot_frontier, write_frontier_csv
-from minipuzzle.show.report import colored_pattern, print_architecture, print_plan
+from minipuzzle.show.report import (
+    colored_pattern,
+    print_architecture,
+    print_candidates,
+    print_finalists,
+    print_plan,
+)
+from minipuzzle.show.scores import print_planned_scoring
 from tests.support.scores import random_scores, tiny_architecture
 
 
@@ -62,3 +72,46 @@ def test_a_model_is_shown_with_the_share_of_each_part(capsys: pytest.CaptureFixt
     parts = source.parameters_by_part()
     assert all(f"{count / source.num_parameters:.1%}" in shown for count in parts.values())
     assert deployment.describe() in " ".join(shown.split())
+
+
+def test_the_best_candidates_are_listed_with_what_each_takes_and_loses(capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_architecture("M-M*-")
+    request = SearchRequest(memory="90%", granularity=16, min_kept_fraction=0)
+    found = find_candidates(source, random_scores(source), request, Deployment(context_tokens=64))
+    print_candidates(found[:2], len(found))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"2 best of {len(found)} candidates" in shown
+    for candidate in found[:2]:
+        assert f"{candidate.predicted_loss:.4g}" in shown and format_gib(candidate.memory_bytes) in shown
+
+
+def test_a_race_shows_every_finalist_and_marks_the_winner(capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"num_parameters": 2_000_000, "before": {"kl": 0.5}}
+    rounds = [{"tokens": 1000, "kl": 0.4, "loss": 2.4}, {"tokens": 2000, "kl": 0.3, "loss": 2.3}]
+    print_finalists(
+        [
+            {**common, "pattern": "M-M*", "is_winner": True, "rounds": rounds},
+            {**common, "pattern": "M-*-", "is_winner": False, "rounds": rounds[:1]},
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    (winner,), (loser,) = ([line for line in lines if pattern in line] for pattern in ("M-M*", "M-*-"))
+    assert "2.3000 ◂" in winner and "0.3000" in winner and "2.00 k" in winner
+    assert "2.4000" in loser and "◂" not in loser and "0.5000" in loser
+
+
+def test_planned_work_says_what_is_a_bound_and_what_is_of_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    work = Work(
+        layer_applications=28,
+        layer_slices=2,
+        channel_slices=1,
+        weight_bytes_read=GIB,
+        peak_bytes=GIB // 2,
+        weights_stay_in_memory=False,
+    )
+    print_planned_scoring(PlannedScoring(work=work, memory_limit_bytes=GIB, processes=2, scan="torch", removals=1))
+    lines = {line[:20].strip(): line[20:].strip() for line in capsys.readouterr().out.splitlines()}
+    assert lines["layer applications"] == "at most 28"
+    assert lines["memory, estimated"] == "0.5000 GiB of 1.00 GiB"
+    assert lines["weights to read"] == "1.00 GiB, one layer in memory at a time"
+    assert lines["processes"] == "2; the figures are those of one"
