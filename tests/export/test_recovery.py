@@ -116,9 +116,8 @@ def test_memory_used_for_tensors_does_not_grow_with_the_model(source: Path, tmp_
     layout, amax = export_layout(checkpoint.architecture, scheme="fp8-dynamic"), ActivationAmax()
     (tmp_path / "small").mkdir()
     write_export(ExportTensors(checkpoint, layout, amax, piece_elements=64), tmp_path / "small")
-    assert (
-        max(read.num_elements for read in checkpoint.reads) == 64
-    )  # rows of 32 and 48 elements; convolutions are smaller
+    largest = max(read.num_elements for read in checkpoint.reads)
+    assert largest == 64  # rows of 32 and 48 elements; convolutions are smaller
     export_checkpoint(Checkpoint.open(source), tmp_path / "large", ExportRequest(scheme="fp8-dynamic", verifies=False))
     assert (tmp_path / "small" / SINGLE_FILE).read_bytes() == (tmp_path / "large" / SINGLE_FILE).read_bytes()
 
