@@ -113,6 +113,19 @@ def test_attention_and_mlp_go_independently_and_everything_else_works_on_what_is
     assert Checkpoint.open(tmp_path / "again").config["model_type"] == checkpoint.config["model_type"]
 
 
+@pytest.mark.parametrize("name", ["qwen2", "smollm3"])
+def test_narrowed_layers_keep_their_own_window_and_rotation(tmp_path: Path, name: str) -> None:
+    """Run one by one as in transformers' whole model, whatever the first layer of their kind has."""
+    source = Checkpoint.open(write_family_checkpoint(tmp_path / "source", name))
+    cut_into(source, uneven_plan(source.architecture), tmp_path / "cut")
+    checkpoint = Checkpoint.open(tmp_path / "cut")
+    model = load_model(checkpoint)
+    with torch.no_grad():
+        parts = parts_of(model, checkpoint.family)
+        found, wanted = parts.head(parts.logits_input(random_tokens())), model(random_tokens(), use_cache=False).logits
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_other_loaders_refuse_the_folder(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
