@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -341,3 +342,14 @@ def test_every_command_in_the_readme_parses(line: str) -> None:
         command.make_context(arguments[0], arguments[1:]).close()
     else:
         assert program in ("git", "cd", "pip"), f"nothing checks {line!r}"
+
+
+def test_every_room_is_installed_and_typed() -> None:
+    """A folder that setup.py forgets is missing only where a user installs the package."""
+    code = (
+        "import setuptools, json; setuptools.setup = lambda **facts: print(json.dumps(facts['packages'])); import setup"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rooms = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in source_files()}
+    assert set(json.loads(found)) == rooms
+    assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
