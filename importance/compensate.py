@@ -43,14 +43,16 @@ _SUMS_AT_ONCE = 6  # of fitted and held-out tokens, both, with a ridge, its Chol
 class LayerRefit:
     """What was done to the output projection of one layer of the source model.
 
-    ``ridge``: None where the plain weights stayed. ``missing_before`` and ``missing_after`` are of held-out tokens: the
-    squared distance of the student's stream from the teacher's, in mean squares of the teacher's, summed.
+    ``ridge``: None where the plain weights stayed. ``has_other_units``: than planned. ``missing_before`` and
+    ``missing_after`` are of held-out tokens: the squared distance of the student's stream from the teacher's, in mean
+    squares of the teacher's, summed.
     """
 
     layer_idx: int
     ridge: float | None
     missing_before: float
     missing_after: float
+    has_other_units: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Compensation:
     and what was done to each layer."""
 
     plan: Plan
+    num_tokens: int
     weights: Mapping[str, torch.Tensor]
     layers: Sequence[LayerRefit]
 
@@ -70,6 +73,7 @@ class Compensation:
     def to_json(self) -> dict[str, Any]:
         """A record of the run."""
         return {
+            "tokens": self.num_tokens,
             "layers_refitted": self.num_refitted,
             "layers_left_plain": len(self.layers) - self.num_refitted,
             "layers": [asdict(layer) for layer in self.layers],
@@ -132,14 +136,19 @@ def compensate(stack: LayerStack, plan: Plan, token_ids_BT: torch.Tensor, *, may
     if len(token_ids_BT) < 2 * stack.compute.processes.world_size:
         raise MinipuzzleError(
             f"{len(token_ids_BT)} windows of text cannot be divided into some to fit and some to check the fit",
-            "raise --samples, or give --no-compensate",
+            "give more text, or --no-compensate",
         )
     walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
     with stack.compute.progress("compensating", stack.num_layers) as advance:
         for layer_idx in range(stack.num_layers):
             walk.take(layer_idx)
             advance(1)
-    return Compensation(plan=replace(plan, kept_units=walk.kept_units), weights=walk.weights, layers=walk.layers)
+    return Compensation(
+        plan=replace(plan, kept_units=walk.kept_units),
+        num_tokens=token_ids_BT.numel(),
+        weights=walk.weights,
+        layers=walk.layers,
+    )
 
 
 class _Walk:
@@ -265,6 +274,7 @@ class _Walk:
                 ridge=found.ridge if helps else None,
                 missing_before=before,
                 missing_after=after if helps else before,
+                has_other_units=cut != layer_cut(self.stack.architecture, self.plan, cut.layer_idx),
             )
         )
 

@@ -20,6 +20,7 @@ from minipuzzle.commands.options.shared import (
     out_option,
     overwrite_option,
 )
+from minipuzzle.cut.plan import OBS, PLAN_FILE
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import silent
 from minipuzzle.runtime.compute import Compute, peak_memory_bytes
@@ -73,7 +74,7 @@ def demo(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Measure, prune, distil and export a small trained hybrid, and show what each step cost and kept.
+    """Measure, prune, compensate, distil and export a small trained hybrid, and show what each step cost and kept.
 
     Runs on the model and text of examples/tiny_hybrid in a few minutes on two CPU cores, without a network.
     """
@@ -109,7 +110,8 @@ def demo(
 def run_demo(
     teacher: Checkpoint, folder: Path, *, memory: str, tokens: int, samples: int, compute: Compute
 ) -> list[Stage]:
-    """Prune, distil and export into subfolders of ``folder``; a step that an interrupted run finished is kept."""
+    """Prune, compensate, distil and export into subfolders of ``folder``; steps that an interrupted run finished are
+    kept."""
     from minipuzzle.files.checkpoint import Checkpoint
 
     texts, quiet = DemoTexts(), compute.progress is silent
@@ -117,16 +119,21 @@ def run_demo(
         _say("measuring, searching and cutting", quiet)
         prune_demo(teacher, folder / "pruned", texts, memory, samples, compute)
     pruned = Checkpoint.open(folder / "pruned")
+    if not (folder / "compensated").is_dir():
+        _say("compensating", quiet)
+        _compensate(teacher, pruned.folder / PLAN_FILE, folder / "compensated", texts, compute)
+    compensated = Checkpoint.open(folder / "compensated")
     if not (folder / "distilled").is_dir():
         _say("distilling", quiet)
-        _distill(pruned, teacher, folder / "distilled", texts, tokens, quiet)
+        _distill(compensated, teacher, folder / "distilled", texts, tokens, quiet)
     distilled = Checkpoint.open(folder / "distilled")
     if not (folder / "fp8").is_dir():
         _say("exporting to FP8", quiet)
         _export(distilled, folder / "fp8", texts)
     fp8 = Checkpoint.open(folder / "fp8")
     _say("evaluating on held-out text", quiet)
-    models = {"teacher": teacher, "pruned": pruned, "distilled": distilled, "FP8": fp8}
+    cuts = {"pruned": pruned, "compensated": compensated, "distilled": distilled, "FP8": fp8}
+    models = {"teacher": teacher, **cuts}
     return _evaluate(models, teacher, texts, compute)
 
 
@@ -136,7 +143,7 @@ def _say(step: str, quiet: bool) -> None:
 
 
 def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, samples: int, compute: Compute) -> None:
-    """Measure, search and cut as the demo does."""
+    """Measure, search and cut as the demo does; what stays keeps its weights."""
     from minipuzzle.search.request import SearchRequest
     from minipuzzle.show.report import print_plan
     from minipuzzle.workflows.prune import PruneRequest, prune_checkpoint
@@ -148,11 +155,31 @@ def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, memory: str, sa
         data=(texts.calibration,),
         samples=samples,
         sequence_length=256,
+        compensate=False,
     )
     choice = prune_checkpoint(request, compute, out=out)
     if compute.progress is not silent:
         source = teacher.architecture
         print_plan(source, choice.plan.apply(source), source.layers_besides(choice.plan.kept_layers), DEPLOYMENT)
+
+
+def _compensate(teacher: Checkpoint, plan: Path, out: Path, texts: DemoTexts, compute: Compute) -> None:
+    """The same cut again, mended: what `prune` does by itself unless it is asked not to."""
+    from minipuzzle.show.report import print_compensation
+    from minipuzzle.workflows.prune import PruneRequest, prune_checkpoint
+
+    request = PruneRequest(
+        checkpoint=teacher,
+        target=None,
+        deployment=DEPLOYMENT,
+        plan=plan,
+        data=(texts.calibration,),
+        sequence_length=256,
+        criterion=OBS,
+    )
+    choice = prune_checkpoint(request, compute, out=out)
+    if compute.progress is not silent:
+        print_compensation(choice.compensation)
 
 
 def demo_distillation(tokens: int, *, seed: int = 0, evaluations: int = 0) -> DistillSettings:

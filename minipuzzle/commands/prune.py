@@ -52,10 +52,11 @@ def prune(model: Path, sweep: str | None, dry_run: bool, as_json: bool, **option
     --finalists 3 --race-tokens N the best candidates are distilled on N tokens each, and the one that then loses least
     is written as it came out of the race; candidates.json holds the table of all.
     The result is a complete checkpoint folder that remembers its teacher for `minipuzzle distill`.
+    A cut is mended before it is written (--no-compensate).
     An interrupted run continues when the same command is given again.
     """
     from minipuzzle.files.outputs import check_target_folder
-    from minipuzzle.show.report import print_choice, print_plan, print_planned_work
+    from minipuzzle.show.report import print_choice, print_compensation, print_plan, print_planned_work
     from minipuzzle.workflows.prune import planned_work, prune_request, run_prune
 
     compute = compute_of(options, is_quiet=as_json)
@@ -77,6 +78,7 @@ def prune(model: Path, sweep: str | None, dry_run: bool, as_json: bool, **option
     source, plan = pruned.source, pruned.plan
     print_plan(source, plan.apply(source), source.layers_besides(plan.kept_layers), pruned.deployment)
     print_choice(pruned.choice.table)
+    print_compensation(pruned.choice.compensation)
     click.echo(f"written to {pruned.out}\nnext: minipuzzle distill {pruned.out} --data ... --tokens ... -o ...")
 
 

@@ -19,6 +19,9 @@ PLAN_FILE = "plan.json"
 SCHEMA_VERSION = 2  # version 1 had its figures among the notes
 _WHOLE_MODEL = "model"  # instead of a layer's index, in files
 
+# How units are chosen: by the scores alone, or by what a refit can make up, where held-out text agrees.
+PUBLISHED, OBS = CRITERIA = ("published", "obs")
+
 Units = tuple[int, ...]
 # By axis, then by position of the layer in the source; None: the whole model, for the axis that all layers share.
 KeptUnits = Mapping[str, Mapping[int | None, Units]]

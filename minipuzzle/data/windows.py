@@ -44,11 +44,18 @@ def _needs_opening(tokenizer: Any, text: str) -> bool:
 
 
 def sample_windows(
-    tokenizer: Any, documents: Sequence[str], *, num_samples: int, sequence_length: int, seed: int = 0
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    num_samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    may_be_fewer: bool = False,
 ) -> torch.Tensor:
     """Random windows of packed documents, ``[samples, sequence_length]`` int64, without overlap.
 
     Documents follow each other in shuffled order, as in pre-training; state is not reset between them.
+    ``may_be_fewer``: where the text is shorter, as many windows as it has.
 
     Raises: MinipuzzleError if the text is shorter than asked for.
     """
@@ -60,6 +67,7 @@ def sample_windows(
     for document_idx in order:
         stream += document_tokens(tokenizer, documents[document_idx])
     num_windows = len(stream) // sequence_length
+    num_samples = min(num_samples, max(1, num_windows)) if may_be_fewer else num_samples
     if num_windows < num_samples:
         raise MinipuzzleError(
             f"the data has {len(stream):,} tokens, but {num_samples} samples of {sequence_length} need "

@@ -91,7 +91,7 @@ class LayerStack:
         self.architecture: Architecture = checkpoint.architecture
         self.compute = compute.with_limit()
         self.device, self.dtype = compute.device_of_process, compute.torch_dtype
-        self.memory_bytes = self.compute.limit_bytes
+        self.memory_bytes, self.reserved_bytes = self.compute.limit_bytes, reserved_bytes
         self.counters = WorkCounters()
         model = build_on_meta(checkpoint.config, self.dtype)
         self._model = model.eval()

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: one table and one picture of the four stages of a model."""
+"""What the demo shows at its end: one table and one picture of the five stages of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minipuzzle.show.tables import figures_table
 if TYPE_CHECKING:
     from minipuzzle.quality.record import Quality
 
-STAGE_COLORS = ("#4c566a", "#bf616a", "#5e81ac", "#88c0d0")
+STAGE_COLORS = ("#4c566a", "#bf616a", "#d08770", "#5e81ac", "#88c0d0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,3 +175,16 @@ def print_planned_work(facts: Mapping[str, int]) -> None:
         label = name.replace("_bytes", "").replace("_", " ")
         print(f"{label:<30} {format_gib(value) if name.endswith('_bytes') else f'{value:,}'}")
     print("dry run: nothing was written")
+
+
+def print_compensation(found: Mapping[str, Any]) -> None:
+    """Say how a cut was mended, by its record; or that it was not."""
+    if not found:
+        print("not compensated: what stays has the source's weights")
+        return
+    refitted, plain = found["layers_refitted"], found["layers_left_plain"]
+    others = sum(layer["has_other_units"] for layer in found["layers"])
+    print(
+        f"compensated on {found['tokens']:,} tokens: {refitted} of {refitted + plain} layers refitted, "
+        f"{plain} gained nothing on held-out text; {others} keep other units than planned"
+    )

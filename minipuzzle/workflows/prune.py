@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import update_wrapper
 from hashlib import sha256
 from pathlib import Path
@@ -13,21 +13,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from distill.race import RaceSettings, finalist_table, run_race
+from distill.race import RaceSettings
 from importance.measure import measure
 from importance.work import open_stack, predict_work
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import parse_count
-from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import PLAN_FILE, Plan, read_plan
+from minipuzzle.cut.plan import CRITERIA, OBS, Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores, write_scores
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sample_windows, windows_of_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.files.json_files import read_json, write_json
-from minipuzzle.files.outputs import PROVENANCE_FILE, fingerprint_files, output_file, output_folder
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.outputs import fingerprint_files, output_file, output_folder
 from minipuzzle.quality.evaluate import documents_within
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
@@ -35,14 +34,15 @@ from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.show.report import plan_summary
-from minipuzzle.workflows.choosing.compare import ChoosingSettings, Problem, compare
+from minipuzzle.workflows.choosing.compare import Choice, ChoosingSettings, Problem, compare
+from minipuzzle.workflows.choosing.race import CANDIDATES_FILE, FINALISTS_FOLDER, race_finalists
+from minipuzzle.workflows.compensation import CutWriter, compensation_windows
 from minipuzzle.workflows.settings import PruneSettings, named_deployment, paths_of
 from minipuzzle.workflows.verbs import Keywords, Model, open_model, verb
 
 SCORES_FILE = "scores.safetensors"
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
-CANDIDATES_FILE = "candidates.json"
-FINALISTS_FOLDER = "finalists"
+PROVENANCE_FIELDS = ("samples", "sequence_length", "seed", "compensate", "criterion")
 VALIDATION_TOKENS = 1_000_000  # at most, of each file; as published
 
 
@@ -51,7 +51,8 @@ class PruneRequest:
     """What to cut and how to find out: a plan, or a target with scores or with text to measure on.
 
     ``validation``: text to compare candidates on; default: the tokens of the scores. ``race_data``: text that
-    finalists train on; default: ``data``.
+    finalists train on; default: ``data``. ``compensate``: mend the cut on ``data`` or on the tokens of the scores.
+    ``criterion``: one of CRITERIA; default: OBS for a cut that is mended, unless a given plan says which units stay.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +66,8 @@ class PruneRequest:
     samples: int = 128
     sequence_length: int = 512
     seed: int = 0
+    compensate: bool = True
+    criterion: str | None = None
     choosing: ChoosingSettings = field(default_factory=ChoosingSettings)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,10 @@ class PruneRequest:
             raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
         elif self.scores is None and not self.data:
             raise MinipuzzleError("there is nothing to measure on", "give --data, or --scores of an earlier run")
+        if self.criterion is not None and self.criterion not in CRITERIA:
+            raise MinipuzzleError(f"there is no criterion {self.criterion!r}", f"choose one of {', '.join(CRITERIA)}")
+        if self.criterion == OBS and not self.compensate:
+            raise MinipuzzleError("OBS chooses units by what a refit makes up", "drop --criterion or --no-compensate")
         if self.choosing.race is not None and not self.training_data:
             raise MinipuzzleError("finalists have nothing to train on", "give --race-data or --data")
 
@@ -95,25 +102,13 @@ class PruneRequest:
             "settings": {
                 "target": asdict(self.target) if self.target else None,
                 "deployment": asdict(self.deployment),
-                **{name: getattr(self, name) for name in ("samples", "sequence_length", "seed")},
+                **{name: getattr(self, name) for name in PROVENANCE_FIELDS},
                 **asdict(self.choosing),
                 "dtype": compute.dtype,
                 "inputs_fingerprint": fingerprint_files(files),
                 **({"given_fingerprint": sha256("".join(given).encode()).hexdigest()[:16]} if given else {}),
             },
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The plan that was cut by, and the table of all that was compared (see CANDIDATES_FILE; empty if nothing was).
-
-    ``is_trained``: the folder holds the winner of a race as its training left it.
-    """
-
-    plan: Plan
-    table: dict[str, Any] = field(default_factory=dict)
-    is_trained: bool = False
 
 
 def check_feasible(checkpoint: Checkpoint, target: SearchRequest, deployment: Deployment) -> list[Candidate]:
@@ -148,11 +143,10 @@ def prune_checkpoint(
             choice = Choice(plan=plan)
         else:
             scores = scores or measured_scores(request, documents, compute, folder)
-            choice = _choose(request, scores, validation, folder, compute)
+            choice = _choose(request, scores, validation, folder, cut_writer(request, documents, scores, compute))
         if not choice.is_trained:
-            num_tensors = sum(1 for _ in choice.plan.apply(checkpoint.architecture).tensors())
-            with compute.progress("cutting", num_tensors) as advance:
-                write_pruned(checkpoint, choice.plan, folder, advance)
+            found = cut_writer(request, documents, scores, compute).write(choice.plan, folder)
+            choice = replace(choice, plan=found.plan, compensation=found.to_json() if found.num_tokens else {})
         if choice.table:
             write_json(folder / CANDIDATES_FILE, choice.table)
         shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
@@ -180,7 +174,9 @@ class PrunedModel:
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""
-        return {"out": str(self.out), **plan_summary(self.source, self.plan, self.deployment), **self.choice.table}
+        summary = plan_summary(self.source, self.plan, self.deployment)
+        compensation = {"compensation": self.choice.compensation} if self.choice.compensation else {}
+        return {"out": str(self.out), **summary, **self.choice.table, **compensation}
 
 
 def prune_request(model: Model, settings: PruneSettings, sweep: str | None = None) -> PruneRequest:
@@ -213,6 +209,8 @@ def prune_request(model: Model, settings: PruneSettings, sweep: str | None = Non
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
+        compensate=not settings.no_compensate,
+        criterion=settings.criterion,
         choosing=ChoosingSettings(
             num_candidates=settings.num_candidates,
             rank_by=settings.rank_by,
@@ -251,7 +249,18 @@ def measured_scores(request: PruneRequest, documents: list[str], compute: Comput
     return scores
 
 
-def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder: Path, compute: Compute) -> Choice:
+def cut_writer(request: PruneRequest, documents: list[str], scores: Scores | None, compute: Compute) -> CutWriter:
+    """How this run writes cuts: mended on its data, or on the tokens of the scores, unless asked not to."""
+    checkpoint, token_ids_BT = request.checkpoint, None
+    if request.compensate and documents:
+        token_ids_BT = compensation_windows(checkpoint, documents, request.sequence_length, request.seed)
+    elif request.compensate and scores is not None and scores.token_ids is not None:
+        token_ids_BT = torch.from_numpy(scores.token_ids).long()
+    may_choose = request.criterion == OBS or (request.criterion is None and request.plan is None)
+    return CutWriter(checkpoint=checkpoint, token_ids=token_ids_BT, compute=compute, may_choose=may_choose)
+
+
+def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder: Path, writer: CutWriter) -> Choice:
     """The best candidate: predicted if there is nothing to measure on, else measured, or the winner of a race."""
     assert request.target is not None
     checkpoint, choosing = request.checkpoint, request.choosing
@@ -261,10 +270,10 @@ def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder
     if choosing.race is not None:
         if windows is None:
             raise MinipuzzleError("a race needs text to measure finalists on", "give --validation")
-        return _race(problem, request, windows, folder, compute)
+        return race_finalists(problem, choosing, request.training_data, windows, folder, writer)
     if windows is None or (choosing.num_candidates == 1 and not choosing.refine):
         return Choice(plan=problem.predicted_plans(1)[0])
-    found = compare(problem, windows, choosing, compute)
+    found = compare(problem, windows, choosing, writer.compute)
     return Choice(plan=found.ranked[0].plan, table=found.to_json())
 
 
@@ -280,44 +289,6 @@ def comparison_windows(request: PruneRequest, scores: Scores, validation: list[s
     return windows_of_tokens(load_tokenizer(request.checkpoint.folder), token_ids)
 
 
-def _race(
-    problem: Problem, request: PruneRequest, windows: EvaluationWindows, folder: Path, compute: Compute
-) -> Choice:
-    """Compare, cut the finalists, race them and put the winner's trained weights into ``folder``.
-
-    What is finished lies in ``folder/finalists/``: the table once all finalists are cut, then the race's own work.
-    """
-    work = folder / FINALISTS_FOLDER
-    table_file = work / CANDIDATES_FILE
-    if not table_file.is_file():
-        found = compare(problem, windows, request.choosing, compute)
-        for number, item in enumerate(found.finalists):
-            shutil.rmtree(work / str(number), ignore_errors=True)
-            (work / str(number)).mkdir(parents=True)
-            write_pruned(problem.checkpoint, item.plan, work / str(number))
-        finalists = [{**item.figures.to_json(), "before": item.measured()} for item in found.finalists]
-        with output_file(table_file) as path:
-            write_json(path, {**found.to_json(), "finalists": finalists})
-    table = read_json(table_file)
-    folders = [work / str(number) for number in range(len(table["finalists"]))]
-    assert request.choosing.race is not None
-    result = run_race(
-        folders,
-        teacher=problem.checkpoint,
-        data=request.training_data,
-        validation=windows,
-        settings=request.choosing.race,
-        folder=work / "race",
-        compute=compute,
-    )
-    for path in result.winner_folder.iterdir():
-        if path.is_file() and path.name != PROVENANCE_FILE:
-            shutil.copyfile(path, folder / path.name)
-    shutil.copyfile(folders[result.winner] / PLAN_FILE, folder / PLAN_FILE)
-    table["finalists"] = finalist_table(table["finalists"], result)
-    return Choice(plan=read_plan(folder / PLAN_FILE), table=table, is_trained=True)
-
-
 def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     """What a run would do, after checking all that can be checked without weights.
 
@@ -326,7 +297,7 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     checkpoint = request.checkpoint
     source = checkpoint.architecture
     facts = {"source_memory_bytes": memory_breakdown(source, request.deployment).total_bytes}
-    num_kept_parameters, candidates = source.num_parameters, list[Candidate]()
+    num_kept_parameters, candidates, scores = source.num_parameters, list[Candidate](), None
     if request.plan is not None:
         plan = read_plan(request.plan) if isinstance(request.plan, Path) else request.plan
         plan.check_against(source)
@@ -344,11 +315,10 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     if request.scores is not None:
         scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
         scores.check_against(source, checkpoint.fingerprint)
-    elif request.data:
-        facts |= {
-            "documents": len(read_documents(request.data, load_tokenizer(checkpoint.folder))),
-            "calibration_tokens": request.samples * request.sequence_length,
-        }
+    documents = read_documents(request.data, load_tokenizer(checkpoint.folder)) if request.data else []
+    if documents and scores is None:
+        facts |= {"documents": len(documents), "calibration_tokens": request.samples * request.sequence_length}
+    facts |= cut_writer(request, documents, scores, compute).planned_work()
     _check_memory(request, candidates, compute)
     facts["disk_at_most_bytes"] = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
     return facts | (_measuring_work(request, compute) if request.scores is None and request.data else {})

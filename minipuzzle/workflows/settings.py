@@ -16,6 +16,7 @@ from minipuzzle.architecture.deployments import NamedDeployment, find_deployment
 from minipuzzle.architecture.memory import Deployment
 from minipuzzle.architecture.quantities import parse_count
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
+from minipuzzle.cut.plan import CRITERIA
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import ALGORITHMS
 from minipuzzle.formats.choices import RECIPES
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from minipuzzle.workflows.verbs import Model
 
 DEFAULT_TOP_K = 64  # of a teacher cache
-_CHOOSING, _RACE = "Comparing candidates", "Race of finalists"
+_CHOOSING, _CUTTING, _RACE = "Comparing candidates", "Cutting", "Race of finalists"
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
 Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Deployment
@@ -314,6 +315,21 @@ class PruneSettings(SearchTargets):
     )
     refine: bool = option(
         False, "Add and exchange layers of the best candidate while that measures better.", section=_CHOOSING
+    )
+    no_compensate: bool = option(
+        False,
+        "Leave the weights that stay as they are. Else each layer's output projection is refitted, in closed form and "
+        "a layer at a time, to what the source's hidden states are behind it, on --data or on the tokens of --scores; "
+        "a layer that held-out text does not gain from keeps its weights.",
+        section=_CUTTING,
+    )
+    criterion: str | None = option(
+        None,
+        "obs: keep those neurons and key-value groups that the others make up for least after a refit (Optimal Brain "
+        "Surgeon), in layers where held-out text gains by that; published: the most active ones. Default: obs, unless "
+        "--plan names the units or nothing is refitted.",
+        choices=CRITERIA,
+        section=_CUTTING,
     )
     num_finalists: int = option(1, "Candidates that race.", name="finalists", at_least=1, section=_RACE)
     race_tokens: int | str | None = option(

@@ -55,7 +55,7 @@ def test_samples_are_different_stretches_of_the_shuffled_text(
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     stream = [token for idx in order for token in document_tokens(tokenizer, documents[idx])]
-    arguments = {"num_samples": num_samples, "sequence_length": length, "seed": seed}
+    arguments: dict[str, Any] = {"num_samples": num_samples, "sequence_length": length, "seed": seed}
     if len(stream) // length < num_samples:
         with pytest.raises(MinipuzzleError, match="tokens, but"):
             sample_windows(tokenizer, documents, **arguments)

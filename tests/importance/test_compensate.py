@@ -14,36 +14,15 @@ import torch
 
 from importance.compensate import Compensation, compensate, open_stack, output_projections, predict_flops
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import KeptUnits, Plan, keep_everything
+from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import torch_dtype
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
-from tests.support.cuts import plan_with
+from tests.support.cuts import TOKENS, WINDOWS, half_cut, plan_with, some_tokens
 from tests.support.jobs import torchrun
 from tests.support.tiny_models import EVERY_CONFIG, write_family_checkpoint, write_tiny_checkpoint
-
-WINDOWS, TOKENS = 12, 24
-
-
-def some_tokens(num_windows: int = WINDOWS) -> torch.Tensor:
-    return torch.randint(3, 259, (num_windows, TOKENS), generator=torch.Generator().manual_seed(0))
-
-
-def half_cut(checkpoint: Checkpoint) -> Plan:
-    """Half of the neurons or of the shared expert's, one of two key-value groups, and a layer in the middle dropped."""
-    source = checkpoint.architecture
-    sizes = {axis: size for layer in source.layers for axis, size in layer.sizes.items()}
-    widths = {axis: sizes[axis] // 2 for axis in ("ffn", "shared_ffn", "kv_group") if axis in sizes}
-    plan = plan_with(checkpoint, **widths)
-    gone = source.blocks[len(source.blocks) // 2]
-    kept = tuple(idx for idx in plan.kept_layers if idx not in gone)
-    kept_units: KeptUnits = {
-        axis: {layer_idx: units for layer_idx, units in by_layer.items() if layer_idx in kept}
-        for axis, by_layer in plan.kept_units.items()
-    }
-    return replace(plan, kept_layers=kept, kept_units=kept_units)
 
 
 def last_states(checkpoint: Checkpoint, token_ids: torch.Tensor) -> torch.Tensor:
@@ -183,7 +162,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.processes import joined_processes
-from tests.importance.test_compensate import half_cut, some_tokens
+from tests.support.cuts import half_cut, some_tokens
 
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 with joined_processes("cpu") as processes:

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from minipuzzle.architecture.kinds import LAYER_KINDS, kind_of_axis
 from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.cut.plan import Plan, Units, keep_everything
+from minipuzzle.cut.plan import KeptUnits, Plan, Units, keep_everything
 from minipuzzle.cut.scores import Scores
 from minipuzzle.cut.selection import keep_best_units, norm_scales, rank_layers
 from minipuzzle.cut.surgery import kept_positions
@@ -29,6 +30,9 @@ def best_layers(source: Architecture, layer_scores: np.ndarray[Any, Any], counts
 def owners_of(source: Architecture, axis: str) -> list[int | None]:
     """The layers that an axis may be cut in, or None for the one that all share."""
     return [idx for idx in (None, *range(len(source.layers))) if axis in source.own_sizes(idx)]
+
+
+WINDOWS, TOKENS = 12, 24  # that a cut is mended on
 
 
 def ranking(size: int, num_kept: int, num_groups: int = 1, seed: int = 0) -> tuple[int, ...]:
@@ -76,3 +80,22 @@ def energy(dimension: Any, sizes: Any, axis: str, kept: tuple[int, ...]) -> np.n
     positions = kept_positions(dimension, sizes, {axis: kept})
     values[slice(None) if positions is None else positions] = 1
     return values
+
+
+def some_tokens(num_windows: int = WINDOWS) -> torch.Tensor:
+    return torch.randint(3, 259, (num_windows, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def half_cut(checkpoint: Checkpoint) -> Plan:
+    """Half of the neurons or of the shared expert's, one of two key-value groups, and a layer in the middle dropped."""
+    source = checkpoint.architecture
+    sizes = {axis: size for layer in source.layers for axis, size in layer.sizes.items()}
+    widths = {axis: sizes[axis] // 2 for axis in ("ffn", "shared_ffn", "kv_group") if axis in sizes}
+    plan = plan_with(checkpoint, **widths)
+    gone = source.blocks[len(source.blocks) // 2]
+    kept = tuple(idx for idx in plan.kept_layers if idx not in gone)
+    kept_units: KeptUnits = {
+        axis: {layer_idx: units for layer_idx, units in by_layer.items() if layer_idx in kept}
+        for axis, by_layer in plan.kept_units.items()
+    }
+    return replace(plan, kept_layers=kept, kept_units=kept_units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -100,6 +100,20 @@ class ComparisonTable:
             "best_was_predicted": sorted(predicted).index(predicted[0]) + 1,
             **({"refinement": self.refinement.to_json()} if self.refinement else {}),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The plan that was cut by, and the table of all that was compared (empty if nothing was).
+
+    ``is_trained``: the folder holds the winner of a race as its training left it. ``compensation``: as in its file;
+    empty if there was none.
+    """
+
+    plan: Plan
+    table: dict[str, Any] = field(default_factory=dict)
+    is_trained: bool = False
+    compensation: dict[str, Any] = field(default_factory=dict)
 
 
 def compare(

@@ -1,0 +1,99 @@
+"""Writing a cut: compensated where there is text to mend it on, else as it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from importance.compensate import Compensation, compensate, open_stack, predict_flops
+from minipuzzle.cut.folder import write_pruned
+from minipuzzle.cut.plan import Plan
+from minipuzzle.data.windows import sample_windows
+from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.runtime.compute import Compute
+from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.models import load_tokenizer
+
+COMPENSATION_FILE = "compensation.json"
+COMPENSATION_TOKENS = 131_072  # at most: what more of them gain does not pay for their passes
+
+
+def compensation_windows(
+    checkpoint: Checkpoint, documents: Sequence[str], sequence_length: int, seed: int
+) -> torch.Tensor:
+    """As many windows of some text as it has, ``[windows, tokens]``, of COMPENSATION_TOKENS at most.
+
+    Raises: MinipuzzleError if there is no whole window.
+    """
+    return sample_windows(
+        load_tokenizer(checkpoint.folder),
+        documents,
+        num_samples=max(2, COMPENSATION_TOKENS // sequence_length),
+        sequence_length=sequence_length,
+        seed=seed,
+        may_be_fewer=True,
+    )
+
+
+def windows_that_fit(
+    checkpoint: Checkpoint, token_ids_BT: torch.Tensor, compute: Compute
+) -> tuple[LayerStack, torch.Tensor]:
+    """A stack with room for as many of the windows as the memory takes, and these: all, or half of them, and so on.
+
+    Raises: MinipuzzleError if it takes no two windows.
+    """
+    while True:
+        try:
+            return open_stack(checkpoint, len(token_ids_BT), token_ids_BT.shape[1], compute), token_ids_BT
+        except MinipuzzleError:
+            if len(token_ids_BT) <= 2:
+                raise
+            token_ids_BT = token_ids_BT[: len(token_ids_BT) // 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutWriter:
+    """Writes cut checkpoint folders: mended on windows ``[windows, tokens]`` if there are any.
+
+    ``may_choose``: a layer may keep other units than its plan says, as many, where held-out windows gain.
+    """
+
+    checkpoint: Checkpoint
+    token_ids: torch.Tensor | None
+    compute: Compute
+    may_choose: bool = True
+
+    def write(self, plan: Plan, folder: Path) -> Compensation:
+        """Cut by a plan into an existing folder, with a record of what was mended. An interrupted one begins anew.
+
+        Raises: MinipuzzleError for a plan of another model, broken weights, too little memory or text.
+        """
+        found = Compensation(plan=plan, num_tokens=0, weights={}, layers=())
+        if self.token_ids is not None:
+            stack, token_ids_BT = windows_that_fit(self.checkpoint, self.token_ids, self.compute)
+            found = compensate(stack, plan, token_ids_BT, may_choose=self.may_choose)
+            write_json(folder / COMPENSATION_FILE, found.to_json())
+        num_tensors = sum(1 for _ in found.plan.apply(self.checkpoint.architecture).tensors())
+        with self.compute.progress("cutting", num_tensors) as advance:
+            write_pruned(self.checkpoint, found.plan, folder, advance, new_weights=found.weights)
+        return found
+
+    def planned_work(self) -> dict[str, int]:
+        """What mending a cut takes, at most; nothing without windows.
+
+        Raises: MinipuzzleError if the memory is too small.
+        """
+        if self.token_ids is None:
+            return {}
+        stack, token_ids_BT = windows_that_fit(self.checkpoint, self.token_ids, self.compute)
+        num_tokens = token_ids_BT.numel()
+        return {
+            "compensation_tokens": num_tokens,
+            "compensation_gflop": predict_flops(self.checkpoint.architecture, num_tokens) // 10**9,
+            "memory_while_compensating_bytes": stack.weight_bytes + stack.reserved_bytes,
+        }
