@@ -29,10 +29,11 @@ _QUALITY_COLUMNS = ("bits_per_byte", "perplexity", "next_token_accuracy", "kl", 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionFacts:
-    """What a quantised export stores how, and what its scales were measured on."""
+    """What a quantised export stores how, what its scales were measured on; whether its recipe takes the head."""
 
     layout: ExportLayout
     recipe: str
+    wants_head: bool
     calibration: str
 
 
@@ -81,7 +82,7 @@ def render_model_card(source: Checkpoint, facts: CardFacts) -> tuple[str, list[s
     if facts.quality:
         sections.append("## Measured quality\n\n" + _quality(facts.quality))
     sections.append("## Memory when served\n\n" + _memory(source, facts))
-    sections.append("## Use\n\n" + (_use(facts) if loads_everywhere(source) else _use_of_unequal_layers(facts)))
+    sections.append("## Use\n\n" + (_use(source, facts) if loads_everywhere(source) else _use_of_unequal_layers(facts)))
     sections.append(f"## How it was made\n\nWith minipuzzle {__version__}" + _command(facts.command))
     return "\n\n".join(sections) + "\n", warnings
 
@@ -142,6 +143,8 @@ def _front_matter(source: Checkpoint, facts: CardFacts) -> tuple[str, list[str]]
         warnings.append("the base model's name is not known: give it with --base-model")
     if not loads_everywhere(source) and not facts.is_puzzle:
         warnings.append("its layers differ in width: only minipuzzle reads this folder (for nemotron_h see --puzzle)")
+    if facts.precision and facts.precision.wants_head and source.architecture.deployed.tied_embeddings:
+        warnings.append("the LM head is tied to the embeddings and stays BF16 as they do, although all was asked for")
     layout = facts.precision.layout if facts.precision else None
     tags = [source.architecture.model_type, "minipuzzle"]
     if layout is not None and layout.flavour is not None:
@@ -228,7 +231,7 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _use(facts: CardFacts) -> str:
+def _use(source: Checkpoint, facts: CardFacts) -> str:
     serve = "```\nvllm serve PATH_OF_THIS_FOLDER\n```"
     ours = (
         "`minipuzzle.load(PATH)` gives a transformers model that rounds as engines do; `minipuzzle verify` checks it."
@@ -238,7 +241,9 @@ def _use(facts: CardFacts) -> str:
     flavour = facts.precision.layout.flavour
     assert flavour is not None
     text = f"The layout is {flavour.name}'s, read by {flavour.engines}:\n\n{serve}\n\n{ours}"
-    if not flavour.loads_in_transformers:
+    # transformers 5.23 reads the experts of compressed-tensors, but not NVFP4's scale of whole tensors beside them.
+    has_lost_scales = facts.precision.layout.format == "nvfp4" and "moe" in source.architecture.layer_counts
+    if not flavour.loads_in_transformers or has_lost_scales:
         text += (
             " Plain transformers has no reader for this layout: it ignores the scales and computes nonsense without an "
             "error."

@@ -219,7 +219,13 @@ _CT_FORMS = _by_scheme(
         scheme="nvfp4",
         algorithm="nvfp4-pack-quantized",
         weights={"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK},
-        inputs={"num_bits": 4, "strategy": "tensor_group", "group_size": BLOCK, "dynamic": "local"},
+        inputs={
+            "num_bits": 4,
+            "strategy": "tensor_group",
+            "group_size": BLOCK,
+            "dynamic": "local",
+            "scale_dtype": "torch.float8_e4m3fn",
+        },
         tensors=(
             StoredTensor(suffix="weight_packed", role=CODES, dtype="U8", form="halved"),
             StoredTensor(suffix="weight_scale", role=SCALES, dtype="F8_E4M3", form="blocks"),

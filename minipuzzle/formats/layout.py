@@ -118,7 +118,7 @@ def export_layout(
         scheme=chosen_scheme,
         flavour=chosen_flavour,
         quantized=tuple(module for module, quantized in is_quantized.items() if quantized),
-        ignored=tuple(module for module, quantized in is_quantized.items() if not quantized),
+        ignored=(*(name for name, quantized in is_quantized.items() if not quantized), *_tied_head(architecture)),
         fused=fused,
         cache_scales=_cache_scales(architecture) if fp8_kv_cache else {},
     )
@@ -188,6 +188,11 @@ def module_of(tensor: PlacedTensor) -> str:
     return tensor.name.removesuffix(WEIGHT)
 
 
+def _tied_head(architecture: Architecture) -> tuple[str, ...]:
+    """The head that stores nothing: readers make a linear module of it, and would quantise what is not listed."""
+    return (architecture.names.head.removesuffix(WEIGHT),) if architecture.tied_embeddings else ()
+
+
 def _fused_modules(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """What engines fuse, by each module of it; with unequal scales they would round the weights a second time."""
     groups: dict[object, list[str]] = {}
@@ -223,7 +228,7 @@ def read_layout(architecture: Architecture, config: Mapping[str, object]) -> Exp
         scheme=SCHEMES[described.scheme],
         flavour=flavour,
         quantized=tuple(module for module in linear if module not in plain),
-        ignored=(*(module for module in linear if module in plain), *other),
+        ignored=(*(module for module in linear if module in plain), *other, *_tied_head(architecture)),
         fused=_fused_modules(architecture),
         cache_scales=_cache_scales(architecture) if described.fp8_kv_cache else {},
     )

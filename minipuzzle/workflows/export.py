@@ -351,7 +351,8 @@ def _card_facts(
         recipe = f"{request.recipe}: {RECIPES[request.recipe].description}"
         if request.overrides:
             recipe += "; " + ", ".join(f"`{pattern}` {wanted}" for pattern, wanted in request.overrides)
-        precision = PrecisionFacts(layout=layout, recipe=recipe, calibration=calibration)
+        wants_head = RECIPES[request.recipe].takes("head", is_linear=False)
+        precision = PrecisionFacts(layout=layout, recipe=recipe, wants_head=wants_head, calibration=calibration)
     return CardFacts(
         relation="finetune" if precision is None else "quantized",
         is_puzzle=request.is_puzzle,
