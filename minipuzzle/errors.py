@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import IntEnum
 
 
@@ -28,6 +29,15 @@ class MinipuzzleError(Exception):
         super().__init__(problem)
         self.problem = problem
         self.hint = hint
+
+
+class MinipuzzleWarning(Warning):
+    """What a user should know and need not mend; the command line prints it as a line of its own."""
+
+
+def warn(message: str) -> None:
+    """Say something that a user should know."""
+    warnings.warn(message, MinipuzzleWarning, stacklevel=2)
 
 
 class InfeasibleBudgetError(MinipuzzleError):

@@ -9,11 +9,12 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
 
-from minipuzzle.errors import ExitCode, MinipuzzleError
+from minipuzzle.errors import ExitCode, MinipuzzleError, MinipuzzleWarning
 from minipuzzle.version import __version__
 
 COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "demo")
@@ -34,9 +35,12 @@ class MinipuzzleGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; a MinipuzzleError becomes problem, hint and exit code."""
+        """Run a command; a MinipuzzleError becomes problem, hint and exit code, a warning a line."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default", MinipuzzleWarning)
+                warnings.showwarning = _print_warning
+                return super().invoke(ctx)
         except MinipuzzleError as error:
             if ctx.params["debug"]:
                 raise
@@ -55,6 +59,15 @@ def _print_error(error: MinipuzzleError) -> None:
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error.problem}", err=True)
     if error.hint:
         click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {error.hint}", err=True)
+
+
+def _print_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    if issubclass(category, MinipuzzleWarning):
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {message}", err=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 @click.group(cls=MinipuzzleGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

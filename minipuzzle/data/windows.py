@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ import torch
 from minipuzzle.errors import MinipuzzleError
 
 PIECE_CHARACTERS = 2**20
+_PROBE = "a"  # to see what a tokenizer's own rule adds to a text
 IGNORE = -100  # label of a position that predicts nothing
 
 
 def document_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one document, opened by the tokenizer's first token where it has one and the text, as chat
-    templates may, does not begin with it."""
-    tokens: list[int] = [tokenizer.bos_token_id] if _needs_opening(tokenizer, text) else []
+    """Token ids of one document, opened as the tokenizer itself opens any text, unless the text, as chat templates may
+    write it, begins with that."""
+    tokens = _opening(tokenizer, text)
     for piece in _pieces(text):
         tokens += tokenizer(piece, add_special_tokens=False)["input_ids"]
     return tokens
@@ -39,8 +41,18 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _needs_opening(tokenizer: Any, text: str) -> bool:
-    return tokenizer.bos_token_id is not None and not text.startswith(tokenizer.bos_token)
+def _opening(tokenizer: Any, text: str) -> list[int]:
+    """What a tokenizer puts before a text: a first token, where it has one and its own rule adds it."""
+    tokens = list(_tokens_before(tokenizer))
+    return [] if tokens and text.startswith(tokenizer.decode(tokens)) else tokens
+
+
+@lru_cache(maxsize=4)
+def _tokens_before(tokenizer: Any) -> tuple[int, ...]:
+    with_rule, plain = (tokenizer(_PROBE, add_special_tokens=adds)["input_ids"] for adds in (True, False))
+    starts = range(len(with_rule) - len(plain) + 1)
+    start = next((start for start in starts if with_rule[start : start + len(plain)] == plain), 0)
+    return tuple(with_rule[:start])
 
 
 def sample_windows(
@@ -111,7 +123,7 @@ def evaluation_windows(tokenizer: Any, documents: Sequence[str], *, sequence_len
             inputs.append((piece[:-1] + [0] * padding)[:sequence_length])
             labels.append((piece[1:] + [IGNORE] * padding)[:sequence_length])
         # Unless it is an opening of ours, the first token is part of the text but not predicted.
-        unpredicted = "" if _needs_opening(tokenizer, text) else tokenizer.decode(tokens[:1])
+        unpredicted = "" if _opening(tokenizer, text) else tokenizer.decode(tokens[:1])
         num_bytes += len(text.encode()) - len(unpredicted.encode())
     if not inputs:
         raise MinipuzzleError("the evaluation text has fewer than two tokens", "give more --data")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from minipuzzle.architecture.configs.puzzle import without_blocks
 from minipuzzle.architecture.families import Family, family_of
 from minipuzzle.architecture.model import Architecture
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.files.json_files import read_json, tagged, untagged, write_json
 from minipuzzle.files.safetensors_files import (
     INDEX_FILE,
@@ -57,7 +57,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
     Raises: MinipuzzleError if it is missing or damaged.
     """
-    return without_blocks(untagged(read_json(path / "config.json" if path.is_dir() else path)))
+    config = without_blocks(untagged(read_json(path / "config.json" if path.is_dir() else path)))
+    return {key: value for key, value in config.items() if key != "quantization_config" or value is not None}
 
 
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -84,8 +85,10 @@ class Checkpoint:
         if not folder.is_dir():
             raise MinipuzzleError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
         config = dict(read_config(folder))
-        entries = {name: entry for name, entry in _read_entries(folder).items() if not name.endswith(DERIVED_TABLES)}
-        return cls(folder, MappingProxyType(config), MappingProxyType(entries))
+        entries = _known_entries(folder, family_of(config), _read_entries(folder))
+        checkpoint = cls(folder, MappingProxyType(config), MappingProxyType(entries))
+        changes = _stored_dtype(checkpoint) | _tie_as_stored(checkpoint, entries)
+        return cls(folder, MappingProxyType(config | changes), MappingProxyType(entries)) if changes else checkpoint
 
     @property
     def is_quantized(self) -> bool:
@@ -224,6 +227,66 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
             raise MinipuzzleError(f"{name} is in {shard_name} and in {found[name].shard.name}", "restore the shards")
         found |= entries
     return found
+
+
+def _known_entries(folder: Path, family: Family, found: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Entries under our names, without what every reader computes or leaves aside."""
+    entries: dict[str, TensorEntry] = {}
+    num_ignored = 0
+    for name, entry in found.items():
+        ours = family.modules.disk_name(name)
+        if family.modules.ignored and name.startswith(family.modules.ignored):
+            num_ignored += 1
+        elif ours in entries:
+            raise MinipuzzleError(f"{folder}: {ours} is stored twice, under two names", "restore the checkpoint")
+        elif not name.endswith(DERIVED_TABLES):
+            entries[ours] = entry
+    if num_ignored:
+        warn(
+            f"{folder}: {num_ignored} tensors named {family.modules.ignored}* are left aside: they predict several "
+            "tokens at once, and nothing here measures, cuts or writes them"
+        )
+    return entries
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> dict[str, str]:
+    """The weights' own dtype, where config.json is silent and the weights are plain."""
+    largest = max(checkpoint.entries.values(), key=lambda entry: entry.num_bytes, default=None)
+    is_silent = not (checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    if largest is None or not is_silent or checkpoint.is_quantized or largest.dtype not in PLAIN_DTYPES:
+        return {}
+    return {"dtype": str(torch_dtype(largest.dtype)).removeprefix("torch.")}
+
+
+def _tie_as_stored(checkpoint: Checkpoint, entries: dict[str, TensorEntry]) -> dict[str, bool]:
+    """What config.json should say of a tied head that is stored all the same: an equal copy is dropped from
+    ``entries``, another one kept apart, as transformers does."""
+    names = checkpoint.architecture.names
+    if not checkpoint.architecture.tied_embeddings or names.head not in entries:
+        return {}
+    if names.embeddings not in entries:
+        entries[names.embeddings] = entries.pop(names.head)
+    elif _holds_equal(checkpoint, names.embeddings, names.head):
+        del entries[names.head]
+    else:
+        warn(
+            f"{checkpoint.folder}: config.json ties {names.head} to the embeddings, but the weights differ: they are "
+            "kept apart, as transformers does"
+        )
+        return {"tie_word_embeddings": False}
+    return {}
+
+
+def _holds_equal(checkpoint: Checkpoint, name: str, other: str, rows: int = 4096) -> bool:
+    """Whether two tensors are equal, read a few rows at a time."""
+    entries = checkpoint.entries[name], checkpoint.entries[other]
+    if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
+        return False
+    for start in range(0, entries[0].shape[0] if entries[0].shape else 1, rows):
+        first, second = (checkpoint.unchecked_rows(each, start, start + rows) for each in (name, other))
+        if not bool((first == second).all()):
+            return False
+    return True
 
 
 def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_bytes: int = 65536) -> None:

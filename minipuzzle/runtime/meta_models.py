@@ -22,10 +22,10 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    base = base_config(config)
+    base, runs_as = base_config(config), family_of(config).runs_as
     settings = {key: value for key, value in base.items() if key not in ("model_type", "quantization_config")}
     try:
-        return AutoConfig.for_model(base["model_type"], **settings)
+        return AutoConfig.for_model(runs_as(base) if runs_as else base["model_type"], **settings)
     except Exception as error:  # its checks raise classes of several libraries
         raise _refused(error) from error
 

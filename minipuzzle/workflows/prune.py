@@ -40,7 +40,7 @@ from minipuzzle.workflows.compensation import CutWriter, compensation_windows
 from minipuzzle.workflows.settings import PruneSettings, named_deployment, paths_of
 from minipuzzle.workflows.verbs import Keywords, Model, open_model, verb
 
-SCORES_FILE = "scores.safetensors"
+SCORES_FILE = "minipuzzle/scores.safetensors"  # vLLM takes every such file beside config.json for weights
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
 PROVENANCE_FIELDS = ("samples", "sequence_length", "seed", "compensate", "criterion")
 VALIDATION_TOKENS = 1_000_000  # at most, of each file; as published
@@ -244,6 +244,7 @@ def measured_scores(request: PruneRequest, documents: list[str], compute: Comput
         seed=request.seed,
     )
     scores = measure(request.checkpoint, token_ids, compute, partial_file=folder / UNFINISHED_SCORES_FILE)
+    kept.parent.mkdir(exist_ok=True)
     with output_file(kept) as path:
         write_scores(scores, path)
     return scores

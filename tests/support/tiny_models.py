@@ -95,8 +95,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer that knows every byte and merges none, in transformers' format."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """A tokenizer that knows every byte, merges none and opens a text with ``<s>``, in transformers' format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     symbols = (*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
@@ -104,6 +104,7 @@ def write_byte_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     pad, bos, eos = SPECIAL_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos).save_pretrained(
         folder
     )

@@ -67,7 +67,7 @@ def test_a_plan_without_text_is_cut_as_it_is_and_that_is_said(
 
 
 def test_the_tokens_of_scores_suffice(mended: tuple[Path, dict[str, Any]], tiny_folder: Path, tmp_path: Path) -> None:
-    scores = mended[0] / "scores.safetensors"
+    scores = mended[0] / "minipuzzle" / "scores.safetensors"
     facts = run_json("prune", tiny_folder, "--scores", scores, *SMALL, "-o", tmp_path / "again")
     assert facts["compensation"]["tokens"] == 2 * 16
 

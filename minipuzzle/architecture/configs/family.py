@@ -19,6 +19,8 @@ class ModulePaths:
     """Where transformers keeps the parts of a model in memory, and how tensor names on disk map there.
 
     ``layers`` is the list of decoder blocks. ``rotary``: the module of position embeddings, if there is one.
+    ``other_prefixes``: beginnings of names that other programs write, and ours. ``ignored``: the beginning of names
+    that transformers leaves aside.
     """
 
     layers: str
@@ -28,6 +30,20 @@ class ModulePaths:
     disk_prefix: str
     module_prefix: str
     rotary: str = ""
+    other_prefixes: Mapping[str, str] = field(default_factory=dict)
+    ignored: str = ""
+
+    def disk_name(self, name: str) -> str:
+        """Our name on disk of a tensor that another program named in a way that transformers reads, too.
+
+        Weights saved from a model without its head lack the prefix of what is below it.
+        """
+        bare = (path.removeprefix(self.module_prefix) for path in (self.layers, self.embeddings, self.final_norm))
+        if name.startswith(tuple(f"{path}." for path in bare)):
+            name = self.disk_prefix + name
+        for other, ours in self.other_prefixes.items():
+            name = ours + name.removeprefix(other) if name.startswith(other) else name
+        return name
 
     def module_name(self, disk_name: str) -> str:
         """The parameter name in memory of a tensor on disk."""
@@ -59,7 +75,8 @@ class Family:
     with factors that transformers applies beside the embeddings, to what a layer adds, and to the logits.
 
     ``complete`` fills what is silent, or refuses what is not supported; ``adjust`` says in what layers differ;
-    ``finish`` turns the fields of a cut model, written from the data, into its config.json.
+    ``finish`` turns the fields of a cut model, written from the data, into its config.json. ``runs_as``: the model type
+    of the transformers class that computes what engines compute, where that is another.
 
     ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
     They stand here so that a family is one file, tests included.
@@ -81,6 +98,7 @@ class Family:
     complete: Callable[[Config], Config] = _as_it_is
     adjust: Callable[[Config, Architecture], Architecture] = _alike
     finish: Callable[[dict[str, Any], Config, Architecture], dict[str, Any]] = _nothing_else
+    runs_as: Callable[[Config], str] | None = None
     tiny_variants: Mapping[str, Config] = field(default_factory=dict)
 
     @property

@@ -83,6 +83,14 @@ def one_window(config: Config, architecture: Architecture) -> Architecture:
     return with_windows(architecture, [window] * architecture.layer_counts["attention"])
 
 
+def one_window_or_by_type(config: Config, architecture: Architecture) -> Architecture:
+    """Windows as Mistral's configs give them: one for all, or for those blocks that ``layer_types`` lets slide."""
+    if config.get("layer_types") is None:
+        return one_window(config, architecture)
+    is_sliding = config.get("sliding_window") is not None
+    return windows_by_layer_type({**config, "use_sliding_window": is_sliding}, architecture)
+
+
 def windows_by_layer_type(config: Config, architecture: Architecture) -> Architecture:
     """Windows as Qwen's configs give them: for each block in ``layer_types``, or from ``max_window_layers`` on.
 
@@ -100,7 +108,7 @@ def windows_by_layer_type(config: Config, architecture: Architecture) -> Archite
 
 def write_layer_types(config: dict[str, Any], source: Config, architecture: Architecture) -> dict[str, Any]:
     """``layer_types`` of the attention layers that stay, where the source has windows by layer."""
-    if "layer_types" not in source and not source.get("use_sliding_window"):
+    if source.get("layer_types") is None and not source.get("use_sliding_window"):
         return config
     kept = [layer for layer in architecture.layers if layer.kind == "attention"]
     return {**config, "layer_types": [SLIDING if "window" in layer.sizes else FULL for layer in kept]}

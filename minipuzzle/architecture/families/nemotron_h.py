@@ -198,6 +198,9 @@ _NEMOTRON_H = Family(
         head="lm_head",
         disk_prefix="backbone.",
         module_prefix="model.",
+        # The second is what transformers 5.13 to 5.15 saved.
+        other_prefixes={"model.": "backbone.", "backbone.embedding.": "backbone.embeddings."},
+        ignored="mtp.",
     ),
     kinds=_kinds,
     fields=_FIELDS,
