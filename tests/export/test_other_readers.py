@@ -63,9 +63,9 @@ def read_by_transformers(source: Checkpoint, folder: Path) -> nn.Module:
         if hasattr(module, "quantization_scheme"):
             compressors.decompress_module(module)
     model.ct_decompress_hook.remove()
-    found: nn.Module = model.float()
-    prepare_layers(found, source.config)
-    return found
+    widened: nn.Module = nn.Module.float(model)
+    prepare_layers(widened, source.config)
+    return widened
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
