@@ -11,7 +11,7 @@ from typing import Any
 from distill.engine import EngineSettings
 from distill.inputs import GIVE_TEACHER, kept_hidden_channels
 from distill.objective.pair import DistillPair
-from distill.objective.teacher_cache import CacheDescription, TeacherCache
+from distill.objective.teacher_cache import CacheDescription, TeacherCache, is_cache
 from distill.scale.estimate import RunEstimate, estimate_run, flops_per_token
 from distill.scale.gpus import Hardware
 from distill.scale.hardware import PeakMemory, hardware_of
@@ -193,7 +193,7 @@ def prepare_run(request: DistillRequest, compute: Compute = Compute()) -> Prepar
     request, notes = _without_unavailable(request, compute)
     settings = request.settings
     if compute.processes.is_first:
-        check_target_folder(request.out, overwrite=request.overwrite)
+        _check_targets(request)
     for checkpoint in (request.student, request.teacher):
         checkpoint.require_plain_weights()
     if request.student.architecture.model_type != request.teacher.architecture.model_type:
@@ -220,6 +220,14 @@ def prepare_run(request: DistillRequest, compute: Compute = Compute()) -> Prepar
     )
     prepared.estimate.memory.require_room(compute, "lower --micro-batch or --sequence-length")
     return prepared
+
+
+def _check_targets(request: DistillRequest) -> None:
+    folders = (request.student.folder, request.teacher.folder)
+    inputs = (*folders, *read_files(request.data), *request.validation)
+    check_target_folder(request.out, overwrite=request.overwrite, inputs=inputs)
+    if request.teacher_cache is not None:
+        check_target_folder(request.teacher_cache, overwrite=True, is_ours=is_cache, inputs=inputs)
 
 
 def _without_unavailable(request: DistillRequest, compute: Compute) -> tuple[DistillRequest, tuple[str, ...]]:

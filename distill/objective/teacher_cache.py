@@ -172,12 +172,18 @@ def _keys_of(token_ids_BT: Tensor) -> list[bytes]:
     return [hashlib.blake2b(row.tobytes(), digest_size=_KEY_BYTES).digest() for row in rows]
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a folder is a teacher cache, or empty but for what others have just begun."""
+    is_begun = all(member.name.startswith(_UNFINISHED) for member in folder.iterdir())
+    return is_begun or (folder / CACHE_FILE).exists()
+
+
 def _claim(folder: Path, description: CacheDescription) -> None:
     """Write what a new folder will hold, or compare with what it holds."""
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted = folder / CACHE_FILE, asdict(description)
     if not path.exists():
-        if any(not member.name.startswith(_UNFINISHED) for member in folder.iterdir()):
+        if not is_cache(folder):
             raise MinipuzzleError(f"{folder} holds files, but is no teacher cache", "give --teacher-cache a new folder")
         unfinished = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
         write_json(unfinished, wanted)

@@ -78,6 +78,11 @@ def _smoothed(values: list[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def is_tensorboard_log(folder: Path) -> bool:
+    """Whether all files in a folder were written for TensorBoard."""
+    return all(path.name.startswith("events.out.") for path in folder.rglob("*") if not path.is_dir())
+
+
 @contextmanager
 def tensorboard_log(folder: Path | None) -> Iterator[OnStep]:
     """Yield an OnStep that writes a step's figures for TensorBoard; it does nothing where there is no folder.

@@ -63,7 +63,8 @@ def prune(model: Path, sweep: str | None, dry_run: bool, as_json: bool, **option
     settings = from_options(PruneSettings, options, deployment=options.pop("named_deployment"), compute=compute)
     if dry_run or sweep is not None:
         request = prune_request(model, settings, sweep)
-        check_target_folder(Path(settings.out), overwrite=settings.overwrite)
+        inputs = (request.checkpoint.folder, *request.files)
+        check_target_folder(Path(settings.out), overwrite=settings.overwrite, inputs=inputs)
     if dry_run:
         facts = planned_work(request, compute)
         echo_json(facts) if as_json else print_planned_work(facts)

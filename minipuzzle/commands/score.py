@@ -16,7 +16,7 @@ from minipuzzle.commands.options.generate import (
     settings_options,
 )
 from minipuzzle.commands.options.shared import FOLDER_OR_FILE, dry_run_option, echo_json, json_option, model_argument
-from minipuzzle.workflows.settings import ScoreSettings
+from minipuzzle.workflows.settings import ScoreSettings, paths_of
 
 
 @click.command(cls=SectionedCommand)
@@ -43,7 +43,8 @@ def score(model: Path, plot: Path | None, dry_run: bool, as_json: bool, **option
     round; all are distances to the whole model.
     """
     from minipuzzle.runtime.processes import joined_processes
-    from minipuzzle.show.scores import check_plot_path, draw_scores, print_planned_scoring, print_scores
+    from minipuzzle.show.pictures import check_picture_target
+    from minipuzzle.show.scores import draw_scores, print_planned_scoring, print_scores
     from minipuzzle.workflows.score import plan_score, run_score
     from minipuzzle.workflows.verbs import open_model
 
@@ -51,7 +52,8 @@ def score(model: Path, plot: Path | None, dry_run: bool, as_json: bool, **option
     settings = from_options(ScoreSettings, options)
     checkpoint = open_model(model)
     if plot is not None:
-        check_plot_path(plot)
+        inputs = [checkpoint.folder, *paths_of(settings.data)]
+        check_picture_target(plot, overwrite=settings.overwrite, inputs=inputs)
     with joined_processes(compute.device) as processes:
         settings = replace(settings, compute=compute.among(processes))
         if dry_run:

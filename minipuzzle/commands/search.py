@@ -39,12 +39,11 @@ def search(model: Path, scores_path: Path, as_json: bool, **options: Any) -> Non
 
     named = options.pop("named_deployment")
     settings = from_options(SearchSettings, options, deployment=named)
-    scores = scores_of(scores_path)
-    if not scores.is_measured_here:
+    if not scores_of(scores_path).is_measured_here:
         note = click.style("note:", fg="yellow")
         click.echo(f"{note} these scores carry no fingerprint; their origin is unverified", err=True)
     try:
-        found = run_search(model, scores, settings)
+        found = run_search(model, scores_path, settings)
     except NothingToPruneError as nothing:
         if as_json:
             echo_json({"needs_pruning": False, **architecture_summary(architecture_of(model), named.deployment)})

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,76 +27,105 @@ _WRITER_FILE = ".writer"  # holds the number of the process that writes
 Provenance = Mapping[str, Any]
 
 
-def check_target_folder(target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that must not be replaced, before any work begins.
+def _has_provenance(folder: Path) -> bool:
+    return (folder / PROVENANCE_FILE).is_file()
 
-    Raises: MinipuzzleError if the folder has content and is not ours to overwrite, if it lies in a checkpoint, or if
-    its parent is not writable.
+
+def check_target_folder(
+    target: Path,
+    *,
+    overwrite: bool,
+    inputs: Sequence[Path] = (),
+    is_ours: Callable[[Path], bool] = _has_provenance,
+) -> None:
+    """Refuse a target that must not be replaced or added to, before any work begins.
+
+    ``inputs``: files and folders that the command reads.
+
+    Raises: MinipuzzleError if the folder has content and is not ours to overwrite, if it lies in a checkpoint, if it
+    is an input, lies in one or holds one, or if it cannot be written.
     """
-    kind = _kind_of_target(target)
+    kind = _kind_of_target(target, inputs)
     if kind is not None and not stat.S_ISDIR(kind):
-        raise MinipuzzleError(f"{target} is not a folder", "choose another --out folder")
+        raise MinipuzzleError(f"{target} is not a folder", "choose another one")
     if kind is not None and any(target.iterdir()):
         if not overwrite:
-            raise MinipuzzleError(f"{target} is not empty", "choose another --out folder or pass --overwrite")
-        if not (target / PROVENANCE_FILE).is_file():
+            raise MinipuzzleError(f"{target} is not empty", "choose another folder or pass --overwrite")
+        if not is_ours(target):
             raise MinipuzzleError(
-                f"{target} was not written by minipuzzle, so --overwrite does not replace it",
-                "choose another --out folder or remove this one yourself",
+                f"{target} was not written by minipuzzle, which does not replace it",
+                "choose another folder or remove this one yourself",
             )
-    _check_parent_writable(target)
+        _check_writable(target, target)
+    _check_writable(target.parent, target)
 
 
-def check_target_file(target: Path, *, overwrite: bool = False, is_ours: Callable[[Path], bool] | None = None) -> None:
+def check_target_file(
+    target: Path, *, overwrite: bool = False, read: Callable[[Path], object], inputs: Sequence[Path] = ()
+) -> None:
     """Refuse a file that must not be replaced or cannot be written, before any work begins.
 
-    ``overwrite``: replace a file that ``is_ours`` says is one of the kind that is written; without that test, any.
+    ``overwrite``: replace a file of the kind that is written, which ``read`` can read. ``inputs``: as above.
 
-    Raises: MinipuzzleError if there is something else already, if it would lie in a checkpoint, or if the parent is not
-    writable.
+    Raises: MinipuzzleError if there is something else already, if it would lie in a checkpoint, if it is an input or
+    lies in one, or if the parent is not writable.
     """
-    kind = _kind_of_target(target)
+    kind = _kind_of_target(target, inputs)
     if kind is not None and not stat.S_ISREG(kind):
         raise MinipuzzleError(f"{target} is a folder or a special file", "give the name of a new file")
     if kind is not None and not overwrite:
         raise MinipuzzleError(f"{target} exists", "choose another name or pass --overwrite")
-    if kind is not None and is_ours is not None and not is_ours(target):
-        raise MinipuzzleError(
-            f"{target} is no such file as would be written, so --overwrite does not replace it",
-            "choose another name, or remove the file yourself",
-        )
-    _check_parent_writable(target)
+    if kind is not None:
+        try:
+            read(target)
+        except MinipuzzleError as error:
+            raise MinipuzzleError(
+                f"{target} is no such file as would be written, so --overwrite does not replace it: {error.problem}",
+                "choose another name, or remove the file yourself",
+            ) from None
+    _check_writable(target.parent, target)
 
 
-def _kind_of_target(target: Path) -> int | None:
+def _kind_of_target(target: Path, inputs: Sequence[Path]) -> int | None:
     """The mode of what is there, links not followed; None if there is nothing.
 
-    Raises: MinipuzzleError for a path that can name no output: none, too long a one, or one inside a checkpoint, whose
-    readers would take it for a part of the model.
+    Raises: MinipuzzleError for a path that can name no output: none, too long a one, one inside a checkpoint, whose
+    readers would take it for a part of the model, or an input.
     """
     try:
         mode = target.lstat().st_mode if target.is_symlink() or target.exists() else None
         parents = (*target.absolute().parents, *target.resolve().parents)
-        inside = next((parent for parent in parents if (parent / "config.json").is_file()), None)
+        inside = next((parent for parent in parents if _holds_model(parent)), None)
     except (OSError, ValueError, RuntimeError) as error:
-        raise MinipuzzleError(f"{str(target)!r} cannot be written: {error}", "choose another --out") from None
+        raise MinipuzzleError(f"{str(target)!r} cannot be written: {error}", "choose another name") from None
     if target.name in ("", ".."):
-        raise MinipuzzleError(f"{str(target)!r} is no name for an output", "give the name of a new one with --out")
+        raise MinipuzzleError(f"{str(target)!r} is no name for an output", "give the name of a new one")
+    for path in inputs:
+        _require_apart(target, path)
     if inside is not None:
-        raise MinipuzzleError(f"{target} lies in {inside}, which holds a model", "choose another place for --out")
+        raise MinipuzzleError(f"{target} lies in {inside}, which holds a model", "choose another place")
     return mode
 
 
-def _check_parent_writable(target: Path) -> None:
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*"))
+
+
+def _require_apart(target: Path, path: Path) -> None:
+    output, read = target.resolve(), path.resolve()
+    relations = {"is": output == read, "lies in": read in output.parents, "holds": output in read.parents}
+    if relation := next((name for name, holds in relations.items() if holds), None):
+        raise MinipuzzleError(f"{target} {relation} {path}, which is an input", "choose another name")
+
+
+def _check_writable(folder: Path, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, probe = tempfile.mkstemp(prefix=".minipuzzle-", dir=target.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, probe = tempfile.mkstemp(prefix=".minipuzzle-", dir=folder)
         os.close(descriptor)
         Path(probe).unlink()
     except OSError as error:
-        raise MinipuzzleError(
-            f"cannot write {target}: {error.strerror}", "choose another --out that you may write"
-        ) from None
+        raise MinipuzzleError(f"cannot write {target}: {error.strerror}", "choose one that you may write") from None
 
 
 @contextmanager
@@ -111,7 +140,7 @@ def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = Fal
     check_target_folder(target, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
     is_fresh = _open_partial(partial, output_record(provenance))
-    with _only_writer(partial):
+    with only_writer(partial, lock=partial / _WRITER_FILE):
         try:
             yield partial
         except MinipuzzleError:
@@ -122,25 +151,26 @@ def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = Fal
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes while the block runs; a process that was killed holds nothing.
+def only_writer(target: Path, *, lock: Path) -> Iterator[None]:
+    """Hold an output against other processes while the block runs; a process that was killed holds nothing.
 
-    Raises: MinipuzzleError with the number of the process that writes into it.
+    Raises: MinipuzzleError with the number of the process that writes it.
     """
-    path = folder / _WRITER_FILE
-    with path.open("a+", encoding="utf-8") as file:
+    with lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise MinipuzzleError(
-                f"process {file.read() or '?'} is writing {folder}", "wait for it, stop it, or choose another --out"
+                f"process {file.read() or '?'} is writing {target}", "wait for it, stop it, or choose another --out"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def output_record(provenance: Provenance) -> dict[str, Any]:

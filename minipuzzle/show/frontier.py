@@ -7,20 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minipuzzle.architecture.quantities import GIB, format_gib
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.search.sweep import FrontierPoint
 from minipuzzle.show.pictures import picture
 
 CHART_COLUMNS = 40
+_COLUMNS = ("budget_bytes", "memory_bytes", "num_parameters")
 
 
 def write_frontier_csv(points: Sequence[FrontierPoint], path: Path, *, quality: str) -> None:
     """Write one row a budget. ``quality`` names that column; it is empty where nothing fits."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["budget_bytes", "memory_bytes", "num_parameters", quality, "description"])
+        writer.writerow([*_COLUMNS, quality, "description"])
         for point in points:
             values = (point.budget_bytes, point.memory_bytes, point.num_parameters, point.quality)
             writer.writerow([*("" if value is None else value for value in values), point.description])
+
+
+def check_frontier_csv(path: Path) -> None:
+    """Refuse a file that ``write_frontier_csv`` did not write.
+
+    Raises: MinipuzzleError for any other.
+    """
+    with path.open("rb") as file:
+        if not file.read(100).startswith(",".join(_COLUMNS).encode()):
+            raise MinipuzzleError(f"{path} holds no frontier", "choose another name")
 
 
 def plot_frontier(points: Sequence[FrontierPoint], path: Path, *, quality: str, file_format: str = "png") -> None:

@@ -14,7 +14,6 @@ from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.cut.scores import Scores
-from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.outputs import output_file
 from minipuzzle.show.pictures import picture
 
@@ -22,18 +21,6 @@ if TYPE_CHECKING:
     from importance.work import PlannedScoring
 
 BAR_COLUMNS = 10
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_plot_path(path: Path) -> None:
-    """Refuse a name that no picture can have.
-
-    Raises: MinipuzzleError for another format or a folder that does not exist.
-    """
-    if path.suffix not in FORMATS:
-        raise MinipuzzleError(f"{path} is no picture", f"give --plot a name that ends in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise MinipuzzleError(f"the folder of {path} does not exist", "make it, or choose another --plot")
 
 
 def draw_scores(architecture: Architecture, scores: Scores, path: Path, metric: str = "mse") -> None:

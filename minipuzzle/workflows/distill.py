@@ -11,13 +11,14 @@ from distill.scale.estimate import RunEstimate, estimate_run, flops_per_token
 from distill.scale.gpus import GPUS
 from distill.scale.hardware import hardware_of
 from distill.settings import OnStep, StepRecord
-from distill.states.records import tensorboard_log
+from distill.states.records import is_tensorboard_log, tensorboard_log
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.plan import read_plan
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import read_config
 from minipuzzle.files.json_files import read_json
+from minipuzzle.files.outputs import check_target_folder
 from minipuzzle.show.distill import text_notes
 from minipuzzle.workflows.settings import DistillOptions, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, verb
@@ -30,6 +31,8 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
     """
     checkpoint = open_model(student)
     teacher = find_teacher(checkpoint.folder) if options.teacher is None else options.teacher
+    if options.tensorboard is not None:
+        check_target_folder(options.tensorboard, overwrite=True, is_ours=is_tensorboard_log)
     settings = replace(options.training, dtype=options.compute.dtype)
     request = DistillRequest(
         student=checkpoint,

@@ -132,16 +132,6 @@ def _figures(found: Verification) -> dict[str, Any]:
     }
 
 
-def check_export_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    """Refuse a target folder that must not be replaced, among them the source itself.
-
-    Raises: MinipuzzleError saying why.
-    """
-    if out.resolve() == checkpoint.folder.resolve():
-        raise MinipuzzleError(f"{out} is the model itself", "choose another --out folder")
-    check_target_folder(out, overwrite=overwrite)
-
-
 def tokens_fingerprint(token_ids: torch.Tensor) -> str:
     """A short hash of tokens."""
     return hashlib.sha256(f"{list(token_ids.shape)}".encode() + token_ids.numpy().tobytes()).hexdigest()[:16]
@@ -171,7 +161,7 @@ def export_checkpoint(
         check_token_ids(calibration_token_ids, checkpoint.architecture.vocabulary)
     elif layout.needs_calibration:
         raise MinipuzzleError(f"{request.scheme} needs text to calibrate on", "give --data")
-    check_export_target(checkpoint, out, overwrite=overwrite)
+    check_target_folder(out, overwrite=overwrite, inputs=(checkpoint.folder,))
     num_steps = sum(1 for _ in checkpoint.architecture.deployed.tensors())
     num_steps += len(checkpoint.architecture.layers) if layout.needs_calibration else 0
     with output_folder(out, request.provenance(checkpoint, calibration_token_ids), overwrite=overwrite) as partial:
@@ -293,7 +283,8 @@ def _prepared(
         raise MinipuzzleError(
             f"{format_name} needs text to calibrate on", "give --data: text like what the model will see"
         )
-    check_export_target(checkpoint, Path(settings.out), overwrite=settings.overwrite)
+    inputs = [checkpoint.folder, *data, *([Path(settings.quality)] if isinstance(settings.quality, str | Path) else ())]
+    check_target_folder(Path(settings.out), overwrite=settings.overwrite, inputs=inputs)
     if not data:
         return checkpoint, request, None
     token_ids = sample_text(checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length)

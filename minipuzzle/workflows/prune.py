@@ -26,7 +26,7 @@ from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sampl
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
-from minipuzzle.files.outputs import fingerprint_files, output_file, output_folder
+from minipuzzle.files.outputs import check_target_folder, fingerprint_files, output_file, output_folder
 from minipuzzle.quality.evaluate import documents_within
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
@@ -90,10 +90,14 @@ class PruneRequest:
         """Text for the race."""
         return self.race_data or self.data
 
+    @property
+    def files(self) -> list[Path]:
+        """What is read beside the checkpoint."""
+        texts = (*self.data, *self.validation, *self.race_data)
+        return [path for path in (self.plan, self.scores, *texts) if isinstance(path, Path)]
+
     def provenance(self, compute: Compute) -> dict[str, Any]:
         """What the output remembers: its teacher, for `distill`, and what was asked."""
-        texts = (*self.data, *self.validation, *self.race_data)
-        files = [path for path in (self.plan, self.scores, *texts) if isinstance(path, Path)]
         given = [str(value.to_json()) for value in (self.plan, self.scores) if isinstance(value, Plan | Scores)]
         return {
             "command": "prune",
@@ -105,7 +109,7 @@ class PruneRequest:
                 **{name: getattr(self, name) for name in PROVENANCE_FIELDS},
                 **asdict(self.choosing),
                 "dtype": compute.dtype,
-                "inputs_fingerprint": fingerprint_files(files),
+                "inputs_fingerprint": fingerprint_files(self.files),
                 **({"given_fingerprint": sha256("".join(given).encode()).hexdigest()[:16]} if given else {}),
             },
         }
@@ -128,6 +132,7 @@ def prune_checkpoint(
     Raises: MinipuzzleError for bad input, InfeasibleBudgetError, InputChangedError for another interrupted run.
     """
     checkpoint = request.checkpoint
+    check_target_folder(out, overwrite=overwrite, inputs=(checkpoint.folder, *request.files))
     candidates = check_feasible(checkpoint, request.target, request.deployment) if request.target is not None else []
     _check_memory(request, candidates, compute)
     # Read before the output folder is begun, so that a broken file leaves no trace.

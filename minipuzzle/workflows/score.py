@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from importance.alterations import LayerRequest, parse_layers, parse_widths
 from importance.measure import measure
 from importance.work import PlannedScoring, open_stack, predict_work
-from minipuzzle.cut.scores import Scores, write_scores
+from minipuzzle.cut.scores import Scores, read_scores, write_scores
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.files.outputs import check_target_file, fingerprint_files, output_file
+from minipuzzle.files.outputs import check_target_file, fingerprint_files, only_writer, output_file
 from minipuzzle.runtime.mamba_scan import scan_path
 from minipuzzle.workflows.settings import ScoreSettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
@@ -25,10 +27,20 @@ def run_score(model: Model, settings: ScoreSettings) -> Scores:
     Raises: MinipuzzleError for a model, text or memory that do not do; InputChangedError for another interrupted run.
     """
     checkpoint, compute = open_model(model), settings.compute
-    request = _checked_request(checkpoint, settings)
-    out, is_first = None if settings.out is None else Path(settings.out), compute.processes.is_first
-    if out is not None and is_first:
-        check_target_file(out)
+    request, out = _checked_request(checkpoint, settings), None if settings.out is None else Path(settings.out)
+    if out is None or not compute.processes.is_first:
+        return _measured(checkpoint, settings, request)
+    with only_writer(out, lock=out.with_name(f".{out.name}.writer")):
+        scores = _measured(checkpoint, settings, request)
+        with output_file(out) as path:
+            write_scores(scores, path)
+    return scores
+
+
+score = verb(ScoreSettings, run_score)
+
+
+def _measured(checkpoint: Checkpoint, settings: ScoreSettings, request: LayerRequest) -> Scores:
     data = paths_of(settings.data)
     scores = measure(
         checkpoint,
@@ -40,21 +52,14 @@ def run_score(model: Model, settings: ScoreSettings) -> Scores:
             seed=settings.seed,
             is_shuffled=True,
         ),
-        compute,
+        settings.compute,
         request=request,
         layer_samples=settings.samples,
         channel_samples=settings.num_channel_samples,
-        partial_file=None if out is None else out.with_name(f"{out.name}.partial-sums"),
+        partial_file=None if settings.out is None else Path(f"{settings.out}.partial-sums"),
     )
     provenance = {"data_fingerprint": fingerprint_files(list(data)), "seed": str(settings.seed)}
-    scores = replace(scores, metadata={**scores.metadata, **provenance})
-    if out is not None and is_first:
-        with output_file(out) as path:
-            write_scores(scores, path)
-    return scores
-
-
-score = verb(ScoreSettings, run_score)
+    return replace(scores, metadata={**scores.metadata, **provenance})
 
 
 def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
@@ -64,8 +69,6 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
     """
     checkpoint, compute = open_model(model), settings.compute
     request = _checked_request(checkpoint, settings)
-    if settings.out is not None and compute.processes.is_first:
-        check_target_file(Path(settings.out))
     samples = {"layer_samples": settings.samples, "channel_samples": settings.num_channel_samples}
     sample_text(
         checkpoint,
@@ -86,6 +89,8 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
 
 def _checked_request(checkpoint: Checkpoint, settings: ScoreSettings) -> LayerRequest:
     checkpoint.require_plain_weights()
+    if settings.out is not None and settings.compute.processes.is_first:
+        _check_target(Path(settings.out), [checkpoint.folder, *paths_of(settings.data)], settings.overwrite)
     source = checkpoint.architecture
     request = LayerRequest(
         layers=None if settings.layers is None else parse_layers(settings.layers, source),
@@ -95,3 +100,9 @@ def _checked_request(checkpoint: Checkpoint, settings: ScoreSettings) -> LayerRe
     )
     request.candidates(source)
     return request
+
+
+def _check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    if out.suffix == ".json":
+        raise MinipuzzleError(f"{out} would be read as JSON", "give --out a name that ends in .safetensors")
+    check_target_file(out, overwrite=overwrite, read=read_scores, inputs=inputs)

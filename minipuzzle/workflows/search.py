@@ -11,16 +11,17 @@ from typing import Any
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import UNIFORM, Architecture
-from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.plan import Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint, read_config
-from minipuzzle.files.outputs import output_file
+from minipuzzle.files.outputs import check_target_file, output_file
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates, plan_of, predicted_frontier
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.sweep import FrontierPoint, parse_sweep
-from minipuzzle.show.frontier import plot_frontier, write_frontier_csv
+from minipuzzle.show.frontier import check_frontier_csv, plot_frontier, write_frontier_csv
+from minipuzzle.show.pictures import check_picture_target
 from minipuzzle.show.report import architecture_summary
 from minipuzzle.workflows.settings import SearchSettings, named_deployment
 from minipuzzle.workflows.verbs import Model, verb
@@ -98,6 +99,7 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     request, deployment = settings.request(named.memory, settings.sweep), named.deployment
     if request is None:
         raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+    _check_targets(model, scores, settings)
     source, scores = architecture_of(model), scores_of(scores)
     if settings.sweep is not None:
         budgets = parse_sweep(settings.sweep, memory_breakdown(source, deployment).total_bytes)
@@ -117,6 +119,15 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     )
 
 
+def _check_targets(model: Model, scores: Scores | str | Path, settings: SearchSettings) -> None:
+    inputs = [Path(given) for given in (model, scores, settings.timings) if isinstance(given, str | Path)]
+    for target, read in ((settings.out, read_plan), (settings.csv, check_frontier_csv)):
+        if target is not None:
+            check_target_file(Path(target), overwrite=settings.overwrite, read=read, inputs=inputs)
+    if settings.plot is not None:
+        check_picture_target(Path(settings.plot), overwrite=settings.overwrite, inputs=inputs)
+
+
 search = verb(SearchSettings, run_search)
 
 
@@ -126,4 +137,5 @@ def _write_frontier(points: Sequence[FrontierPoint], settings: SearchSettings) -
             write_frontier_csv(points, path, quality="predicted_loss")
     if settings.plot is not None:
         with output_file(Path(settings.plot)) as path:
-            plot_frontier(points, path, quality=f"predicted loss ({settings.metric})")
+            shown = Path(settings.plot).suffix[1:]
+            plot_frontier(points, path, quality=f"predicted loss ({settings.metric})", file_format=shown)

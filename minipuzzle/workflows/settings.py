@@ -39,6 +39,7 @@ Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Dep
 QualityFile = str | Path | Mapping[str, Mapping[str, float | None]] | None  # a file, or figures by text and by name
 TEXT_HELP = "Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable."
 OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote; never any other."
+OVERWRITE_FILE_HELP = "Replace output files of the same kind; never any other."
 OUT_HELP = "Output folder; appears only when complete."
 
 
@@ -94,6 +95,7 @@ class ScoreSettings:
     out: str | Path | None = option(
         None, "Output score file (.safetensors); appears only when complete.", takes="path", is_needed=True
     )
+    overwrite: bool = option(False, OVERWRITE_FILE_HELP)
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
@@ -119,6 +121,7 @@ class SearchSettings(SearchTargets):
 
     deployment: Serving = None
     out: str | Path | None = option(None, "Write the best plan here, for `prune --plan`.", takes="path")
+    overwrite: bool = option(False, OVERWRITE_FILE_HELP)
     top: int = option(5, "Candidates to show.", at_least=1)
     sweep: str | None = option(
         None,
@@ -127,7 +130,9 @@ class SearchSettings(SearchTargets):
         section="Sweep",
     )
     csv: str | Path | None = option(None, "Write the frontier of --sweep as CSV.", takes="path", section="Sweep")
-    plot: str | Path | None = option(None, "Draw the frontier of --sweep as PNG.", takes="path", section="Sweep")
+    plot: str | Path | None = option(
+        None, "Draw the frontier of --sweep into a .png, .svg or .pdf.", takes="path", section="Sweep"
+    )
 
     def __post_init__(self) -> None:
         if self.sweep is not None and self.out is not None:

@@ -149,7 +149,7 @@ def test_neither_the_model_itself_nor_a_foreign_folder_is_replaced(source: Path,
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    for out, problem in ((source, "is the model itself"), (foreign, "not written by minipuzzle")):
+    for out, problem in ((source, "which is an input"), (foreign, "not written by minipuzzle")):
         result = run_cli("export", source, "--bf16", "-o", out, "--overwrite")
         assert result.exit_code == 1
         assert problem in result.stderr

@@ -28,6 +28,7 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
 from minipuzzle.errors import InputChangedError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.outputs import only_writer
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_tokenizer
@@ -144,6 +145,27 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_measuring(
     result = score(tiny_folder, text_file, tmp_path)
     assert result.exit_code == 1
     assert "is a folder" in result.stderr
+
+
+def test_scores_and_pictures_replace_their_own_kind_only(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out, plot = tmp_path / "s.safetensors", tmp_path / "s.png"
+    plot.write_text("precious")
+    refused = score(tiny_folder, text_file, out, "--plot", str(plot), "--overwrite")
+    assert "no such file as would be written" in refused.stderr and plot.read_text() == "precious"
+    plot.unlink()
+    for extra, code in (((), 0), ((), 1), (("--overwrite",), 0)):
+        assert score(tiny_folder, text_file, out, "--plot", str(plot), *extra).exit_code == code
+    out.write_bytes((tiny_folder / "model.safetensors").read_bytes())
+    assert "no such file" in score(tiny_folder, text_file, out, "--overwrite").stderr
+    assert "read as JSON" in score(tiny_folder, text_file, tmp_path / "s.json").stderr
+
+
+def test_two_measurements_towards_one_file_do_not_meet(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.safetensors"
+    with only_writer(out, lock=tmp_path / ".s.safetensors.writer"):
+        refused = score(tiny_folder, text_file, out)
+    assert refused.exit_code == 1 and "is writing" in refused.stderr
+    assert_no_files(tmp_path)
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(tiny_checkpoint: Checkpoint) -> None:

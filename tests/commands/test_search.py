@@ -95,3 +95,24 @@ def test_prune_says_what_search_says_about_budgets_too_large_and_too_small(tmp_p
     too_small = run_cli(*command, "--memory", "10%")
     assert too_small.exit_code == 3 and "is the least" in too_small.output
     assert not (tmp_path / "x").exists()
+
+
+def test_outputs_replace_files_of_their_own_kind_only_and_on_request(
+    config_file: Path, score_file: Path, tmp_path: Path
+) -> None:
+    targets = ("--keep", "mamba=45", "--keep", "attention=5", "-o")
+    sweep = ("--sweep", "60%:100%:20%", "--granularity", "1024", "--csv", tmp_path / "f.csv", "--plot")
+    for arguments, outputs in (
+        ((*targets, tmp_path / "p.json"), ["p.json"]),
+        ((*sweep, tmp_path / "f.svg"), ["f.csv"]),
+    ):
+        command = ("search", config_file, "--scores", score_file, *arguments)
+        assert run_cli(*command).exit_code == 0
+        assert "exists" in run_cli(*command).stderr
+        assert run_cli(*command, "--overwrite").exit_code == 0
+        (tmp_path / outputs[0]).write_text("{}")
+        refused = run_cli(*command, "--overwrite")
+        assert refused.exit_code == 1 and "no such file as would be written" in refused.stderr
+        assert (tmp_path / outputs[0]).read_text() == "{}"
+    refused = run_cli("search", config_file, "--scores", score_file, *targets, score_file, "--overwrite")
+    assert "which is an input" in refused.stderr

@@ -24,17 +24,41 @@ with output_folder(Path(sys.argv[1]), {"command": "test"}) as folder:
 
 def test_existing_files_are_replaced_on_request_only_and_only_by_their_own_kind(tmp_path: Path) -> None:
     target = tmp_path / "scores.safetensors"
-    check_target_file(target)
+    check_target_file(target, read=_read_ours)
     target.write_text("precious")
     with pytest.raises(MinipuzzleError, match="exists"):
-        check_target_file(target)
+        check_target_file(target, read=_read_ours)
     with pytest.raises(MinipuzzleError, match="no such file as would be written"):
-        check_target_file(target, overwrite=True, is_ours=lambda path: path.read_text() == "ours")
-    check_target_file(target, overwrite=True, is_ours=lambda path: path.read_text() == "precious")
+        check_target_file(target, overwrite=True, read=_read_ours)
     assert target.read_text() == "precious"
+    target.write_text("ours")
+    check_target_file(target, overwrite=True, read=_read_ours)
 
 
-@pytest.mark.parametrize("check", [check_target_file, lambda path: check_target_folder(path, overwrite=True)])
+def _read_ours(path: Path) -> None:
+    if path.read_text() != "ours":
+        raise MinipuzzleError(f"{path} is of others", "")
+
+
+def test_an_output_is_apart_from_all_inputs(tmp_path: Path) -> None:
+    texts = tmp_path / "all" / "texts"
+    texts.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(texts)
+    for target, relation in (
+        ("all", "holds"),
+        ("all/texts", "is"),
+        ("all/texts/new", "lies in"),
+        ("link/x", "lies in"),
+    ):
+        with pytest.raises(MinipuzzleError, match=f"{relation} .*, which is an input"):
+            check_target_folder(tmp_path / target, overwrite=True, inputs=[texts])
+    check_target_folder(tmp_path / "all" / "new", overwrite=False, inputs=[texts])
+
+
+@pytest.mark.parametrize(
+    "check",
+    [lambda path: check_target_file(path, read=_read_ours), lambda path: check_target_folder(path, overwrite=True)],
+)
 def test_links_pipes_and_impossible_names_are_refused(tmp_path: Path, check: object) -> None:
     assert callable(check)
     (tmp_path / "input").write_text("precious")
@@ -52,7 +76,7 @@ def test_links_pipes_and_impossible_names_are_refused(tmp_path: Path, check: obj
 def test_nothing_is_written_into_a_model(tiny_folder: Path) -> None:
     for name in ("model.safetensors", "config.json", "new.json", "deeper/new"):
         with pytest.raises(MinipuzzleError):
-            check_target_file(tiny_folder / name, overwrite=True)
+            check_target_file(tiny_folder / name, overwrite=True, read=_read_ours)
         with pytest.raises(MinipuzzleError):
             check_target_folder(tiny_folder / name, overwrite=True)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from minipuzzle.architecture.quantities import parse_bytes
-from minipuzzle.commands.options.shared import COUNT, FOLDER_OR_FILE, Function
+from minipuzzle.commands.options.shared import COUNT, FOLDER_OR_FILE, Function, PathType
 from minipuzzle.option import KEY, Option
 from minipuzzle.progress import silent
 from minipuzzle.runtime.compute import DTYPES, Compute, checked_device
@@ -61,7 +61,7 @@ READERS: dict[str, dict[str, Any]] = {
     "count": {"type": COUNT},
     "path": {"type": FOLDER_OR_FILE},
     "paths": {"type": FOLDER_OR_FILE, "multiple": True},
-    "folder": {"type": click.Path(path_type=Path, file_okay=False)},
+    "folder": {"type": PathType(path_type=Path, file_okay=False)},
     "number": {"type": float},
     "integer": {"type": int},
     "flag": {"is_flag": True},

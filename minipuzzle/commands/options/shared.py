@@ -35,7 +35,19 @@ class CountType(click.ParamType[int]):
 
 
 COUNT = CountType()
-FOLDER_OR_FILE = click.Path(path_type=Path)
+
+
+class PathType(click.Path):
+    """A path that can be one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, which fails on NUL."""
+        if "\0" in str(value):
+            self.fail(f"{value!r} holds a NUL, which no path can", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER_OR_FILE = PathType(path_type=Path)
 
 
 def model_argument(name: str = "model", metavar: str = "MODEL") -> Callable[[Function], Function]:
