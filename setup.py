@@ -46,6 +46,8 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "coverage>=7.10",
+            "nbclient>=0.10",
+            "ipykernel>=6",
             "ruff>=0.15",
             "mypy>=2",
             "types-setuptools",

@@ -18,7 +18,6 @@ import torch
 from distill.engine import EngineSettings
 from distill.run import DistillRequest, distill_checkpoint
 from distill.settings import DistillSettings
-from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sample_windows
 from minipuzzle.export.reader import load_any_model
@@ -28,6 +27,7 @@ from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.show.bars import drawn_bar
+from minipuzzle.workflows.demo import EXAMPLE, DemoSettings, DemoTexts, demo_distillation, prune_demo
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 
 MEMORY, SAMPLES = "75%", 64  # as the demo prunes
@@ -73,7 +73,8 @@ def run(folder: Path) -> dict[tuple[str, str], Loss]:
     folder.mkdir(parents=True, exist_ok=True)
     teacher, texts = Checkpoint.open(EXAMPLE / "model"), DemoTexts()
     if not (folder / "pruned").is_dir():
-        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, Compute(progress=drawn_bar))
+        small = DemoSettings(memory=MEMORY, samples=SAMPLES)
+        prune_demo(teacher, folder / "pruned", texts, small, Compute(progress=drawn_bar))
     tokenizer = load_tokenizer(teacher.folder)
     calibration = read_documents([texts.calibration])
     calibration_ids = sample_windows(tokenizer, calibration, num_samples=SAMPLES, sequence_length=WINDOW_TOKENS)

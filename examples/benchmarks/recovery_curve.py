@@ -19,7 +19,6 @@ import torch
 
 from distill.run import DistillRequest, distill_checkpoint
 from distill.states.records import read_metrics
-from minipuzzle.commands.demo import EXAMPLE, DemoTexts, demo_distillation, prune_demo
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import evaluation_windows
 from minipuzzle.files.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from minipuzzle.quality.evaluate import documents_within, evaluate
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.show.bars import drawn_bar
+from minipuzzle.workflows.demo import EXAMPLE, DemoSettings, DemoTexts, demo_distillation, prune_demo
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -81,7 +81,8 @@ def measure(folder: Path) -> Recovery:
     teacher, texts = Checkpoint.open(EXAMPLE / "model"), DemoTexts()
     held_out = held_out_file(folder, teacher)
     if not (folder / "pruned").is_dir():
-        prune_demo(teacher, folder / "pruned", texts, MEMORY, SAMPLES, Compute(progress=drawn_bar))
+        small = DemoSettings(memory=MEMORY, samples=SAMPLES)
+        prune_demo(teacher, folder / "pruned", texts, small, Compute(progress=drawn_bar))
     student = Checkpoint.open(folder / "pruned")
     curves = {}
     for seed in SEEDS:
