@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-compensation bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -87,6 +87,9 @@ $(RECOVERY)/scores.safetensors: $(READY)
 
 bench-ranking: $(RECOVERY)/scores.safetensors  ## rank candidates together against each alone
 	$(BIN)/python examples/benchmarks/ranking.py --scores $<
+
+bench-compensation: $(READY)  ## cuts refitted in closed form, without training; continues where it was stopped
+	$(BIN)/python examples/benchmarks/compensation.py
 
 bench-recovery: $(RECOVERY)/scores.safetensors  ## distil cuts chosen in several ways; continues where it was stopped
 	$(BIN)/python examples/benchmarks/recovery.py --scores $< --folder $(RECOVERY)
