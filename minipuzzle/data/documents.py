@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.files.json_files import parse_json, require_regular_file
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -18,6 +18,8 @@ JSONL_SUFFIX, PARQUET_SUFFIX = ".jsonl", ".parquet"
 SUFFIXES = (*TEXT_SUFFIXES, JSONL_SUFFIX, PARQUET_SUFFIX)
 FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 RECORD_FIELDS = ("text", "messages")
+_DOCUMENTATION = ("README", "LICENSE", "LICENCE", "NOTICE")  # files that lie beside data
+_NUM_NAMED = 5  # of the files of a folder that are not read
 MAX_LINE_BYTES = 32 * 2**20  # of JSONL; a longer one is another kind of file, and would have to be held whole
 RECORD_HINT = 'a record is {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
@@ -28,7 +30,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Any = None) -> list[str]:
     ``tokenizer``: its chat template turns ``messages`` into text; needed only for those.
 
     Raises: MinipuzzleError for a missing or empty file, an unknown format, or a record without a non-empty ``text``
-    or ``messages``. No record is skipped silently.
+    or ``messages``. No record is skipped silently; files of a folder that are not read are named in a warning.
     """
     return list(iterate_documents(paths, tokenizer))
 
@@ -49,10 +51,19 @@ def _members(path: Path) -> list[Path]:
     if not path.is_dir():
         require_regular_file(path, "check --data")
         return [path]
-    members = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    every = sorted(p for p in path.rglob("*") if not p.is_dir())
+    members = [p for p in every if p.suffix in SUFFIXES and p.is_file() and not _is_about(p.relative_to(path))]
+    if members and (skipped := [str(p.relative_to(path)) for p in sorted({*every} - {*members})]):
+        more = f" and {len(skipped) - _NUM_NAMED} more" if len(skipped) > _NUM_NAMED else ""
+        warn(f"{path}: not read as data: {', '.join(skipped[:_NUM_NAMED])}{more}")
     if not members:
         raise MinipuzzleError(f"{path} holds no {FORMATS} files", "check the folder")
     return members
+
+
+def _is_about(path: Path) -> bool:
+    """Whether a file in a data folder is hidden, or says something about the data."""
+    return any(part.startswith(".") for part in path.parts) or path.stem.upper() in _DOCUMENTATION
 
 
 def _read_file(path: Path, tokenizer: Any) -> Iterator[str]:
@@ -96,7 +107,7 @@ def _read_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
                     f"{path} has no column text or messages", f"its columns: {file.schema_arrow.names}"
                 )
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns[:1]):
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
                     yield _document(record, tokenizer, f"{path}, row {number}")

@@ -47,9 +47,17 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "tekken.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE",
     "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
 )
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder, which transformers reads
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -83,7 +91,10 @@ class Checkpoint:
         Raises: MinipuzzleError if anything is missing, truncated or outside the folder.
         """
         if not folder.is_dir():
-            raise MinipuzzleError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
+            hint = "give the folder of a Hugging Face checkpoint"
+            if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
+                hint += f"; if this is a name on the Hub: hf download {folder} --local-dir {folder.name}"
+            raise MinipuzzleError(f"{folder} is not a folder", hint)
         config = dict(read_config(folder))
         entries = _known_entries(folder, family_of(config), _read_entries(folder))
         checkpoint = cls(folder, MappingProxyType(config), MappingProxyType(entries))
@@ -200,6 +211,7 @@ def _read_into(path: Path, offset: int, buffer: Any) -> None:
 def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     index_path = folder / INDEX_FILE
     if not index_path.exists():
+        _require_weights(folder)
         return read_safetensors_header(folder / SINGLE_FILE)
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -227,6 +239,25 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
             raise MinipuzzleError(f"{name} is in {shard_name} and in {found[name].shard.name}", "restore the shards")
         found |= entries
     return found
+
+
+def _require_weights(folder: Path) -> None:
+    """Refuse a folder without an index or a single file of weights.
+
+    Raises: MinipuzzleError naming what there is instead.
+    """
+    path = folder / SINGLE_FILE
+    if path.exists() or path.is_symlink():
+        return
+    found = {suffix: sorted(path.name for path in folder.glob(f"*{suffix}")) for suffix in _WEIGHT_SUFFIXES}
+    for suffix, names in found.items():
+        if names:
+            is_shards = suffix == ".safetensors"
+            problem = f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, but {', '.join(names[:3])}"
+            hint = (
+                f"copy {INDEX_FILE} from the source" if is_shards else "convert it: load and save it with transformers"
+            )
+            raise MinipuzzleError(problem + (f" and {len(names) - 3} more" if len(names) > 3 else ""), hint)
 
 
 def _known_entries(folder: Path, family: Family, found: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -300,6 +331,8 @@ def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_by
 
 def copy_companions(source: Path, target: Path) -> None:
     """Carry the tokenizer, generation settings and licence along."""
-    for name in COMPANION_FILES:
+    templates = (f"{CHAT_TEMPLATES}/{path.name}" for path in sorted((source / CHAT_TEMPLATES).glob("*.jinja")))
+    for name in (*COMPANION_FILES, *templates):
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import minipuzzle
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import plan_without
+from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import document_tokens, evaluation_windows
-from minipuzzle.errors import MinipuzzleWarning
+from minipuzzle.errors import MinipuzzleError, MinipuzzleWarning
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.runtime.models import load_tokenizer
@@ -163,3 +164,52 @@ def test_layers_that_predict_several_tokens_are_left_aside_aloud(tmp_path: Path)
     with pytest.warns(MinipuzzleWarning):
         cut = cut_of(folder, tmp_path / "cut", (4, 5))
     assert "num_nextn_predict_layers" not in json.loads((cut / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "hint"),
+    [("pytorch_model.bin", "transformers"), ("model-00001-of-00002.safetensors", "index"), ("model.gguf", "save it")],
+)
+def test_weights_of_another_kind_are_named(tmp_path: Path, stored: str, hint: str) -> None:
+    folder = write_family_checkpoint(tmp_path / "model", "llama")
+    (folder / "model.safetensors").rename(folder / stored)
+    with pytest.raises(MinipuzzleError, match=stored) as caught:
+        Checkpoint.open(folder)
+    assert hint in caught.value.hint
+
+
+def test_a_name_on_the_hub_is_told_from_a_folder() -> None:
+    with pytest.raises(MinipuzzleError, match="not a folder") as caught:
+        Checkpoint.open(Path("somebody/Some-Model-1B"))
+    assert "hf download somebody/Some-Model-1B" in caught.value.hint
+
+
+def test_licences_and_more_templates_come_along(tmp_path: Path) -> None:
+    folder = write_family_checkpoint(tmp_path / "model", "llama")
+    (folder / "additional_chat_templates").mkdir()
+    names = ("NOTICE", "LICENSE.md", "tekken.json", "preprocessor_config.json", "additional_chat_templates/tools.jinja")
+    for name in names:
+        (folder / name).write_text("{}", encoding="utf-8")
+    cut = cut_of(folder, tmp_path / "cut", (0, 1))
+    assert all((cut / name).read_text(encoding="utf-8") == "{}" for name in names)
+
+
+def test_files_of_a_data_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / ".hidden").mkdir()
+    for name in ("README.md", "LICENSE.txt", ".hidden/x.txt", "b.jsonl.gz", "c.csv", "a.txt", "notes.md"):
+        (tmp_path / name).write_text(f"text of {name}", encoding="utf-8")
+    with pytest.warns(MinipuzzleWarning) as caught:
+        assert read_documents([tmp_path]) == ["text of a.txt", "text of notes.md"]
+    message = str(caught[0].message)
+    assert all(name in message for name in ("README.md", "LICENSE.txt", ".hidden/x.txt", "b.jsonl.gz", "c.csv"))
+
+
+def test_messages_are_read_where_the_text_of_a_parquet_row_is_null(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    tokenizer = load_tokenizer(write_family_checkpoint(tmp_path / "model", "llama"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    rows = [{"text": None, "messages": [{"role": "user", "content": "hello"}]}, {"text": "plain", "messages": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_documents([tmp_path / "rows.parquet"], tokenizer) == ["hello", "plain"]
