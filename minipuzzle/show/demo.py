@@ -55,7 +55,7 @@ def print_stages(stages: Sequence[Stage], deployment: str) -> None:
     """Print the table."""
     domains = list(stages[0].by_domain)
     headers = ("layers", "params", "GiB", *domains, "KL", "agree", "tok/s")
-    table = figures_table("", *headers, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = figures_table("", *headers, box=SIMPLE_HEAD, padding=0)  # within 80 columns
     for column in table.columns:
         column.no_wrap = True
     for stage in stages:
@@ -108,5 +108,5 @@ def _bars(
 ) -> None:
     bars = axes.bar(names, values, color=colors, width=0.7)
     axes.bar_label(bars, fmt=label, fontsize=8, padding=1)
-    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="x", labelsize=8, labelrotation=20)
     axes.set_ylim(0, 1.12 * max(values))
