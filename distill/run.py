@@ -17,10 +17,10 @@ from distill.scale.gpus import Hardware
 from distill.scale.hardware import PeakMemory, hardware_of
 from distill.scale.low_precision import float8_obstacle
 from distill.scale.parallel import Placement, joined_placement, open_pair, rows_of_process
-from distill.settings import DistillSettings, OnStep, ignore_step
-from distill.states.checkpointing import STATE_FOLDER, Progress
+from distill.settings import DistillSettings, OnNote, OnStep, ignore_note, ignore_step
 from distill.states.records import draw_learning_curve
 from distill.states.results import shared_output_folder, write_result
+from distill.states.stored import STATE_FOLDER, Progress
 from distill.training.data import TrainingText, blend_of, read_training_text
 from distill.training.loop import distill_pair
 from minipuzzle.data.documents import read_documents
@@ -239,7 +239,9 @@ def _without_unavailable(request: DistillRequest, compute: Compute) -> tuple[Dis
     return replace(request, engine=engine), (f"--fp8 is ignored: {obstacle}",)
 
 
-def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> DistillResult:
+def run_prepared(
+    prepared: PreparedRun, *, on_step: OnStep = ignore_step, on_note: OnNote = ignore_note
+) -> DistillResult:
     """Distil and write the output folder; an interrupted run of the same request is continued.
 
     Under torchrun all processes of the job call this together; the first alone writes folders and calls ``on_step``.
@@ -254,7 +256,7 @@ def run_prepared(prepared: PreparedRun, *, on_step: OnStep = ignore_step) -> Dis
             request.out, provenance_of(request), processes, overwrite=request.overwrite
         ) as folder:
             memory = PeakMemory(placement.device)
-            pair, progress = _train(prepared, placement, folder, on_step)
+            pair, progress = _train(prepared, placement, folder, on_step, on_note)
             peak_memory_bytes = memory.extra_bytes()
             write_result(pair, request.student, folder, processes)
             # Last, because until now a run that is killed can still continue from it.
@@ -308,7 +310,9 @@ def read_files(data: tuple[Path, ...]) -> list[Path]:
     return [*data, *(path for path in blend_of(data).paths if path not in data)]
 
 
-def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: OnStep) -> tuple[DistillPair, Progress]:
+def _train(
+    prepared: PreparedRun, placement: Placement, folder: Path, on_step: OnStep, on_note: OnNote
+) -> tuple[DistillPair, Progress]:
     request = prepared.request
     pair = open_pair(
         student=request.student,
@@ -332,5 +336,6 @@ def _train(prepared: PreparedRun, placement: Placement, folder: Path, on_step: O
         validation=prepared.validation_windows,
         engine=request.engine,
         on_step=on_step,
+        on_note=on_note,
     )
     return pair, progress

@@ -203,7 +203,12 @@ class StepRecord:
 
 
 OnStep = Callable[[StepRecord], None]
+OnNote = Callable[[str], None]  # what a user should know of a run at once, in a sentence
 
 
 def ignore_step(_record: StepRecord) -> None:
     """The OnStep of callers that show nothing."""
+
+
+def ignore_note(_note: str) -> None:
+    """The OnNote of callers that show nothing."""

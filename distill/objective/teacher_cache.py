@@ -1,9 +1,10 @@
 """A teacher's distributions kept on disk, for further epochs and further students: its K likeliest tokens and the rest.
 
 ``<folder>/cache.json`` says whose targets these are. Every process appends to a part of its own:
-``part-<id>.targets`` holds one record a window, ``part-<id>.keys`` a 16-byte hash of the window's tokens. A key is
-written after its record, so a run killed at any moment leaves only records that nobody finds. Because the key is the
-text itself, it does not matter which student, seed, blend or step a window was met in.
+``part-<id>.targets`` holds one record a window, ``part-<id>.keys`` a 16-byte hash of the window's tokens and one of
+these tokens with their record. A key is written after its record, so a run killed at any moment leaves only records
+that nobody finds; one that no longer has its hash is computed again. Because the key is the text itself, it does not
+matter which student, seed, blend or step a window was met in.
 
 A token takes K ids (2 bytes each up to 65,536 tokens, 3 beyond) and K + 1 log-probabilities in steps of 1/2048 nat (2
 bytes each): 258 or 322 bytes for K = 64, where all logits in bfloat16 would take 2 bytes a token of the vocabulary.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,12 +28,14 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.json_files import read_json, write_json
 
 CACHE_FILE = "cache.json"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2  # version 1 had no hashes of records
 _KEY_BYTES = 16
+_ENTRY_BYTES = 2 * _KEY_BYTES
 _STEPS_PER_NAT = 2048
 _LARGEST_CODE = 65535
 _SHORT_IDS = 1 << 16
 _UNFINISHED = ".cache-"
+_Place = tuple[Path, int, bytes]  # the part, the number of its record, and the hash of that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,8 @@ class TeacherCache:
     def __init__(self, folder: Path, description: CacheDescription) -> None:
         self.folder = folder
         self.description = description
-        self.num_found = self.num_written = 0
-        self._places: dict[bytes, tuple[Path, int]] = {}
+        self.num_found = self.num_written = self.num_damaged = 0
+        self._places: dict[bytes, list[_Place]] = {}
         self._read_keys: dict[Path, int] = {}
         self._own_part = folder / f"part-{uuid.uuid4().hex}.targets"
         _claim(folder, description)
@@ -84,12 +88,11 @@ class TeacherCache:
         return len(self._places)
 
     def holds(self, token_ids_BT: Tensor) -> bool:
-        """Whether the targets of all windows are known."""
+        """Whether the targets of all windows are known, and are what was written."""
         keys = _keys_of(token_ids_BT)
-        if all(key in self._places for key in keys):
-            return True
-        self._refresh()  # another process may have met them
-        return all(key in self._places for key in keys)
+        if not all(self._read(key) for key in keys):
+            self._refresh()  # another process may have met them
+        return all(self._read(key) for key in keys)
 
     def targets(self, token_ids_BT: Tensor, compute: Callable[[], TopKTargets] | None) -> TopKTargets:
         """Targets of all tokens of some windows; ``compute`` gives those of all of them, and what is new is written.
@@ -101,31 +104,39 @@ class TeacherCache:
             self._write(keys, compute())
         else:
             self.num_found += len(keys)
-        records = b"".join(self._read(key) for key in keys)
+        records = b"".join(self._read(key) or _unreadable(self.folder) for key in keys)
         return decode_targets(records, self.description, token_ids_BT.device)
 
     def _write(self, keys: Sequence[bytes], targets: TopKTargets) -> None:
         records = encode_targets(targets, self.description)
         size = self.description.window_bytes
-        new = [idx for idx, key in enumerate(keys) if key not in self._places and key not in keys[:idx]]
+        new = [idx for idx, key in enumerate(keys) if key not in keys[:idx] and not self._read(key)]
+        entries = []
         with self._own_part.open("ab") as file:
             first = file.tell() // size
-            for idx in new:
-                file.write(records[idx * size : (idx + 1) * size])
+            for number, idx in enumerate(new, start=first):
+                record = records[idx * size : (idx + 1) * size]
+                file.write(record)
+                entries.append(keys[idx] + _hash(keys[idx] + record))
+                self._places.setdefault(keys[idx], []).append((self._own_part, number, entries[-1][_KEY_BYTES:]))
         with self._own_part.with_suffix(".keys").open("ab") as file:
-            file.write(b"".join(keys[idx] for idx in new))
-        for number, idx in enumerate(new, start=first):
-            self._places[keys[idx]] = (self._own_part, number)
+            file.write(b"".join(entries))
         self._read_keys[self._own_part] = first + len(new)
         self.num_written += len(new)
 
-    def _read(self, key: bytes) -> bytes:
-        part, number = self._places[key]
-        with part.open("rb") as file:
-            file.seek(number * self.description.window_bytes)
-            record = file.read(self.description.window_bytes)
-        assert len(record) == self.description.window_bytes, f"{part} is shorter than its keys say"
-        return record
+    def _read(self, key: bytes) -> bytes | None:
+        """A window's record from the first place that still holds what was written there; None if there is none."""
+        while places := self._places.get(key):
+            part, number, wanted = places[0]
+            with suppress(OSError), part.open("rb") as file:
+                file.seek(number * self.description.window_bytes)
+                record = file.read(self.description.window_bytes)
+                if _hash(key + record) == wanted:
+                    return record
+            del places[0]
+            self.num_damaged += 1
+        self._places.pop(key, None)
+        return None
 
     def _refresh(self) -> None:
         for part in sorted(self.folder.glob("part-*.targets")):
@@ -135,12 +146,13 @@ class TeacherCache:
             known = self._read_keys.get(part, 0)
             num_records = part.stat().st_size // self.description.window_bytes
             with keys_file.open("rb") as file:
-                file.seek(known * _KEY_BYTES)
+                file.seek(known * _ENTRY_BYTES)
                 found = file.read()
-            num_keys = min(known + len(found) // _KEY_BYTES, num_records)
+            num_keys = min(known + len(found) // _ENTRY_BYTES, num_records)
             for number in range(known, num_keys):
-                start = (number - known) * _KEY_BYTES
-                self._places.setdefault(found[start : start + _KEY_BYTES], (part, number))
+                start = (number - known) * _ENTRY_BYTES
+                key, of_record = found[start : start + _KEY_BYTES], found[start + _KEY_BYTES : start + _ENTRY_BYTES]
+                self._places.setdefault(key, []).append((part, number, of_record))
             self._read_keys[part] = num_keys
 
 
@@ -167,9 +179,17 @@ def decode_targets(records: bytes, description: CacheDescription, device: torch.
     )
 
 
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_KEY_BYTES).digest()
+
+
+def _unreadable(folder: Path) -> bytes:
+    raise MinipuzzleError(f"{folder} does not give back what was just written there", "check the disk")
+
+
 def _keys_of(token_ids_BT: Tensor) -> list[bytes]:
     rows = token_ids_BT.to("cpu", torch.int32).numpy().astype("<i4")
-    return [hashlib.blake2b(row.tobytes(), digest_size=_KEY_BYTES).digest() for row in rows]
+    return [_hash(row.tobytes()) for row in rows]
 
 
 def is_cache(folder: Path) -> bool:

@@ -5,17 +5,19 @@ number of processes can read it. It is copied while training waits and written w
 name; it gets its own name only when all parts are on disk, and only then are older states removed, their names first.
 So whatever has a name is whole, and a run killed at any moment finds the last that was. ``<folder>`` must be one that
 all processes see.
+
+The last file of a state lists the SHA-256 of all others. A state is compared with it before anything of it is read; a
+damaged one is left for the one before it.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,45 +25,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
-from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.json_files import read_json, write_json
+from distill.states.stored import (
+    MODEL_PREFIX,
+    PROGRESS_FILE,
+    STATE_FOLDER,
+    DamagedStateError,
+    Progress,
+    damaged,
+    open_state,
+    read_into,
+    saved_steps,
+    step_folder,
+)
+from minipuzzle.files.digests import damage_of, write_digests
+from minipuzzle.files.json_files import write_json
 from minipuzzle.runtime.processes import Processes
 
-STATE_FOLDER = "state"
-LARGEST_KL = 1e30  # above any, and a number for JSON
 _UNFINISHED_SUFFIX = ".unfinished"
 _REMOVED_SUFFIX = ".removed"
-_PROGRESS_FILE = "progress.json"
 # DCP says of every save and load of a single process that it assumes a single process; of saves in a thread of its own,
 # beyond the reach of a filter that holds while a block runs.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-_MODEL, _OPTIMIZER, _GENERATOR = "model/", "optimizer/", "generator/"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands after ``step`` steps. ``epoch`` and ``index`` name the next window of the data.
-
-    ``best_step``: the one after which the validation KL was lowest so far; 0 before any evaluation.
-    ``recent_losses``: those of the last steps that were taken, by which a sudden rise is known.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    index: int = 0
-    skipped_steps: int = 0
-    train_seconds: float = 0.0
-    validation_kl_before: float | None = None
-    validation_kl_after: float | None = None
-    validation_loss_before: float | None = None
-    validation_loss_after: float | None = None
-    best_step: int = 0
-    best_validation_kl: float = LARGEST_KL
-    recent_losses: tuple[float, ...] = ()
+_OPTIMIZER, _GENERATOR = "optimizer/", "generator/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +74,7 @@ class StateStore:
         self._keep_last = keep_last
         self._saved_at_seconds = time.monotonic()
         self._writing: tuple[Path, Future[Any]] | None = None
+        self._sealing = ThreadPoolExecutor(1)  # digests of a large state take minutes
         self._protected_steps: tuple[int, ...] = ()
         # Training and writing run at once: in one group their messages could be taken for each other.
         is_distributed = self._processes.world_size > 1
@@ -102,7 +91,7 @@ class StateStore:
         if self._processes.is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            write_json(unfinished / _PROGRESS_FILE, asdict(progress))
+            write_json(unfinished / PROGRESS_FILE, asdict(progress))
         self._protected_steps = protected_steps
         self._processes.wait()
         writer = FileSystemWriter(unfinished, sync_files=True, overwrite=True)
@@ -113,7 +102,11 @@ class StateStore:
             no_dist=self._group is None,
         )
         assert isinstance(future, Future)
-        self._writing = (unfinished, future)
+        # The first process's part ends after those of all others: it writes the table of contents.
+        self._writing = (
+            unfinished,
+            self._sealing.submit(_seal, unfinished, future) if self._processes.is_first else future,
+        )
 
     @property
     def seconds_since_save(self) -> float:
@@ -130,12 +123,9 @@ class StateStore:
         if self._writing is None:
             return
         (unfinished, future), self._writing = self._writing, None
-        # The first process's part ends after those of all others: it writes the table of contents.
         future.result()
         if not self._processes.is_first:
             return
-        for path in (*unfinished.iterdir(), unfinished):
-            _flush_to_disk(path)  # or a power cut could keep the new name and lose what is in the files
         unfinished.rename(unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED_SUFFIX)))
         _flush_to_disk(self.folder)
         steps = saved_steps(self.folder)
@@ -144,31 +134,52 @@ class StateStore:
             if path not in {step_folder(self.folder, step) for step in kept}:
                 _remove(path)
 
-    def load_last(self) -> Progress | None:
-        """Restore the last whole state into model, optimiser and generators; None if there is none."""
-        steps: list[int] = self._processes.broadcast(saved_steps(self.folder))
-        return self.load(steps[-1]) if steps else None
+    def load_last(self) -> tuple[Progress | None, tuple[str, ...]]:
+        """Restore the last good state into model, optimiser and generators; None if there is none saved.
+
+        Also says which states were found damaged; they are removed once a good one is found.
+
+        Raises: DamagedStateError if all are damaged.
+        """
+        problems: dict[int, str] = {}
+        for step in reversed(self._processes.broadcast(saved_steps(self.folder))):
+            try:
+                progress = self.load(step)
+            except DamagedStateError as error:
+                problems[step] = error.problem
+                continue
+            self._processes.wait()
+            for other in problems if self._processes.is_first else ():
+                _remove(step_folder(self.folder, other))
+            return progress, tuple(f"{problem}; going on from step {step}" for problem in problems.values())
+        if problems:
+            raise DamagedStateError("; ".join(problems.values()), f"no good state is left: remove {self.folder.parent}")
+        return None, ()
 
     def load(self, step: int) -> Progress:
-        """Restore the state saved after ``step`` steps, by however many processes."""
+        """Restore the state saved after ``step`` steps, by however many processes.
+
+        Raises: DamagedStateError naming the file.
+        """
         source = step_folder(self.folder, step)
-        reader = FileSystemReader(source)
-        stored = reader.read_metadata().state_dict_metadata
+        problem = next(filter(None, self._processes.gather(damage_of(source, self._processes.share))), None)
+        progress, reader = open_state(source, step, problem)
+        stored = reader.contents.state_dict_metadata
         tensors = self._tensors()
         for name in tensors.keys() - stored.keys():
             # The optimiser starts empty, and other processes may have written the state.
-            assert name.startswith(_GENERATOR), f"{source} lacks {name}"
+            if not name.startswith(_GENERATOR):
+                raise damaged(source, f"{name} is missing")
             del tensors[name]
         parameters = dict(self._state.model.named_parameters())
         for name, entry in stored.items():
             if name.startswith(_OPTIMIZER) and name not in tensors:
                 tensors[name] = _room_for(name, entry, parameters)
-        dcp_load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+        read_into(tensors, reader, process_group=self._group, no_dist=self._group is None)
         # What the model keeps was filled in place; the rest is handed over.
         _restore_optimizer(self._state.optimizer, _with_prefix(tensors, _OPTIMIZER))
         _restore_generators(_with_prefix(tensors, self._generator_prefix), self._state.device)
-        values = read_json(source / _PROGRESS_FILE)
-        return Progress(**{**values, "recent_losses": tuple(values["recent_losses"])})
+        return progress
 
     @property
     def _generator_prefix(self) -> str:
@@ -176,7 +187,7 @@ class StateStore:
 
     def _tensors(self) -> dict[str, Tensor]:
         groups: dict[str, Mapping[str, Tensor]] = {
-            _MODEL: self._state.model.state_dict(),
+            MODEL_PREFIX: self._state.model.state_dict(),
             _OPTIMIZER: _optimizer_tensors(self._state.optimizer),
             self._generator_prefix: _generator_states(self._state.device),
         }
@@ -185,42 +196,12 @@ class StateStore:
         }
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the state after so many steps is kept, in a run's folder of states."""
-    return folder / f"step-{step:08d}"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The steps whose states are whole, ascending."""
-    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
-    return sorted(int(match[1]) for match in matches if match)
-
-
 def _remove(path: Path) -> None:
     """Remove a state, which loses its name first: a kill in between must not leave part of it under that name."""
     unnamed = path.with_name(path.name + _REMOVED_SUFFIX)
     if not path.name.endswith((_UNFINISHED_SUFFIX, _REMOVED_SUFFIX)):
         path = path.rename(unnamed)
     shutil.rmtree(path)
-
-
-def weight_reader(folder: Path, step: int) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """A function that reads one float32 weight, by its name in memory and its shape, from a saved state.
-
-    Raises: MinipuzzleError naming the states there are, if there is none of this step.
-    """
-    steps = saved_steps(folder)
-    if step not in steps:
-        found = ", ".join(str(step) for step in steps) or "none"
-        raise MinipuzzleError(f"{folder} has no state of step {step}", f"states are kept of these steps: {found}")
-    reader = FileSystemReader(step_folder(folder, step))
-
-    def read(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensors = {_MODEL + name: torch.empty(shape, dtype=torch.float32)}
-        dcp_load(tensors, storage_reader=reader, no_dist=True)
-        return tensors[_MODEL + name]
-
-    return read
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -276,6 +257,14 @@ def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> N
         torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _seal(folder: Path, written: Future[Any]) -> None:
+    """List the digests of a state once all its files are there, and bring all of it to the disk."""
+    written.result()
+    write_digests(folder)
+    for path in (*folder.iterdir(), folder):
+        _flush_to_disk(path)  # or a power cut could keep the new name and lose what is in the files
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.objective.pair import DistillPair
 from distill.scale.parallel import whole
-from distill.states.checkpointing import STATE_FOLDER, weight_reader
+from distill.states.stored import STATE_FOLDER, weight_reader
 from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.json_files import read_json

@@ -19,9 +19,10 @@ from distill.engine import SPIKE_WINDOW, EngineSettings
 from distill.objective.losses import LossSettings
 from distill.objective.pair import DistillPair
 from distill.scale.parallel import rows_of_process, whole
-from distill.settings import DistillSettings, OnStep, StepRecord, ignore_step
-from distill.states.checkpointing import Progress, StateStore, TrainingState
+from distill.settings import DistillSettings, OnNote, OnStep, StepRecord, ignore_note, ignore_step
+from distill.states.checkpointing import StateStore, TrainingState
 from distill.states.records import append_metrics, forget_metrics_after
+from distill.states.stored import DamagedStateError, Progress
 from distill.training.data import BlendedWindows, PackedWindows
 from distill.training.interrupts import deferred_interrupts
 from distill.training.optimizers import make_optimizer
@@ -45,13 +46,15 @@ def distill_pair(
     validation: EvaluationWindows | None = None,
     engine: EngineSettings | None = None,
     on_step: OnStep = ignore_step,
+    on_note: OnNote = ignore_note,
 ) -> Progress:
     """Train the student of a pair, from the last state saved in ``folder`` if there is one, and report.
 
     State is kept in ``folder/state/``, and ``folder/metrics.jsonl`` gets a line a step. All processes of a job call
-    this together; ``on_step`` is called in the first alone.
+    this together; ``on_step`` and ``on_note`` are called in the first alone.
 
-    Raises: MinipuzzleError if too many steps had to be skipped, or a batch cannot be divided among the processes.
+    Raises: DamagedStateError if no saved state is good; MinipuzzleError if too many steps had to be skipped, or a
+    batch cannot be divided among the processes.
     KeyboardInterrupt in all processes after Ctrl-C or a termination signal in one, with the state saved.
     """
     engine, processes = engine or EngineSettings(), pair.compute.processes
@@ -68,6 +71,7 @@ def distill_pair(
         folder=folder,
         validation=validation,
         on_step=on_step,
+        on_note=on_note,
     )
     return run.finish()
 
@@ -86,10 +90,13 @@ class _Run:
     folder: Path
     validation: EvaluationWindows | None
     on_step: OnStep
+    on_note: OnNote
 
     def finish(self) -> Progress:
         """Run all steps that are left."""
-        progress = self.store.load_last()
+        progress, notes = self.store.load_last()
+        for note in notes if self.processes.is_first else ():
+            self.on_note(note)
         if progress is None:
             torch.manual_seed(self.settings.seed)
             before = self._validation_distance()
@@ -114,7 +121,12 @@ class _Run:
         """The run's end, with the weights of the best evaluation."""
         if progress.best_step in (0, progress.step):
             return progress
-        best = self.store.load(progress.best_step)
+        try:
+            best = self.store.load(progress.best_step)
+        except DamagedStateError as error:
+            if self.processes.is_first:
+                self.on_note(f"{error.problem}; the weights of the last step are taken instead")
+            return replace(progress, best_step=progress.step)
         return replace(
             progress, validation_kl_after=best.validation_kl_after, validation_loss_after=best.validation_loss_after
         )
@@ -138,7 +150,6 @@ class _Run:
         return tuple(count > 0 for count in counts.tolist())
 
     def _advance(self, progress: Progress, record: StepRecord) -> Progress:
-        next_window = self.data.position(record.step * self.settings.batch_sequences)
         skipped_steps = progress.skipped_steps + record.skipped
         if skipped_steps > self.engine.max_skipped_steps:
             raise MinipuzzleError(
@@ -156,8 +167,6 @@ class _Run:
             step=record.step,
             best_step=best[0],
             best_validation_kl=best[1],
-            epoch=next_window.epoch,
-            index=next_window.index,
             skipped_steps=skipped_steps,
             train_seconds=progress.train_seconds + self.settings.tokens_per_step / record.tokens_per_second,
             validation_kl_after=record.validation_kl,

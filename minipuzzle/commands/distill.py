@@ -115,7 +115,7 @@ def _distill(prepared: PreparedRun, tensorboard: Path | None, *, dry_run: bool, 
         return
     quiet = as_json or not is_first
     with distill_progress(prepared, is_quiet=quiet) as on_step:
-        result = finish_distill(prepared, tensorboard, on_step)
+        result = finish_distill(prepared, tensorboard, on_step, lambda note: click.echo(f"note: {note}", err=True))
     if is_first:
         echo_json(result.to_json()) if as_json else print_result(result)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import stat
+import sys
+import types
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from minipuzzle.errors import MinipuzzleError
 
 RESTORE = "restore the file from its source"
+Record = TypeVar("Record")
 # As transformers writes numbers that JSON does not have.
 _FLOAT_TAG = "__float__"
 _TAGGED_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
@@ -80,3 +84,46 @@ def tagged(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: tagged(item) for key, item in value.items()}
     return [tagged(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def record_of(kind: type[Record], values: object, name: str = "the record") -> Record:
+    """A dataclass from a JSON value that holds exactly its fields, each of the type that the class gives it.
+
+    Lists become tuples; a field whose default is None may be left out.
+
+    Raises: ValueError naming the field; MinipuzzleError as the class does.
+    """
+    found: Record = _typed(kind, values, name)
+    return found
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return None
+        return _typed(next(one for one in arguments if one is not types.NoneType), value, name)
+    if is_dataclass(kind):
+        return _from_fields(kind, value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(arguments[0], item, f"{name}[{idx}]") for idx, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    if is_number and abs(value) <= sys.float_info.max if kind is float else type(value) is kind:
+        return value
+    wanted = "finite number" if kind is float else getattr(origin or kind, "__name__", str(kind))
+    raise ValueError(f"{name} is {str(value)[:40]!r}, no {wanted}")
+
+
+def _from_fields(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, no object")
+    known, hints = {field.name: field for field in fields(kind)}, get_type_hints(kind)
+    missing = [field.name for field in known.values() if field.name not in value and field.default is not None]
+    for problem, names in (("lacks", missing), ("does not know", sorted(value.keys() - known.keys()))):
+        if names:
+            raise ValueError(f"{name} {problem} {names[0]}")
+    return kind(**{key: _typed(hints[key], item, key) for key, item in value.items()})

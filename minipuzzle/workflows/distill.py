@@ -10,7 +10,7 @@ from distill.run import DistillRequest, DistillResult, PreparedRun, find_teacher
 from distill.scale.estimate import RunEstimate, estimate_run, flops_per_token
 from distill.scale.gpus import GPUS
 from distill.scale.hardware import hardware_of
-from distill.settings import OnStep, StepRecord
+from distill.settings import OnNote, OnStep, StepRecord, ignore_note
 from distill.states.records import is_tensorboard_log, tensorboard_log
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.architecture.model import Architecture
@@ -48,7 +48,9 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
     return prepare_run(request, options.compute)
 
 
-def finish_distill(prepared: PreparedRun, tensorboard: Path | None, on_step: OnStep) -> DistillResult:
+def finish_distill(
+    prepared: PreparedRun, tensorboard: Path | None, on_step: OnStep, on_note: OnNote = ignore_note
+) -> DistillResult:
     """Train and write; ``on_step`` hears of each step, as TensorBoard does where a folder is given for it.
 
     Raises: InputChangedError if an interrupted run in the way had other inputs or settings.
@@ -59,7 +61,7 @@ def finish_distill(prepared: PreparedRun, tensorboard: Path | None, on_step: OnS
             log(record)
             on_step(record)
 
-        return run_prepared(prepared, on_step=both)
+        return run_prepared(prepared, on_step=both, on_note=on_note)
 
 
 def run_distill(student: Model, options: DistillOptions) -> DistillResult:

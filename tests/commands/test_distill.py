@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.run import find_teacher
-from distill.states.checkpointing import step_folder
+from distill.states.stored import step_folder
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
@@ -231,7 +231,7 @@ def test_a_second_student_learns_from_the_cache_of_the_first_as_if_it_had_made_i
     assert run_distill(student, text_file, tmp_path / "first", *options).exit_code == 0
     written = sorted((tmp_path / "cache").iterdir())
     assert [path.suffix for path in written] == [".json", ".keys", ".targets"]
-    assert written[1].stat().st_size == 12 * 16  # six steps of two windows
+    assert written[1].stat().st_size == 12 * 32  # six steps of two windows
     assert run_distill(student, text_file, tmp_path / "second", *options).exit_code == 0
     assert sorted((tmp_path / "cache").iterdir()) == written
     first, second = (load_file(tmp_path / side / "model.safetensors") for side in ("first", "second"))
@@ -266,7 +266,7 @@ def test_processes_share_a_teacher_cache_and_run_the_teacher_once(
         if out == "first":
             written = {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()}
     keys = [size for path, size in written.items() if path.suffix == ".keys"]
-    assert keys == [6 * 16, 6 * 16]  # each process one window of each of the six steps
+    assert keys == [6 * 32, 6 * 32]  # each process one window of each of the six steps
     assert {path: path.stat().st_size for path in (tmp_path / "cache").iterdir()} == written
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     assert run_distill(student, text_file, tmp_path / "alone", *options[2:]).exit_code == 0

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from distill.states.checkpointing import STATE_FOLDER, saved_steps, step_folder
 from distill.states.records import METRICS_FILE
+from distill.states.stored import STATE_FOLDER, saved_steps, step_folder
 from tests.support.distilling import SETTINGS, assert_same_tensors, metrics, run, saved_tensors
 from tests.support.kills import start, stop_when
 

@@ -19,8 +19,8 @@ from distill.engine import EngineSettings
 from distill.scale.estimate import estimate_memory
 from distill.scale.parallel import make_pair
 from distill.settings import DistillSettings, StepRecord
-from distill.states.checkpointing import STATE_FOLDER
 from distill.states.records import METRICS_FILE
+from distill.states.stored import STATE_FOLDER
 from distill.training.loop import distill_pair
 from distill.training.optimizers import make_optimizer
 from minipuzzle.errors import MinipuzzleError

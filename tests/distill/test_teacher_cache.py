@@ -118,3 +118,17 @@ def test_more_tokens_bring_loss_and_gradient_nearer_to_all_of_them(tmp_path: Pat
     assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-4
     # Telling fewer outcomes apart never makes two distributions look further apart.
     assert losses == sorted(losses) and losses[-1] <= float(whole.detach()) * (1 + 1e-5)
+
+
+def test_a_damaged_record_is_computed_again_and_the_new_one_is_found_by_the_next_run(tmp_path: Path) -> None:
+    wrote = TeacherCache(tmp_path, description()).targets(windows(1, 2), lambda: targets(2, seed=1))
+    part = next(tmp_path.glob("part-*.targets"))
+    content = bytearray(part.read_bytes())
+    content[10] ^= 1
+    part.write_bytes(bytes(content))
+    cache = TeacherCache(tmp_path, description())
+    assert cache.holds(windows(2)) and not cache.holds(windows(1, 2))
+    again = cache.targets(windows(1, 2), lambda: targets(2, seed=1))
+    assert torch.equal(again.log_p, wrote.log_p) and torch.equal(again.token_ids, wrote.token_ids)
+    assert (cache.num_written, cache.num_damaged) == (1, 1)
+    assert TeacherCache(tmp_path, description()).holds(windows(1, 2))

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from distill.engine import EngineSettings
 from distill.run import DistillRequest, distill_checkpoint
 from distill.scale.parallel import make_pair
-from distill.settings import DistillSettings, StepRecord
-from distill.states.checkpointing import Progress
+from distill.settings import DistillSettings, OnNote, StepRecord, ignore_note
 from distill.states.records import METRICS_FILE
+from distill.states.stored import Progress
 from distill.training.data import PackedWindows
 from distill.training.loop import distill_pair
 from minipuzzle.architecture.families import FAMILIES
@@ -66,6 +66,7 @@ def run(
     stop_after: int | None = None,
     engine: EngineSettings | None = None,
     spoil_after: int | None = None,
+    on_note: OnNote = ignore_note,
 ) -> tuple[nn.Module, Progress]:
     """Distil into ``folder``; fail as a crash would after ``stop_after`` steps, and harm the student after others."""
     student_model = load_model(Checkpoint.open(models / "student"))
@@ -86,6 +87,7 @@ def run(
         validation=held_out(),
         engine=engine,
         on_step=on_step,
+        on_note=on_note,
     )
     return student_model, progress
 

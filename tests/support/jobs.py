@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distill.states.checkpointing import STATE_FOLDER
 from distill.states.records import METRICS_FILE
+from distill.states.stored import STATE_FOLDER
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
