@@ -22,7 +22,7 @@ _SIZE_SUFFIXES = {
     "TIB": 2**40,
 }
 _COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
 
 
 def _split_number(text: str, what: str, example: str) -> tuple[Decimal, str]:
@@ -39,7 +39,8 @@ def parse_bytes(text: str) -> int:
     """
     number, suffix = _split_number(text, "memory size", "31.7GiB, 500MiB or 32GB")
     if suffix not in _SIZE_SUFFIXES:
-        raise MinipuzzleError(f"{text!r} has no known unit of memory", "use GiB, MiB, GB or MB, e.g. 31.7GiB")
+        asked = f"; is {float(number * 100):g}% meant?" if not suffix and 0 < number <= 1 else ""
+        raise MinipuzzleError(f"{text!r} has no known unit of memory{asked}", "use GiB, MiB, GB or MB, e.g. 31.7GiB")
     return int(number * _SIZE_SUFFIXES[suffix])
 
 

@@ -13,6 +13,7 @@ import warnings
 from typing import Any
 
 import click
+from safetensors import SafetensorError
 
 from minipuzzle.errors import ExitCode, MinipuzzleError, MinipuzzleWarning
 from minipuzzle.version import __version__
@@ -46,6 +47,11 @@ class MinipuzzleGroup(click.Group):
                 raise
             _print_error(error)
             ctx.exit(int(error.exit_code))
+        except (OSError, SafetensorError) as error:
+            if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+                raise
+            _print_error(MinipuzzleError(f"{type(error).__name__}: {error}", "mend that, then give the command again"))
+            ctx.exit(1)
         except KeyboardInterrupt:
             if ctx.params["debug"]:
                 raise

@@ -29,7 +29,7 @@ def test_a_size_is_read_in_its_own_unit(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["12", "12 potatoes", "GiB", "-3GiB", "1e9GiB", ""])
+@pytest.mark.parametrize("text", ["12", "12 potatoes", "GiB", "-3GiB", "1e9", ""])
 def test_a_size_without_a_known_unit_is_refused(text: str) -> None:
     with pytest.raises(MinipuzzleError):
         parse_bytes(text)
@@ -117,3 +117,9 @@ def test_any_text_is_a_size_or_a_mistake_with_a_hint(text: str) -> None:
             assert parse(text) >= 0
         except MinipuzzleError as error:
             assert error.hint
+
+
+def test_exponents_are_read_and_a_bare_share_is_asked_about() -> None:
+    assert parse_count("7e9") == parse_count("7E+9") == 7 * 10**9
+    with pytest.raises(MinipuzzleError, match=r"is 75% meant\?"):
+        parse_bytes("0.75")

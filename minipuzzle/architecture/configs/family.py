@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,10 @@ from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
 
 Config = Mapping[str, Any]
+MAX_LAYERS = 10_000
+_POSITIVE_NUMBERS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps", "rope_theta")
+_POSITIVE_WHOLE_NUMBERS = ("chunk_size", "mamba_chunk_size")
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,7 @@ class Family:
         """
         for name, value in self.only.items():
             require_one_of(config, name, (value,), value)
+        _check_numbers(config, self.logit_divisor)
         config = self.complete({**self.defaults, **config})
         kinds = self.kinds(config)
         found = {kind: self._layer(kind, config) for kind in dict.fromkeys(kinds)}
@@ -175,6 +181,54 @@ def require(config: Config, field: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise MinipuzzleError(f"config.json: {field} is {value!r}, not a positive whole number", "complete the file")
     return value
+
+
+def require_num_layers(config: Config) -> int:
+    """The number of decoder blocks.
+
+    Raises: MinipuzzleError where it is none, or more than any model has.
+    """
+    number = require(config, "num_hidden_layers")
+    if number > MAX_LAYERS:
+        raise MinipuzzleError(f"config.json: num_hidden_layers is {number:,}; no model has so many", "correct the file")
+    return number
+
+
+def require_names(config: Config, field: str) -> list[str]:
+    """A name for each layer: a list, or a text with one symbol each.
+
+    Raises: MinipuzzleError if it is something else. Their number counts, as in transformers.
+    """
+    names = config.get(field)
+    if not isinstance(names, str | list | tuple) or not all(isinstance(name, str) for name in names):
+        raise MinipuzzleError(f"config.json: {field} is {names!r}, not a name for each layer", "correct the file")
+    if config.get("num_hidden_layers") is not None:
+        require_num_layers(config)
+    return list(names)
+
+
+def require_positive_number(config: Config, field: str) -> float:
+    """A finite number above zero.
+
+    Raises: MinipuzzleError naming the field.
+    """
+    value = config.get(field)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise MinipuzzleError(f"config.json: {field} is {value!r}, not a positive number", "correct the file")
+    return float(value)
+
+
+def _check_numbers(config: Config, logit_divisor: str) -> None:
+    """What shapes no weight, and so is read by transformers alone, which takes anything."""
+    rope = config.get("rope_parameters")
+    for fields in (config, rope if isinstance(rope, Mapping) else {}):
+        for name in (*_POSITIVE_NUMBERS, logit_divisor):
+            if fields.get(name) is not None:
+                require_positive_number(fields, name)
+    for name in (name for name in _POSITIVE_WHOLE_NUMBERS if config.get(name) is not None):
+        require(config, name)
+    for name in (name for name in ("dtype", "torch_dtype") if config.get(name) is not None):
+        require_one_of(config, name, _DTYPES, "")
 
 
 def require_one_of(config: Config, field: str, known: Sequence[str], default: str) -> str:

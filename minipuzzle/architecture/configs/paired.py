@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from minipuzzle.architecture.configs.family import Config, Family, ModulePaths, require, require_length, require_one_of
+from minipuzzle.architecture.configs.family import (
+    Config,
+    Family,
+    ModulePaths,
+    require,
+    require_length,
+    require_num_layers,
+    require_one_of,
+)
 from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.model import Architecture, TensorNames
 
@@ -63,7 +71,7 @@ def tiny(model_type: str, class_name: str, **changes: Any) -> dict[str, Any]:
 
 def pairs(config: Config) -> list[str]:
     """Attention and an MLP in every block."""
-    return ["attention", "mlp"] * require(config, "num_hidden_layers")
+    return ["attention", "mlp"] * require_num_layers(config)
 
 
 def with_windows(architecture: Architecture, windows: Sequence[int | None]) -> Architecture:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from minipuzzle.architecture.configs.family import Config, Family, divide, require, require_one_of
+from minipuzzle.architecture.configs.family import Config, Family, divide, require, require_names, require_one_of
 from minipuzzle.architecture.configs.paired import (
     ATTENTION_NORM,
     MLP_NORM,
@@ -39,12 +39,13 @@ _KIND_OF_LAYER_TYPE = {
 
 
 def _layer_types(config: Config) -> list[str]:
-    found = config.get("layer_types") or config.get("layers_block_type")
-    if not found:
+    field = next((name for name in ("layer_types", "layers_block_type") if config.get(name)), None)
+    if field is None:
         raise MinipuzzleError("config.json: layer_types is missing", "it names the kind of every block")
+    found = require_names(config, field)
     for block_idx, name in enumerate(found):
         require_one_of({f"layer_types[{block_idx}]": name}, f"layer_types[{block_idx}]", tuple(_KIND_OF_LAYER_TYPE), "")
-    return list(found)
+    return found
 
 
 def _complete(config: Config) -> Config:

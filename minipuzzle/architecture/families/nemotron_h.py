@@ -11,6 +11,7 @@ from minipuzzle.architecture.configs.family import (
     Family,
     ModulePaths,
     require,
+    require_names,
     uniform_sizes,
 )
 from minipuzzle.architecture.kinds import LAYER_KINDS
@@ -46,6 +47,7 @@ _FIELDS = {
         "latent": "moe_latent_size",
     },
 }
+_HEAD_DIM = 128  # where config.json is silent; in this family it does not follow from the hidden size
 _KIND_OF_SYMBOL = {kind.symbol: kind.name for kind in LAYER_KINDS.values()}
 _KIND_OF_BLOCK_TYPE = {
     "linear_attention": "mamba",
@@ -87,12 +89,12 @@ _MOE_KEYS = (
 
 
 def _kinds(config: Config) -> list[str]:
-    if "hybrid_override_pattern" in config:
-        table, found = _KIND_OF_SYMBOL, list(config["hybrid_override_pattern"])
-    else:
-        table, found = _KIND_OF_BLOCK_TYPE, list(config.get("layers_block_type") or config.get("layer_types") or ())
-    if not found:
+    fields = ("hybrid_override_pattern", "layers_block_type", "layer_types")
+    field = next((name for name in fields if config.get(name) not in (None, "", [])), None)
+    if field is None:
         raise MinipuzzleError("config.json names no layers", "it needs hybrid_override_pattern or layers_block_type")
+    table = _KIND_OF_SYMBOL if field == fields[0] else _KIND_OF_BLOCK_TYPE
+    found = require_names(config, field)
     for layer_idx, block_type in enumerate(found):
         if block_type not in table:
             raise MinipuzzleError(
@@ -107,7 +109,8 @@ def _complete(config: Config) -> Config:
         require(config, "num_key_value_heads")
         if config.get("attention_bias"):
             raise MinipuzzleError("config.json: attention_bias is not supported", "transformers ignores it, too")
-    return {**config, "head_dim": config.get("head_dim") or config.get("attention_head_dim")}
+    given = (config[name] for name in ("head_dim", "attention_head_dim") if config.get(name) is not None)
+    return {**config, "head_dim": next(given, _HEAD_DIM)}
 
 
 _PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
