@@ -6,6 +6,7 @@ The published case: Nemotron-H 56B, 118 layers, cut to the layer counts and FFN 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,16 @@ def test_outputs_replace_files_of_their_own_kind_only_and_on_request(
         assert (tmp_path / outputs[0]).read_text() == "{}"
     refused = run_cli("search", config_file, "--scores", score_file, *targets, score_file, "--overwrite")
     assert "which is an input" in refused.stderr
+
+
+def test_the_readme_cuts_for_what_it_exports_and_finds_it_on_the_published_config(score_file: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("minipuzzle ")]
+    (cut, exported), budget = ([next(c for c in commands if c[1] == name) for name in ("prune", "export")], "31.7GiB")
+    assert f"--{cut[cut.index('--weights') + 1]}" in exported
+    assert exported[exported.index("--kv-cache") + 1] == cut[cut.index("--kv-cache") + 1]
+    search = next(c for c in commands if c[1] == "search" and budget in c)
+    config = Path(__file__).parents[2] / "examples/nemotron_h_56b/config.json"
+    given = {"big/config.json": str(config), "scores.safetensors": str(score_file)}
+    found = run_json(*(given.get(word, word) for word in search[1:]))
+    assert found["memory_bytes"] <= 31.7 * 2**30
