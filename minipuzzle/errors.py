@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     USAGE = 2  # click's own code for wrong options
     INFEASIBLE = 3
     INPUT_CHANGED = 4
+    NOT_OK = 5  # what was verified is not what it should be
     INTERRUPTED = 130
 
 

@@ -15,6 +15,7 @@ from minipuzzle.commands.options.generate import (
     settings_options,
 )
 from minipuzzle.commands.options.shared import dry_run_option, echo_json, json_option, model_argument
+from minipuzzle.errors import ExitCode
 from minipuzzle.workflows.settings import VerifySettings
 
 _NAMES_SHOWN = 4
@@ -32,17 +33,23 @@ def verify(folder: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     Refuses missing, unknown or misshapen tensors, and scales or codes that are zero or not numbers, naming the tensor.
     Runs the model on --data, or on random tokens without it; with --against it prints KL and agreement. --dry-run
     checks names, shapes and configuration, and reads no weights.
+
+    Every tensor is compared with the digests that export recorded, and with --against with the source rounded alike.
+    It ends with "ok", or with "not ok" and exit code 5.
     """
     from minipuzzle.workflows.verify import plan_verify, run_verify
 
     compute = compute_of(options, is_quiet=as_json)
     settings = from_options(VerifySettings, options, compute=compute)
-    facts = (plan_verify if dry_run else run_verify)(folder, settings).to_json()
+    verified = (plan_verify if dry_run else run_verify)(folder, settings)
+    facts = verified.to_json()
     if as_json:
         echo_json(facts)
-        return
-    for name, value in facts.items():
-        click.echo(f"{name.replace('_', ' '):<22} {_shown(value)}")
+    else:
+        for name, value in facts.items():
+            click.echo(f"{name.replace('_', ' '):<22} {_shown(value)}")
+    if not verified.is_ok:
+        click.get_current_context().exit(ExitCode.NOT_OK)
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,7 @@ from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype
 from minipuzzle.formats.e4m3 import scale_of
-from minipuzzle.formats.flavours import INPUT_SCALE, SCALES, TENSOR_SCALE, StoredTensor
+from minipuzzle.formats.flavours import INPUT_SCALE, SCALES, TENSOR_SCALE
 from minipuzzle.formats.layout import WEIGHT, ExportLayout, module_of
 from minipuzzle.progress import Advance, no_progress
 
@@ -144,33 +144,37 @@ class ExportTensors:
 
     def write(self, shard: Shard, tensor: PlacedTensor) -> None:
         """Write what is stored for one tensor of the model."""
+        for name, first, values in self.stored(tensor):
+            shard.write(name, values, first_row=first)
+
+    def stored(self, tensor: PlacedTensor, *, with_measured: bool = True) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What is stored for one tensor of the model, in pieces: (name, first row, values).
+
+        ``with_measured``: also the scales of activations, which depend on the calibration text.
+        """
         module = module_of(tensor)
         is_quantized = self.layout.is_quantized(module)
         by_role = {stored.role: stored for stored in self.layout.form} if is_quantized else {}
+        headers = {header.name: header for header in self.headers(tensor)}
         name = source_name(self.checkpoint, tensor)
         scale = self.weight_scale(module) if is_quantized else _ONE
         for first, end in piece_rows(tensor.shape, self._piece_elements):
             rows = self.checkpoint.rows(name, first, end)
             if not by_role:
-                shard.write(tensor.name, rows.to(torch.bfloat16), first_row=first)
+                yield tensor.name, first, rows.to(torch.bfloat16)
                 continue
             assert self.layout.scheme is not None
             for role, part in self.layout.scheme.encode(rows.float(), scale, self.row_scale_dtype).items():
-                header = shard.headers[f"{module}.{by_role[role].suffix}"]
-                shard.write(header.name, part.view(-1, *header.shape[1:]), first_row=first)
-        if by_role:
-            self._write_single_scales(shard, module, by_role)
-        if module in self.layout.cache_scales:
-            shard.write(self.layout.cache_scales[module], scale_of(self._amax.outputs[module]))
-
-    def _write_single_scales(self, shard: Shard, module: str, by_role: Mapping[str, StoredTensor]) -> None:
-        for role, find in ((TENSOR_SCALE, self.weight_scale), (INPUT_SCALE, self.input_scale)):
-            if role not in by_role:
-                continue
-            stored, scale = by_role[role], find(module)
-            header = shard.headers[f"{module}.{stored.suffix}"]
+                header = headers[f"{module}.{by_role[role].suffix}"]
+                yield header.name, first, part.view(-1, *header.shape[1:])
+        finds = {TENSOR_SCALE: self.weight_scale} | ({INPUT_SCALE: self.input_scale} if with_measured else {})
+        for role in filter(by_role.__contains__, finds):
+            stored, scale = by_role[role], finds[role](module)
+            header = headers[f"{module}.{stored.suffix}"]
             value = 1 / scale if stored.is_reciprocal else scale
-            shard.write(header.name, value.to(torch_dtype(stored.dtype)).reshape(header.shape))
+            yield header.name, 0, value.to(torch_dtype(stored.dtype)).reshape(header.shape)
+        if with_measured and module in self.layout.cache_scales:
+            yield self.layout.cache_scales[module], 0, scale_of(self._amax.outputs[module])
 
 
 def row_scale_dtype(layout: ExportLayout) -> torch.dtype:

@@ -271,9 +271,25 @@ def _read_ct(config: Mapping[str, Any]) -> DescribedLayout | None:
         return None
     for form in _CT_FORMS.values():
         wanted = ((group.get("weights"), form.weights), (group.get("input_activations"), form.inputs))
-        if all(isinstance(found, Mapping) and expected.items() <= found.items() for found, expected in wanted):
-            return DescribedLayout(scheme=form.scheme, ignore=_names(config.get("ignore")), fp8_kv_cache=False)
+        if all(isinstance(found, Mapping) and _says(found, expected) for found, expected in wanted):
+            ignore = _names(config.get("ignore"))
+            _check_patterns(ignore)
+            return DescribedLayout(scheme=form.scheme, ignore=ignore, fp8_kv_cache=False)
     return None
+
+
+def _says(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether fields are as expected; what older programs leave out of NVFP4 is what they mean."""
+    given = {name: value for name, value in found.items() if value is not None}
+    return all(given.get(name, value if name == "scale_dtype" else None) == value for name, value in expected.items())
+
+
+def _check_patterns(ignore: Sequence[str]) -> None:
+    for entry in ignore:
+        try:
+            re.compile(entry[3:] if entry.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise MinipuzzleError(f"config.json: {entry!r} in the ignore list: {error}", "export again") from None
 
 
 _FLAVOURS = (

@@ -19,6 +19,7 @@ from minipuzzle.data.windows import check_token_ids
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import CalibrationMethod
 from minipuzzle.export.calibration import ActivationAmax, calibration_bytes, measure_amax, open_stack
+from minipuzzle.export.digests import record_digests
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
 from minipuzzle.export.verify import Verification, expected_states, verification_slice, verify_against, verify_plain
 from minipuzzle.export.write import ExportTensors, export_headers, portable_config, write_export
@@ -180,6 +181,7 @@ def export_checkpoint(
             verification = _verify(tensors, calibration_token_ids, partial, compute) if request.verifies else None
         facts = _card_facts(layout, request, calibration_token_ids, verification)
         warnings = write_model_card(partial, checkpoint, facts)
+        record_digests(partial)
         (partial / CALIBRATION_FILE).unlink(missing_ok=True)
         written = Checkpoint.open(partial)
         return ExportedFolder(

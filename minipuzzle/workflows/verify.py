@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
+from minipuzzle.export.calibration import ActivationAmax
+from minipuzzle.export.digests import changed_tensors, has_digests
 from minipuzzle.export.reader import QuantizedCheckpoint
-from minipuzzle.export.verify import Verification, compare_folders, open_any, scale_figures
+from minipuzzle.export.verify import Verification, compare_folders, open_any, scale_figures, unlike_source
+from minipuzzle.export.write import ExportTensors
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import read_json
+from minipuzzle.files.outputs import PROVENANCE_FILE
+from minipuzzle.formats.layout import ExportLayout
 from minipuzzle.quality.vocabulary import check_same_vocabulary
 from minipuzzle.workflows.settings import VerifySettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
@@ -19,11 +25,21 @@ _RANDOM_WINDOWS, _RANDOM_TOKENS = 4, 256  # where there is no text
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedFolder:
-    """What a folder for deployment holds, and what it computes (None where only headers were read)."""
+    """What a folder for deployment holds, and what it computes (None where only headers were read).
+
+    ``differing``: tensors that are not what was written, or not the source's rounded alike; ``checked``: by what means.
+    """
 
     checkpoint: Checkpoint
+    checked: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
     has_text: bool = False
     computed: Verification | None = None
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether every tensor is what it should be."""
+        return not self.differing
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""
@@ -45,6 +61,8 @@ class VerifiedFolder:
             facts |= {"loss": after.loss, "num_tokens": after.num_tokens}
             if before is not None:
                 facts |= {"kl": after.kl, "agreement": after.agreement, "against_loss": before.loss}
+            facts |= {"checked": list(self.checked), "differing": list(self.differing)}
+            facts |= {"verdict": "ok" if self.is_ok else "not ok"}
         return facts
 
 
@@ -54,6 +72,7 @@ def run_verify(model: Model, settings: VerifySettings) -> VerifiedFolder:
     Raises: MinipuzzleError naming the tensor that is missing, unknown, misshapen or senseless.
     """
     checkpoint, other = _opened(model, settings)
+    checked, differing = _compared(Checkpoint.open(checkpoint.folder), checkpoint, other, settings)
     data = paths_of(settings.data)
     computed = compare_folders(
         checkpoint,
@@ -63,7 +82,9 @@ def run_verify(model: Model, settings: VerifySettings) -> VerifiedFolder:
         else random_tokens(checkpoint),
         settings.compute,
     )
-    return VerifiedFolder(checkpoint=checkpoint, has_text=bool(data), computed=computed)
+    return VerifiedFolder(
+        checkpoint=checkpoint, has_text=bool(data), computed=computed, checked=checked, differing=differing
+    )
 
 
 verify = verb(VerifySettings, run_verify)
@@ -75,6 +96,28 @@ def plan_verify(model: Model, settings: VerifySettings) -> VerifiedFolder:
     Raises: as ``run_verify``.
     """
     return VerifiedFolder(checkpoint=_opened(model, settings)[0])
+
+
+def _compared(
+    stored: Checkpoint, readable: Checkpoint, other: Checkpoint | None, settings: VerifySettings
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """How tensors were checked, and those that differ."""
+    if (stored.folder / PROVENANCE_FILE).is_file():
+        read_json(stored.folder / PROVENANCE_FILE)  # damage there says that the folder is not what was written
+    is_ours = has_digests(stored)
+    if is_ours:
+        with settings.compute.progress("checking", len(stored.entries)) as advance:
+            checked, differing = ["recorded digests"], changed_tensors(stored, advance)
+    else:
+        checked, differing = ["no digests recorded"], []
+    if isinstance(other, QuantizedCheckpoint):
+        checked.append(f"not with the tensors of {other.folder}, which is quantised")
+    elif other is not None:
+        layout = readable.layout if isinstance(readable, QuantizedCheckpoint) else ExportLayout()
+        tensors = ExportTensors(other, layout, ActivationAmax())
+        checked.append("the source rounded alike" if is_ours else "the source, as near as our rounding")
+        differing += [name for name in unlike_source(tensors, stored, is_ours=is_ours) if name not in differing]
+    return tuple(checked), tuple(differing)
 
 
 def _opened(model: Model, settings: VerifySettings) -> tuple[Checkpoint, Checkpoint | None]:

@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from minipuzzle.errors import ExitCode
+
 MEMORY_BYTES = 2 * 2**30
 TIME_SECONDS = 30
 CANARY = "CANARY"  # a file that only executed code of an input can have made
@@ -139,8 +141,8 @@ def _wait(pid: int) -> str:
 def _verdict(code: int, text: str) -> str:
     if "MemoryError" in text or "can't allocate memory" in text or code == -signal.SIGKILL:
         return MEMORY
-    if "Traceback (most recent call last)" in text or code not in (0, 1, 2, 3, 4):
+    if "Traceback (most recent call last)" in text or code not in (0, 1, 2, 3, 4, 5):
         return TRACEBACK
     if code == 0:
         return DONE
-    return REFUSED if "error:" in text.lower() else TRACEBACK
+    return REFUSED if code == ExitCode.NOT_OK or "error:" in text.lower() else TRACEBACK

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minipuzzle
+from minipuzzle.export.digests import DIGESTS_FILE
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.formats.choices import SCHEMES
@@ -27,7 +28,7 @@ from minipuzzle.runtime.rounded_linear import RoundedLinear
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
 from tests.support.text import random_tokens
-from tests.support.tiny_models import EVERY_CONFIG, write_family_checkpoint
+from tests.support.tiny_models import EVERY_CONFIG, change_tensors, write_family_checkpoint
 
 TOKEN_IDS = random_tokens(4, 24, first=3)
 # Experts of whole blocks, so that NVFP4 can hold them.
@@ -128,3 +129,57 @@ def test_a_tied_head_stays_as_it_is_even_when_all_is_asked_for_and_that_is_said(
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     (tmp_path / "out" / HF_QUANT_CONFIG).unlink(missing_ok=True)
     minipuzzle.load(tmp_path / "out")
+
+
+FOREIGN = {
+    "modelopt": ("fp8", "modelopt", {"ignore": ["lm_head"], "kv_cache_scheme": None}),
+    "llm-compressor": (
+        "nvfp4",
+        "compressed-tensors",
+        {"ignore": ["lm_head"], "kv_cache_scheme": None, "sparsity_config": {}, "transform_config": {}},
+    ),
+}
+
+
+@pytest.mark.parametrize("program", FOREIGN)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_lists_that_other_programs_write_are_read(program: str, tied: bool, tmp_path: Path) -> None:
+    """They list linear layers only, and null for what there is none of; older ones give block scales no precision."""
+    scheme, flavour, fields = FOREIGN[program]
+    _, folder = export(tmp_path, "llama", tied=tied, scheme=scheme, flavour=flavour)
+    expected = logits(minipuzzle.load(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"].pop("scale_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    if (folder / HF_QUANT_CONFIG).is_file():
+        quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+        (folder / HF_QUANT_CONFIG).write_text(json.dumps({"quantization": quantization}))
+    for name in ("minipuzzle.json", DIGESTS_FILE):
+        (folder / name).unlink()
+    assert torch.equal(logits(minipuzzle.load(folder)), expected)
+    found = run_cli("verify", folder, "--against", tmp_path / "source", "--json")
+    assert found.exit_code == 0 and json.loads(found.stdout)["verdict"] == "ok", found.output
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_of_zeros_and_experts_that_nothing_reaches_get_finite_scales(
+    scheme: str, flavour: str, tmp_path: Path
+) -> None:
+    folder = write_family_checkpoint(tmp_path / "source", "nemotron_h-moe", **WIDTHS["nemotron_h-moe"])
+
+    def kill(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if ".experts." in name or ".q_proj" in name or name.endswith("shared_experts.up_proj.weight"):
+                tensor.zero_()
+
+    source = Checkpoint.open(change_tensors(folder, kill))
+    request = ExportRequest(scheme=scheme, flavour=flavour)
+    export_checkpoint(source, tmp_path / "out", request, calibration_token_ids=TOKEN_IDS)
+    stored = load_file(tmp_path / "out" / SINGLE_FILE)
+    scales = {path: tensor.float() for path, tensor in stored.items() if "_scale" in path}
+    assert all(bool((scale > 0).all() and scale.isfinite().all()) for scale in scales.values())
+    codes = [stored[path] for path in stored if ".experts.0.up_proj.weight" in path and "scale" not in path]
+    assert codes and not any(bool(found.view(torch.uint8).any()) for found in codes)
+    assert logits(minipuzzle.load(tmp_path / "out")).isfinite().all()

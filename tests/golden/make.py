@@ -36,7 +36,7 @@ WIDTHS = {
     "granitemoehybrid": ("ssm_head=4", "hidden=16"),
     "nemotron": ("hidden=16", "kv_group=1"),
 }
-NOT_COMPUTED = ("minipuzzle.json", "plan.json", "candidates.json", "tokenizer.json")
+NOT_COMPUTED = ("minipuzzle.json", "plan.json", "candidates.json", "digests.json", "tokenizer.json")
 WITHOUT_NVFP4 = ("nemotron_h-moe",)  # whose experts are narrower than its blocks
 BUDGET = ("--memory", "85%", "--granularity", 16, "--min-ffn", 0.5, "--context", 64)
 TINY_LENGTH, EMBEDDED_LENGTH = 24, 128
