@@ -61,7 +61,8 @@ _TABLE = (
         ),
         memory="31.7GiB",
         source="budget of Nemotron-H 47B: FP4 inference on 1 million tokens (arXiv 2504.03624, section 3); the report "
-        "gives no precision for single terms, so weights, embeddings, head and KV cache are all NVFP4 here",
+        "gives no precision for single terms, so weights, embeddings, head and KV cache are all NVFP4 here; "
+        "`export` writes the last three in BF16, or the cache in FP8, and then the published cut takes 37.64 GiB",
     ),
     NamedDeployment(
         name="a10g-bf16-128k",
