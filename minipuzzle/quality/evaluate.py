@@ -52,12 +52,15 @@ class TokenSums:
     seconds: float = 0.0
 
     def add(self, logits_CV: torch.Tensor, labels_C: torch.Tensor, reference: ReferenceLogits | None = None) -> None:
-        """Add a chunk of tokens, by float32 logits and next tokens."""
+        """Add a chunk of tokens, by float32 logits and next tokens; rows that the reference lacks are not compared."""
         log_prob_CV, best_C = logits_CV.log_softmax(-1), logits_CV.argmax(-1)
         self.loss -= float(_sum_float64(log_prob_CV.gather(-1, labels_C[:, None])[:, 0]))
         self.num_correct += int((best_C == labels_C).sum())
         self.num_tokens += len(labels_C)
         if reference is not None:
+            if (num_shared := reference.log_prob_CV.shape[1]) < logits_CV.shape[1]:
+                log_prob_CV = logits_CV[:, :num_shared].log_softmax(-1)
+                best_C = log_prob_CV.argmax(-1)
             rise_CV = reference.log_prob_CV - log_prob_CV
             self.kl += float(_sum_float64(torch.linalg.vecdot(reference.prob_CV, rise_CV)))
             self.num_agreed += int((best_C == reference.best_C).sum())
@@ -76,6 +79,8 @@ def evaluate(
     advance: Advance = no_progress,
 ) -> Quality:
     """Measure a model on windows, and its distance from a teacher that shares its vocabulary if one is given.
+
+    Where heads are padded to different numbers of rows, the distance is over the rows that both have.
 
     Each trunk runs once a batch. Logits are float32, sums float64; padding counts nowhere. ``advance`` is called with
     the number of windows done. ``against_family`` is needed only where the teacher is of another family.
@@ -195,7 +200,8 @@ def _add_batch(
         logits_CV = _timed(sums, labels_C.device, lambda chunk=chunk: student.logits(student_hidden_NH[chunk]))
         reference = None
         if teacher is not None and teacher_hidden_NH is not None:
-            reference = ReferenceLogits(teacher.logits(teacher_hidden_NH[chunk]))
+            num_rows = student.weight_VH.shape[0]
+            reference = ReferenceLogits(teacher.logits(teacher_hidden_NH[chunk])[:, :num_rows])
         sums.add(logits_CV, labels_C, reference)
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, check_token_ids, evaluation_windows
+from minipuzzle.errors import warn
 from minipuzzle.export.reader import check_readable, load_any_model
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import combine, documents_within
 from minipuzzle.quality.evaluate import evaluate as evaluate_model
 from minipuzzle.quality.record import Quality
-from minipuzzle.quality.vocabulary import check_same_vocabulary
+from minipuzzle.quality.vocabulary import check_same_vocabulary, shared_vocabulary
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.workflows.settings import EvaluateSettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, verb
@@ -81,7 +82,10 @@ def _opened(model: Model, settings: EvaluateSettings) -> tuple[Checkpoint, Check
     check_readable(student)
     if teacher is not None:
         check_readable(teacher)
-        check_same_vocabulary(student, teacher)
+        if student.architecture.vocabulary == teacher.architecture.vocabulary:
+            check_same_vocabulary(student, teacher)
+        else:
+            warn(shared_vocabulary(student, teacher).note)
     return student, teacher
 
 

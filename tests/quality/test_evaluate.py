@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from minipuzzle.runtime.models import load_model, load_tokenizer
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
 from tests.support.oracles import logits_of
-from tests.support.tiny_models import write_tiny_checkpoint
+from tests.support.tiny_models import change_tensors, write_tiny_checkpoint
 
 FAMILY = FAMILIES["nemotron_h"]
 DOCUMENTS = ("What is measured can be mended.", "Größe zählt in Bytes, nicht in Zeichen. " * 4, "ab")
@@ -161,11 +162,29 @@ def test_the_command_reads_fp8_exports_and_sees_their_rounding(folder: Path, tmp
     assert 0 < json.loads(result.stdout)["second"]["kl"] < 1
 
 
-def test_another_vocabulary_is_refused_before_any_weight_is_read(folder: Path, tmp_path: Path) -> None:
-    other = write_tiny_checkpoint(tmp_path / "other", vocab_size=300)
+def test_heads_padded_to_different_lengths_are_compared_where_both_have_rows(folder: Path, tmp_path: Path) -> None:
+    """The same model with 16 more rows of padding, likely ones: at a distance of nothing, from either side."""
+    shutil.copytree(folder, tmp_path / "padded")
+
+    def pad(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("lm_head.weight", "backbone.embeddings.weight"):
+            tensors[name] = torch.cat([tensors[name], tensors[name][-16:]])
+
+    config = read_json(folder / "config.json")
+    write_json(change_tensors(tmp_path / "padded", pad) / "config.json", {**config, "vocab_size": 288})
+    for model, other in ((folder, tmp_path / "padded"), (tmp_path / "padded", folder)):
+        data = ("--data", folder.parent / "first.txt", "--json")
+        result = run_cli("evaluate", model, "--against", other, *data)
+        assert "the first 272 are compared" in result.stderr
+        found = json.loads(result.stdout)["first"]
+        assert abs(found["kl"]) < 1e-6 and found["top1_agreement"] == 1
+
+
+def test_a_head_too_short_for_the_tokenizer_is_refused_before_any_weight_is_read(folder: Path, tmp_path: Path) -> None:
+    other = write_tiny_checkpoint(tmp_path / "other", vocab_size=200)
     result = run_cli("evaluate", folder, "--against", other, "--data", folder.parent / "first.txt")
     assert result.exit_code == 1
-    assert "vocabulary of 272" in result.stderr and "300" in result.stderr
+    assert "200 rows" in result.stderr and "259" in result.stderr
 
 
 def test_another_tokenizer_with_as_many_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
