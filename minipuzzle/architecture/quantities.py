@@ -22,6 +22,7 @@ _SIZE_SUFFIXES = {
     "TIB": 2**40,
 }
 _COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_LARGEST_COUNT = 10**18
 _NUMBER = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
 
 
@@ -66,6 +67,8 @@ def parse_count(text: str) -> int:
     count = number * _COUNT_SUFFIXES[suffix]
     if count != count.to_integral_value():
         raise MinipuzzleError(f"{text!r} is not a whole number", "use a count such as 4096 or 128k")
+    if count > _LARGEST_COUNT:
+        raise MinipuzzleError(f"{text!r} is more than anyone can count", "use a count such as 4096 or 128k")
     return int(count)
 
 

@@ -18,6 +18,7 @@ nanoseconds, so that sums do not depend on their order.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +92,14 @@ def read_timings(path: Path) -> Timings:
             if reader.fieldnames is None or not {"kind", "step_seconds"} <= set(reader.fieldnames):
                 raise MinipuzzleError(f"{path} has no columns kind and step_seconds", "see `minipuzzle search --help`")
             rows = tuple(_timed_layer(row, f"{path}, line {reader.line_num}") for row in reader)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MinipuzzleError(f"cannot read {path}: {error}", "check --timings") from None
     if not rows:
         raise MinipuzzleError(f"{path} holds no times", "add a row for each kind of layer")
+    measured = Counter((row.kind, row.widths) for row in rows)
+    if twice := next((row for row, count in measured.items() if count > 1), None):
+        widths = "".join(f", {axis} {width}" for axis, width in twice[1])
+        raise MinipuzzleError(f"{path} holds two times of {twice[0]}{widths}", "keep one of them")
     return Timings(rows=rows)
 
 

@@ -36,6 +36,7 @@ class LayerMetric:
 
     definition: str
     of: Callable[[LayerSums], NDArray[np.float64]]
+    may_be_negative: bool = False
 
 
 LAYER_METRICS = Table(
@@ -61,6 +62,7 @@ LAYER_METRICS = Table(
         "delta_loss": LayerMetric(
             definition="rise of the next-token loss, nats/token",
             of=lambda sums: sums.loss_rise / max(1, sums.num_labels),
+            may_be_negative=True,
         ),
     },
 )

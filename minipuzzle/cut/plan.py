@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from minipuzzle.files.json_files import read_json
 
 PLAN_FILE = "plan.json"
 SCHEMA_VERSION = 2  # version 1 had its figures among the notes
+_LARGEST_SCALE = 1e4  # of a norm: the root of a ratio of mean squares, which no cut changes a hundred-million-fold
 _WHOLE_MODEL = "model"  # instead of a layer's index, in files
 
 # How units are chosen: by the scores alone, or by what a refit can make up, where held-out text agrees.
@@ -100,9 +100,11 @@ class Plan:
 
         num_groups = {placed.name: placed.spec.rms_groups for placed in source.tensors() if placed.spec.rms_groups}
         for name, scales in self.norm_scales.items():
-            are_factors = all(isinstance(scale, int | float) and 0 <= scale < inf for scale in scales)
+            are_factors = all(type(scale) in (int, float) and 0 < scale <= _LARGEST_SCALE for scale in scales)
             if len(scales) != num_groups.get(name) or not are_factors:
-                raise MinipuzzleError(f"the plan's scales of {name} are not one factor for each group of a norm", hint)
+                raise MinipuzzleError(
+                    f"the plan's scales of {name} are not one positive factor for each group of a norm", hint
+                )
 
     def _check_groups(self, source: Architecture, axis: str, layer_idx: int | None, hint: str) -> None:
         group_axis = kind_of_axis(axis).unit_groups.get(axis)

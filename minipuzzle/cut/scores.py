@@ -15,16 +15,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
 from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.json_files import parse_json, require_regular_file
 
 SCHEMA_VERSION = "1"
+_JSON_FORM = '{"layer": {"mse": [...]}} is expected, a number for each layer'
+_CONTRIBUTION = "_contribution"  # ends the name of another score of the same units
+_ROUNDING = 1e-4  # a divergence of equal models may come out a little below zero
 FINAL = "final"  # stands for the layer index of the final norm
 
 
@@ -101,29 +108,33 @@ class Scores:
 
         Raises: MinipuzzleError naming what differs.
         """
-        num_layers = len(architecture.layers)
-        for metric, values in (*self.layer.items(), *self.variants.items(), *self.blocks.items()):
-            if values.shape != (num_layers,):
-                raise MinipuzzleError(
-                    f"layer scores {metric!r} cover {values.size} layers; the model has {num_layers}",
-                    "measure this model with `minipuzzle score`",
-                )
+        for table, values in self._tables():
+            for name, array in values.items():
+                _check_array(table, name, array, _wanted_shape(table, name, architecture))
         missing = sorted({int(idx) for values in self.layer.values() for idx in np.flatnonzero(np.isnan(values))})
         if missing and self.metadata.get("layers", "all") != "all":
             raise MinipuzzleError(
                 f"the scores lack layers {', '.join(map(str, missing))}: they were measured with --layers",
                 "measure all layers to search or cut",
             )
-        tables = (self.layer, self.variants, self.blocks, self.units, self.energies)
-        for name, values in (item for table in tables for item in table.items()):
-            if not np.isfinite(values).all():
-                raise MinipuzzleError(f"scores {name!r} hold NaN or infinite values", "measure again")
+        for table, values in self._tables():
+            for name, array in values.items():
+                if not np.isfinite(array).all():
+                    raise MinipuzzleError(f"scores {table}.{name} hold NaN or infinite values", "measure again")
+                metric = LAYER_METRICS.get(name.partition(".")[0])
+                if array.min(initial=0) < -_ROUNDING and not (metric and metric.may_be_negative):
+                    raise MinipuzzleError(f"scores {table}.{name} are negative", "measure again")
         measured = self.metadata.get("model_fingerprint")
         if fingerprint is not None and measured is not None and measured != fingerprint:
             raise MinipuzzleError(
                 f"the scores belong to a model with fingerprint {measured}, not {fingerprint}",
                 "measure this model with `minipuzzle score`",
             )
+
+    def _tables(self) -> tuple[tuple[str, Mapping[str, Array]], ...]:
+        """The tables by the first part of their tensors' names."""
+        named = {"layer": self.layer, "variant": self.variants, "block": self.blocks}
+        return (*named.items(), ("unit", self.units), ("energy", self.energies))
 
     def to_json(self) -> dict[str, Any]:
         """The scores of layers (None: not measured), and what was measured how; of units their numbers."""
@@ -151,6 +162,35 @@ class Scores:
         return "model_fingerprint" in self.metadata
 
 
+def _wanted_shape(table: str, name: str, architecture: Architecture) -> tuple[int, ...] | None:
+    """The shape of one array of scores of a model; None where the model has nothing of that name."""
+    if table in ("layer", "variant", "block"):
+        return (len(architecture.layers),)
+    axis, _, place = name.partition(".")
+    if place and place != FINAL and not (place.isdecimal() and int(place) < len(architecture.layers)):
+        return None
+    layer_idx = int(place) if place.isdecimal() else None
+    if table == "energy" and axis != TRUNK.inner_norm_energy:
+        inner = [t.shape for t in architecture.layer_tensors(layer_idx or 0) if t.spec.rms_groups]
+        return (prod(inner[-1]),) if inner and layer_idx is not None else None
+    axis = axis.removesuffix(_CONTRIBUTION)
+    sizes = architecture.sizes(None if axis == "hidden" else layer_idx)
+    if axis not in sizes:
+        return None
+    chooser = kind_of_axis(axis).chosen_by_unit.get(axis)
+    return (sizes[axis],) if chooser is None else (sizes[chooser], sizes[axis])
+
+
+def _check_array(table: str, name: str, array: Array, wanted: tuple[int, ...] | None) -> None:
+    hint = "measure this model with `minipuzzle score`"
+    if wanted is None:
+        raise MinipuzzleError(f"the model has nothing that scores {table}.{name} could be of", hint)
+    if array.shape != wanted:
+        raise MinipuzzleError(f"scores {table}.{name} have shape {array.shape}; the model's are {wanted}", hint)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise MinipuzzleError(f"scores {table}.{name} are {array.dtype}, no floating-point numbers", hint)
+
+
 def write_scores(scores: Scores, path: Path) -> None:
     """Write a score file. The caller stages it (``outputs.output_file``)."""
     from safetensors.numpy import save_file
@@ -170,20 +210,22 @@ def read_scores(path: Path) -> Scores:
 
     Raises: MinipuzzleError for anything unreadable or of another schema.
     """
-    if not path.is_file():
-        raise MinipuzzleError(f"score file {path} does not exist", "measure with `minipuzzle score`")
+    require_regular_file(path, "measure with `minipuzzle score`")
     return _read_json_scores(path) if path.suffix == ".json" else _read_safetensors_scores(path)
 
 
 def _read_json_scores(path: Path) -> Scores:
+    record = parse_json(path.read_bytes(), str(path), _JSON_FORM)
+    layer = record.get("layer") if isinstance(record, dict) else None
+    if not isinstance(layer, dict) or not layer:
+        raise MinipuzzleError(f"{path} is not a score file: it has no object `layer`", _JSON_FORM)
+    for metric, values in layer.items():
+        if not isinstance(values, list) or not all(value is None or type(value) in (int, float) for value in values):
+            raise MinipuzzleError(f"{path}: layer.{metric} is no list of numbers", _JSON_FORM)
     try:
-        layer = {
-            str(metric): np.asarray(values, dtype=np.float64)
-            for metric, values in json.loads(path.read_text(encoding="utf-8"))["layer"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MinipuzzleError(f"{path} is not a score file: {error}", '{"layer": {"mse": [...]}} is expected') from None
-    return Scores(layer=layer)
+        return Scores(layer={metric: np.asarray(values, np.float64) for metric, values in layer.items()})
+    except OverflowError:
+        raise MinipuzzleError(f"{path} holds numbers of hundreds of digits", _JSON_FORM) from None
 
 
 def _read_safetensors_scores(path: Path) -> Scores:

@@ -144,5 +144,5 @@ def _energy_scales(energy: Array, kept: np.ndarray[Any, Any], num_groups: int) -
         in_group = kept[kept // group_size == group]
         kept_mean = float(energy[in_group].astype(np.float64).mean())
         # A group that was silent in calibration has nothing to restore.
-        factors.append(float(np.sqrt(kept_mean / all_mean[group])) if all_mean[group] > 0 else 1.0)
+        factors.append(float(np.sqrt(kept_mean / all_mean[group])) if min(kept_mean, all_mean[group]) > 0 else 1.0)
     return tuple(factors)

@@ -53,7 +53,7 @@ def test_scores_of_another_model_or_with_nan_are_refused(tmp_path: Path) -> None
     scores = replace(random_scores(source), metadata={"model_fingerprint": "abc"})
     with pytest.raises(MinipuzzleError, match="abc"):
         scores.check_against(source, "def")
-    with pytest.raises(MinipuzzleError, match="cover 3 layers"):
+    with pytest.raises(MinipuzzleError, match=r"layer.mse have shape"):
         Scores(layer={"mse": np.ones(3)}).check_against(source)
     with pytest.raises(MinipuzzleError, match="NaN"):
         Scores(layer={"mse": np.full(len(PATTERN), np.nan)}).check_against(source)
