@@ -195,7 +195,8 @@ class RaceSettings:
         Raises: MinipuzzleError with both amounts.
         """
         settings = self.distillation(self.tokens, 0, compute.dtype)
-        estimate_memory(student, teacher, settings, compute.device).require_room(compute, "drop --finalists")
+        memory = estimate_memory(student, teacher, settings, on_cpu=compute.own_device.is_cpu)
+        memory.require_room(compute, "drop --finalists")
         if compute.memory_bytes is not None:
             weight_bytes = sum(resident_weight_bytes(model, torch.float32) for model in (student, teacher))
             compute.require_room(weight_bytes, "to measure a finalist beside its source", "drop --finalists")

@@ -231,12 +231,15 @@ def _check_targets(request: DistillRequest) -> None:
 
 
 def _without_unavailable(request: DistillRequest, compute: Compute) -> tuple[DistillRequest, tuple[str, ...]]:
-    """A request without FP8 compute where that cannot be had, and the reason in words."""
-    obstacle = float8_obstacle(compute.torch_device) if request.engine.fp8 else None
-    if obstacle is None:
-        return request, ()
-    engine = replace(request.engine, fp8=False)
-    return replace(request, engine=engine), (f"--fp8 is ignored: {obstacle}",)
+    """A request without FP8 compute or offloading where they cannot be had, and the reasons in words."""
+    engine, notes, device = request.engine, list[str](), compute.own_device
+    if engine.fp8 and (obstacle := float8_obstacle(device)) is not None:
+        engine = replace(engine, fp8=False)
+        notes.append(f"--fp8 is ignored: {obstacle}")
+    if engine.teacher_offload != "none" and device.backend is None:
+        engine = replace(engine, teacher_offload="none")
+        notes.append(f"--teacher-offload is ignored: torch.distributed has no backend for {device.kind}")
+    return replace(request, engine=engine), tuple(notes)
 
 
 def run_prepared(
@@ -255,7 +258,7 @@ def run_prepared(
         with shared_output_folder(
             request.out, provenance_of(request), processes, overwrite=request.overwrite
         ) as folder:
-            memory = PeakMemory(placement.device)
+            memory = PeakMemory(placement.compute.own_device)
             pair, progress = _train(prepared, placement, folder, on_step, on_note)
             peak_memory_bytes = memory.extra_bytes()
             write_result(pair, request.student, folder, processes)

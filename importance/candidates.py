@@ -79,7 +79,7 @@ def working_set(source: Architecture, tree: PrefixTree, windows: EvaluationWindo
 
 def _chunk_logits(compute: Compute) -> int:
     """Logits of one stream that exist at once."""
-    most = _MAX_CHUNK_LOGITS_CPU if compute.is_on_cpu else CHUNK_LOGITS
+    most = _MAX_CHUNK_LOGITS_CPU if compute.own_device.is_cpu else CHUNK_LOGITS
     return min(most, compute.limit_bytes // _CHUNK_MEMORY_SHARE // (4 * _CHUNK_BUFFERS))
 
 

@@ -56,7 +56,7 @@ def working_set(source: Architecture, num_tokens: int, num_streams: int, compute
     """What scoring needs: the altered models' streams, the full model's and one being computed, and the metrics."""
     sizes = _head_sizes(source, num_streams)
     chunk = chunk_tokens(num_tokens, compute.limit_bytes, **sizes)
-    head_bytes = chunk_bytes(chunk, on_cpu=compute.is_on_cpu, **sizes)
+    head_bytes = chunk_bytes(chunk, on_cpu=compute.own_device.is_cpu, **sizes)
     return WorkingSet(num_tokens=num_tokens, num_copies=num_streams + 2, head_bytes=head_bytes)
 
 

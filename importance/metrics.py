@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from minipuzzle.cut.layer_metrics import LAYER_METRICS, LayerSums
 from minipuzzle.data.windows import IGNORE
+from minipuzzle.devices import Device
 from minipuzzle.runtime.processes import Processes
 
 LOGIT_BUFFERS = 3  # of [chunk, vocabulary] in float32, alive at once at the worst moment
@@ -153,7 +154,9 @@ class _LogitChanges:
         the first is the difference of two log-sum-exps.
         """
         num_tokens, num_streams, hidden = self.difference_CSH.shape
-        tile_tokens, tile_vocabulary = _tile_shape(num_streams, len(self.head_VH), on_cpu=not self.head_VH.is_cuda)
+        tile_tokens, tile_vocabulary = _tile_shape(
+            num_streams, len(self.head_VH), on_cpu=Device.of(self.head_VH).is_cpu
+        )
         zeros = partial(self.difference_CSH.new_zeros, dtype=torch.float64)
         excess_CS, mean_row_CH = zeros((num_tokens, num_streams)), zeros((num_tokens, hidden))
         total_C1 = zeros((num_tokens, 1))  # 1 but for rounding, which would be the larger part of that of the KL
@@ -180,7 +183,7 @@ class _LogitChanges:
         return log_rise_CS, mean_CS
 
     def _tile(self, tokens: slice, columns: slice, head_rows_VH: torch.Tensor) -> torch.Tensor:
-        if self.altered_SCH.is_cuda and self.altered_SCH.dtype.itemsize < 4:
+        if Device.of(self.altered_SCH).widens_products and self.altered_SCH.dtype.itemsize < 4:
             # The difference of two hidden states would have to be rounded for a product in half precision.
             altered_CSH = self.altered_SCH[:, tokens].transpose(0, 1)
             logits_RV = _logits(altered_CSH.flatten(0, 1), self.head_VH[columns])
@@ -205,7 +208,7 @@ def _logits(hidden_RH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
     """Logits in float32 at least: rounding them to bfloat16 would drown small divergences."""
     if hidden_RH.dtype in (torch.float32, torch.float64):
         return F.linear(hidden_RH, head_VH)
-    if hidden_RH.is_cuda:
+    if Device.of(hidden_RH).widens_products:
         return torch.mm(hidden_RH, head_VH.T, out_dtype=torch.float32)
     pieces_VH = torch.split(head_VH, TILE_VOCABULARY_CPU)  # a whole head in float32 may not fit
     return torch.cat([F.linear(hidden_RH.float(), piece_VH.float()) for piece_VH in pieces_VH], dim=-1)

@@ -9,8 +9,9 @@ from importance import channels, layers
 from importance.alterations import LayerRequest, plans_of_any_units
 from importance.layers import alteration_tree, removal_plans
 from minipuzzle.cut.plan import plan_without
+from minipuzzle.devices import Device
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.runtime.compute import Compute, free_memory_bytes
+from minipuzzle.runtime.compute import MEMORY_SHARE, Compute
 from minipuzzle.runtime.layer_stack import EMBEDDINGS, FINAL_NORM, HEAD, LayerStack, WorkingSet, largest_part_bytes
 
 
@@ -104,8 +105,8 @@ def predict_work(
 def cache_bytes(stack: LayerStack, needs: WorkingSet, slice_samples: int) -> int:
     """Memory of the CPU that is left for streams to be used again: half of what is free beside a GPU, else what the
     streams of one slice leave."""
-    if not stack.compute.is_on_cpu:
-        return free_memory_bytes("cpu") // 2
+    if not stack.compute.own_device.is_cpu:
+        return int(MEMORY_SHARE * Device("cpu").free_bytes) // 2
     used = slice_samples * needs.sequence_bytes(stack.architecture, stack.dtype)
     used += stack.activation_bytes(needs.num_tokens) + needs.head_bytes
     return max(0, stack.free_bytes - used)

@@ -270,6 +270,26 @@ def test_modules_are_replaced_and_not_patched() -> None:
     assert {file: places for file, places in found.items() if places} == {}
 
 
+KINDS_OF_DEVICES = {"cuda", "xpu", "mps", "cpu"}
+
+
+def decisions_by_device(tree: ast.Module) -> Iterator[str]:
+    """Comparisons with the name of a kind of device, and what belongs to one kind alone."""
+    for node in ast.walk(tree):
+        is_own = isinstance(node, ast.Attribute) and node.attr in {"cuda", "xpu", "mps", "is_cuda", "is_xpu", "is_mps"}
+        kinds = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & KINDS_OF_DEVICES
+        if is_own or (isinstance(node, ast.Compare) and kinds and re.search(r"device|kind|type", ast.unparse(node))):
+            yield ast.unparse(node)
+
+
+def test_one_module_alone_asks_which_kind_a_device_is() -> None:
+    for bad in ("x.is_cuda", "device.type == 'cuda'", "torch.cuda.synchronize()", "x.device.type in ('cpu', 'mps')"):
+        assert list(decisions_by_device(ast.parse(bad)))
+    assert not list(decisions_by_device(ast.parse("Device.of(x).widens_products and engine.teacher_offload == 'cpu'")))
+    found = {file: list(decisions_by_device(tree)) for file, tree in syntax_trees(*PACKAGES).items()}
+    assert {file for file, places in found.items() if places} == {"minipuzzle/devices.py"}
+
+
 def test_help_comes_without_torch() -> None:
     """Importing torch takes seconds; no module that --help needs may do it."""
     code = (

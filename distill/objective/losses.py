@@ -22,6 +22,7 @@ from distill.objective.divergences import ChunkBuffers, Distribution, coarsen, r
 from distill.settings import FORMS
 from minipuzzle.architecture.quantities import MIB
 from minipuzzle.data.windows import IGNORE
+from minipuzzle.devices import Device
 
 # Small chunks stay in a CPU's caches; a GPU needs enough rows to keep its matrix units busy.
 CPU_CHUNK_BYTES = 16 * MIB
@@ -56,12 +57,12 @@ class LossSettings:
         assert self.mixture_share is None or 0 < self.mixture_share < 1
         assert self.top_k is None or self.top_k > 0
 
-    def chunk_rows(self, vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
+    def chunk_rows(self, vocabulary: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
         """Rows whose logits are held at once."""
         bytes_per_row = (FORMS[self.form].num_buffers + (self.ce_weight > 0)) * vocabulary * dtype.itemsize
         if self.chunk_bytes is not None:
             return max(1, self.chunk_bytes // bytes_per_row)
-        if device.type == "cpu":
+        if on_cpu:
             return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // bytes_per_row)
         return max(1, ACCELERATOR_CHUNK_BYTES // bytes_per_row)
 
@@ -188,7 +189,7 @@ def topk_targets(
     settings = LossSettings(temperature=temperature, top_k=top_k, chunk_bytes=chunk_bytes, matmul_dtype=matmul_dtype)
     dtype = _wide_dtype(teacher_hidden_NG)
     teacher = _TeacherHead(teacher_hidden_NG, teacher_head_VG, settings, dtype)
-    chunk_rows = settings.chunk_rows(len(teacher_head_VG), teacher_hidden_NG.device, dtype)
+    chunk_rows = settings.chunk_rows(len(teacher_head_VG), dtype, on_cpu=teacher_hidden_NG.is_cpu)
     buffers = ChunkBuffers(min(chunk_rows, len(teacher_hidden_NG)), len(teacher_head_VG), teacher_hidden_NG, dtype)
     parts = [teacher.coarse(rows, buffers) for rows in _chunks(len(teacher_hidden_NG), chunk_rows)]
     return TopKTargets(
@@ -295,7 +296,7 @@ class _ChunkedKL(torch.autograd.Function):
         hidden_gradient_NH = torch.zeros_like(hidden_NH, dtype=dtype) if want_hidden else None
         head_gradient_VH = torch.zeros_like(student_head_VH, dtype=dtype) if want_head else None
         kl = ce = torch.zeros((), dtype=dtype, device=hidden_NH.device)
-        chunk_rows = settings.chunk_rows(len(head_VH), hidden_NH.device, dtype)
+        chunk_rows = settings.chunk_rows(len(head_VH), dtype, on_cpu=hidden_NH.is_cpu)
         buffers = ChunkBuffers(min(chunk_rows, len(hidden_NH)), len(head_VH), hidden_NH, dtype)
         for rows in _chunks(len(hidden_NH), chunk_rows):
             hidden_CH = hidden_NH[rows]
@@ -343,7 +344,7 @@ def _matmul_operands(
 ) -> tuple[Tensor, Tensor]:
     operand_dtype = settings.matmul_dtype or hidden_NH.dtype
     hidden_NH, head_VH = hidden_NH.to(operand_dtype), head_VH.to(operand_dtype)
-    return (hidden_NH, head_VH) if hidden_NH.is_cuda else (hidden_NH.to(dtype), head_VH.to(dtype))
+    return (hidden_NH, head_VH) if Device.of(hidden_NH).widens_products else (hidden_NH.to(dtype), head_VH.to(dtype))
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:

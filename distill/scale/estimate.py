@@ -85,8 +85,8 @@ def estimate_run(
     num_processes: int,
 ) -> RunEstimate:
     """Memory, speed and duration of a run on ``num_processes`` devices."""
-    device = "cuda" if hardware.memory_bytes is not None else "cpu"
-    memory = estimate_memory(student, teacher, settings, device, engine=engine, num_processes=num_processes)
+    on_cpu = hardware.memory_bytes is None
+    memory = estimate_memory(student, teacher, settings, on_cpu=on_cpu, engine=engine, num_processes=num_processes)
     flops_per_second = hardware.bf16_flops * hardware.expected_fraction
     if engine.fp8 and hardware.fp8_flops:
         flops_per_second *= _FP8_SPEED_UP
@@ -153,8 +153,8 @@ def estimate_memory(
     student: Architecture,
     teacher: Architecture,
     settings: DistillSettings,
-    device: str,
     *,
+    on_cpu: bool,
     engine: EngineSettings | None = None,
     num_processes: int = 1,
 ) -> MemoryEstimate:
@@ -162,11 +162,10 @@ def estimate_memory(
     engine = engine or EngineSettings()
     weight_bytes = DTYPES[settings.dtype].itemsize
     rows = settings.micro_batch_sequences * settings.sequence_length
-    kind = torch.device(device)
-    chunk_rows = min(rows, LossSettings().chunk_rows(student.vocabulary, kind, torch.float32))
+    chunk_rows = min(rows, LossSettings().chunk_rows(student.vocabulary, torch.float32, on_cpu=on_cpu))
     loss_values = student.hidden * (rows + student.vocabulary) + 4 * chunk_rows * student.vocabulary
     is_offloaded = engine.teacher_offload == "cpu"
-    is_split = num_processes > 1 or is_offloaded or kind.type != "cpu"
+    is_split = num_processes > 1 or is_offloaded or not on_cpu
     teacher_bytes = 0 if is_offloaded else weight_bytes * teacher.num_parameters
     return MemoryEstimate(
         student_bytes=_FLOAT32_BYTES * _TRAINING_COPIES * student.num_parameters // num_processes,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipuzzle.devices import Device
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.e4m3 import fake_quantize, scale_of
 from minipuzzle.formats.layout import WEIGHT, export_layout
@@ -23,13 +24,13 @@ _SMALLEST_CAPABILITY = (8, 9)  # of NVIDIA GPUs with FP8 matrix units
 _GEMM_MULTIPLE = 16  # both sides of an FP8 product are multiples of this
 
 
-def float8_obstacle(device: torch.device) -> str | None:
+def float8_obstacle(device: Device) -> str | None:
     """Why FP8 compute is not to be had on a device; None where it is."""
-    if device.type != "cuda":
-        return f"the device is {device.type}, and FP8 matrix products need an NVIDIA GPU (Ada, Hopper or later)"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _SMALLEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} has no FP8 matrix units"
+    if not device.speaks_cuda:
+        return f"the device is {device.kind}, and FP8 matrix products need an NVIDIA GPU (Ada, Hopper or later)"
+    properties = device.properties
+    if (properties.major, properties.minor) < _SMALLEST_CAPABILITY:
+        return f"{properties.name} has no FP8 matrix units"
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed (pip install 'minipuzzle[fp8]')"
     return None

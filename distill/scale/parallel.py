@@ -25,6 +25,7 @@ from distill.engine import EngineSettings
 from distill.objective.pair import DistillPair, HiddenStates
 from distill.scale.low_precision import float8_obstacle, train_through_fp8, use_float8_compute
 from minipuzzle.architecture.families import Family
+from minipuzzle.devices import Device
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
@@ -55,20 +56,20 @@ def joined_placement(compute: Compute, engine: EngineSettings) -> Iterator[Place
     """Connect the processes of the job, if there are several, while the block runs.
 
     A single process on a GPU is a mesh of one, so that it computes exactly as many do; on a CPU models stay whole
-    unless the teacher is to be offloaded.
+    unless the teacher is to be offloaded, and so they do on a device that torch.distributed has no backend for.
     """
     with joined_processes(compute.device) as processes:
         compute = compute.among(processes)
-        own = compute.torch_device
-        if processes.world_size == 1 and own.type == "cpu" and engine.teacher_offload == "none":
+        own = compute.own_device
+        may_be_whole = own.is_cpu or own.backend is None
+        if processes.world_size == 1 and may_be_whole and engine.teacher_offload == "none":
             yield Placement(compute=compute, mesh=None)
             return
         is_ours = not dist.is_initialized()
         if is_ours:
-            backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(own.backend, store=HashStore(), rank=0, world_size=1)
         try:
-            mesh = init_device_mesh(own.type, (processes.world_size,), mesh_dim_names=("shard",))
+            mesh = init_device_mesh(own.kind, (processes.world_size,), mesh_dim_names=("shard",))
             yield Placement(compute=compute, mesh=mesh)
         finally:
             if is_ours:
@@ -124,7 +125,7 @@ def tie_head(parts: ModelParts) -> None:
 def prepare_student(part: HiddenStates, student: Checkpoint, engine: EngineSettings, device: torch.device) -> None:
     """Change how a student computes, before it is split."""
     if engine.fp8:
-        obstacle = float8_obstacle(device)
+        obstacle = float8_obstacle(Device(str(device)))
         assert obstacle is None, obstacle  # settled when the run was prepared
         use_float8_compute(part.model, part.layers)
     if engine.qat != "none":
@@ -185,11 +186,11 @@ def split(
     and the LM head, with embeddings that are tied to it, stay gathered from the forward pass on, because the loss uses
     them after it.
     """
-    has_gpu = mesh.device_type == "cuda"  # pinned memory is for copies to a GPU
+    on_cpu = CPUOffloadPolicy(pin_memory=Device(mesh.device_type).pins_memory)
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=low_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=has_gpu) if offload_to_cpu else OffloadPolicy(),
+        "offload_policy": on_cpu if offload_to_cpu else OffloadPolicy(),
     }
     parts = part.parts
     units = part.layers if parts.head.weight is parts.embeddings.weight else (parts.embeddings, *part.layers)

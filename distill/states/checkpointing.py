@@ -40,6 +40,7 @@ from distill.states.stored import (
     saved_steps,
     step_folder,
 )
+from minipuzzle.devices import Device
 from minipuzzle.files.digests import damage_of, write_digests
 from minipuzzle.files.json_files import write_json
 from minipuzzle.runtime.processes import Processes
@@ -58,7 +59,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    device: torch.device
+    device: Device
 
 
 class StateStore:
@@ -178,7 +179,7 @@ class StateStore:
         read_into(tensors, reader, process_group=self._group, no_dist=self._group is None)
         # What the model keeps was filled in place; the rest is handed over.
         _restore_optimizer(self._state.optimizer, _with_prefix(tensors, _OPTIMIZER))
-        _restore_generators(_with_prefix(tensors, self._generator_prefix), self._state.device)
+        self._state.device.restore_generators(_with_prefix(tensors, self._generator_prefix))
         return progress
 
     @property
@@ -189,7 +190,7 @@ class StateStore:
         groups: dict[str, Mapping[str, Tensor]] = {
             MODEL_PREFIX: self._state.model.state_dict(),
             _OPTIMIZER: _optimizer_tensors(self._state.optimizer),
-            self._generator_prefix: _generator_states(self._state.device),
+            self._generator_prefix: self._state.device.generator_states(),
         }
         return {
             prefix + name: tensor.detach() for prefix, tensors in groups.items() for name, tensor in tensors.items()
@@ -243,20 +244,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
         key, _, parameter_name = full_name.partition("/")
         by_parameter.setdefault(ids[parameter_name], {})[key] = tensor
     optimizer.load_state_dict({**optimizer_state, "state": by_parameter})
-
-
-def _generator_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _seal(folder: Path, written: Future[Any]) -> None:

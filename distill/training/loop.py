@@ -59,7 +59,7 @@ def distill_pair(
     """
     engine, processes = engine or EngineSettings(), pair.compute.processes
     optimizer = make_optimizer(pair.student.model, settings)
-    state = TrainingState(model=pair.student.model, optimizer=optimizer, device=pair.device)
+    state = TrainingState(model=pair.student.model, optimizer=optimizer, device=pair.compute.own_device)
     run = _Run(
         pair=pair,
         state=state,

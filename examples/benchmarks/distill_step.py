@@ -31,6 +31,7 @@ from distill.training.data import PackedWindows
 from distill.training.loop import distill_pair
 from distill.training.optimizers import make_optimizer
 from minipuzzle.architecture.families import FAMILIES, read_architecture
+from minipuzzle.devices import Device
 from minipuzzle.runtime.models import build_on_meta
 
 MIB = 2**20
@@ -160,7 +161,7 @@ def measure_speed() -> Speed:
 def measure_memory(way: str) -> Memory:
     """Some steps of one way."""
     teacher, student, _ = models()
-    memory, peaks, losses = PeakMemory(torch.device("cpu")), list[int](), list[float]()
+    memory, peaks, losses = PeakMemory(Device("cpu")), list[int](), list[float]()
 
     def note(record: StepRecord) -> None:
         losses.append(record.loss)

@@ -32,6 +32,7 @@ from distill.training.loop import distill_pair
 from minipuzzle.architecture.families import FAMILIES, read_architecture
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import GIB
+from minipuzzle.devices import Device
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import ShardWriter
@@ -102,7 +103,7 @@ def full_case(device: str, memory_bytes: int) -> Case:
         patterns = (p[: math.ceil(len(p) * kept_fraction)] for p in (TEACHER_PATTERN, STUDENT_PATTERN))
         teacher, student = (config_of(pattern, WIDTHS) for pattern in patterns)
         case = Case(teacher=teacher, student=student, settings=settings, device=device)
-        needed = estimate_memory(*case.architectures, settings, device, engine=engine).total_bytes
+        needed = estimate_memory(*case.architectures, settings, on_cpu=device == "cpu", engine=engine).total_bytes
         if needed < (1 - SPARE_FRACTION) * memory_bytes:
             return case
     raise SystemExit("this GPU is too small for two layers of the public widths")
@@ -141,7 +142,7 @@ def measure(case: Case, student: Checkpoint, teacher: Checkpoint, engine: Engine
     data = PackedWindows([tokens.tolist()], sequence_length=settings.sequence_length)
     compute = Compute(device=case.device, dtype=settings.dtype)
     with joined_placement(compute, engine) as placement, tempfile.TemporaryDirectory() as folder:
-        memory = PeakMemory(placement.device)
+        memory = PeakMemory(placement.compute.own_device)
         pair = open_pair(
             student=student,
             teacher=teacher,
@@ -167,7 +168,7 @@ def ways_of(device: str) -> dict[str, EngineSettings]:
     """What is compared on a device, by name."""
     base = EngineSettings(activation_checkpointing=True)
     ways = {"bf16": base, "bf16, compiled": replace(base, compile_layers=True)}
-    obstacle = float8_obstacle(torch.device(device))
+    obstacle = float8_obstacle(Device(device))
     if obstacle is not None:
         print(f"FP8 is left out: {obstacle}")
         return {"bf16": base} if device == "cpu" else ways

@@ -55,7 +55,7 @@ def demo(
     from minipuzzle.files.checkpoint import Checkpoint
     from minipuzzle.files.outputs import check_target_folder, output_folder
     from minipuzzle.progress import silent
-    from minipuzzle.runtime.compute import Compute, peak_memory_bytes
+    from minipuzzle.runtime.compute import Compute
     from minipuzzle.show.bars import drawn_bar
     from minipuzzle.show.demo import draw_stages, print_stages
     from minipuzzle.workflows.demo import DEPLOYMENT, Audience, DemoSettings, run_demo
@@ -77,7 +77,7 @@ def demo(
         stages = run_demo(teacher, folder, settings, compute, audience)
         draw_stages(stages, folder / PICTURE)
     seconds = time.perf_counter() - start
-    peak_bytes = peak_memory_bytes(compute.torch_device)
+    peak_bytes = compute.own_device.peak_bytes
     if as_json:
         stages_json = [stage.to_json() for stage in stages]
         echo_json({"seconds": seconds, "peak_rss_bytes": peak_bytes, "stages": stages_json})

@@ -88,7 +88,7 @@ def distill(
         _convert(student, to_hf, options, as_json=as_json)
         return
     if estimate and gpus:
-        compute = Compute(device="cuda", dtype=options.pop("dtype") or "bfloat16")
+        compute = Compute(dtype=options.pop("dtype") or "bfloat16")
     else:
         compute = compute_of(options, is_quiet=as_json)
     settings = from_options(DistillOptions, options, compute=compute)

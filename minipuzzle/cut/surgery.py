@@ -50,7 +50,7 @@ def cut_tensor(tensor: torch.Tensor, placed: PlacedTensor, plan: Plan) -> torch.
     for dim_idx, dimension in enumerate(placed.spec.dims):
         positions = kept_positions(dimension, placed.sizes, kept_units)
         if positions is not None:
-            tensor = tensor.index_select(dim_idx, torch.from_numpy(positions))
+            tensor = tensor.index_select(dim_idx, torch.from_numpy(positions).to(tensor.device))
     scales = plan.norm_scales.get(placed.name)
     if scales is None:
         return tensor

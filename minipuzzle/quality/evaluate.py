@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from minipuzzle.architecture.families import Family
 from minipuzzle.data.windows import IGNORE, PIECE_CHARACTERS, EvaluationWindows, document_tokens
+from minipuzzle.devices import Device
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
 from minipuzzle.quality.record import Quality
@@ -157,10 +158,9 @@ def divergence_sums(teacher_logits_CV: torch.Tensor, student_logits_CV: torch.Te
 
 
 def _sum_float64(values: torch.Tensor) -> torch.Tensor:
-    # MPS has no float64; there the sum is finished on the host.
-    if values.device.type == "mps":
-        return values.sum(-1).cpu().double().sum()
-    return values.sum(dtype=torch.float64)
+    if Device.of(values).has_float64:
+        return values.sum(dtype=torch.float64)
+    return values.sum(-1).cpu().double().sum()
 
 
 class _Scored:
@@ -206,17 +206,12 @@ def _add_batch(
 
 
 def _timed(sums: TokenSums, device: torch.device, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
-    _wait_for(device)
+    Device(str(device)).synchronise()
     start = time.perf_counter()
     result = compute()
-    _wait_for(device)
+    Device(str(device)).synchronise()
     sums.seconds += time.perf_counter() - start
     return result
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Quality:

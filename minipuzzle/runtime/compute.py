@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minipuzzle.architecture.quantities import GIB, format_gib
+from minipuzzle.architecture.quantities import format_gib
+from minipuzzle.devices import Device
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Progress, silent
 from minipuzzle.runtime.processes import Processes
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 DTYPES: Table[torch.dtype] = Table("dtype", "dtypes", lazy={"float32": "torch:float32", "bfloat16": "torch:bfloat16"})
 _OTHER_DTYPES = ("float16", "float64")  # that no command offers: values overflow, or everything takes very long
 MEMORY_SHARE = 0.8  # of the free memory, where no limit was given: working sets are estimates
-FALLBACK_MEMORY_BYTES = 4 * GIB  # where the system does not say what is free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +50,16 @@ class Compute:
         return getattr(torch, self.dtype) if self.dtype in _OTHER_DTYPES else DTYPES[self.dtype]
 
     @property
+    def own_device(self) -> Device:
+        """The device of this process where all were given the same name, and what it offers."""
+        return Device(Device(self.device).of_process(self.processes.local_rank, self.processes.world_size))
+
+    @property
     def torch_device(self) -> torch.device:
         """The device of this process as torch has it."""
         import torch
 
-        return torch.device(self.device_of_process)
-
-    @property
-    def device_of_process(self) -> str:
-        """The device of this process where all were given the same name: each takes a GPU of its own."""
-        return self.processes.device(self.device)
-
-    @property
-    def is_on_cpu(self) -> bool:
-        """Whether the device is the CPU, whose caches are small and whose memory is the system's."""
-        return self.torch_device.type == "cpu"
+        return torch.device(self.own_device.name)
 
     def among(self, processes: Processes) -> Compute:
         """The same in one of several processes, of which the first alone shows progress."""
@@ -73,7 +67,7 @@ class Compute:
 
     def with_limit(self) -> Compute:
         """The same with a number of bytes: the limit given, or most of what is free now."""
-        return self if self.memory_bytes else replace(self, memory_bytes=free_memory_bytes(self.device_of_process))
+        return self if self.memory_bytes else replace(self, memory_bytes=int(MEMORY_SHARE * self.own_device.free_bytes))
 
     @property
     def limit_bytes(self) -> int:
@@ -92,60 +86,3 @@ class Compute:
                 f"the work needs {format_gib(needed_bytes)} ({terms}), but {format_gib(limit_bytes)} may be used",
                 f"raise --device-memory, or {hint}",
             )
-
-
-def free_memory_bytes(device: str) -> int:
-    """Most of the memory that is free on a device: MemAvailable, within the control group, for the CPU."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return int(MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(MEMORY_SHARE * min(_available_bytes(), _control_group_bytes()))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: what torch allocated on a GPU, else what was resident."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return FALLBACK_MEMORY_BYTES
-
-
-def _control_group_bytes() -> float:
-    """What a container may still use; without a limit, infinity."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no version-2 control group, or the word "max"
-        return float("inf")
-
-
-def checked_device(device: str | None) -> str:
-    """The device asked for, or the best one there is.
-
-    Raises: MinipuzzleError for a device that torch cannot use.
-    """
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise MinipuzzleError(f"device {device!r} cannot be used: {error}", "try --device cpu") from None
-    return device

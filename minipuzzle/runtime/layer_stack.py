@@ -90,7 +90,7 @@ class LayerStack:
         self.checkpoint = checkpoint
         self.architecture: Architecture = checkpoint.architecture
         self.compute = compute.with_limit()
-        self.device, self.dtype = compute.device_of_process, compute.torch_dtype
+        self.device, self.dtype = compute.own_device.name, compute.torch_dtype
         self.memory_bytes, self.reserved_bytes = self.compute.limit_bytes, reserved_bytes
         self.counters = WorkCounters()
         model = build_on_meta(checkpoint.config, self.dtype)
@@ -202,7 +202,7 @@ class LayerStack:
     def sequences_at_once(self, layer_idx: int, num_tokens: int) -> int:
         """Sequences of a length that one call of a layer takes: one at least, else within a quarter of the memory."""
         needed_bytes = self._activation_bytes_of(layer_idx, num_tokens)
-        max_tokens = MAX_BATCH_TOKENS_CPU if self.compute.is_on_cpu else MAX_BATCH_TOKENS
+        max_tokens = MAX_BATCH_TOKENS_CPU if self.compute.own_device.is_cpu else MAX_BATCH_TOKENS
         return max(1, min(self.free_bytes // 4 // needed_bytes, max_tokens // num_tokens))
 
     def sequences_that_fit(self, working_set: WorkingSet, num_sequences: int) -> int:

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minipuzzle.devices import Device
+
 TRITON, TORCH = "triton kernels of mamba-ssm", "torch"
 MIN_CHUNK_TOKENS = 32  # in float32: where chunks would be shorter, products in float64 are cheaper than more states
 GOOD_CHUNK_TOKENS_CPU = 64  # whatever config.json says: its chunks suit a GPU, or are so short that states dominate
@@ -30,7 +32,7 @@ NOTHING_LEFT_NATS = {torch.float32: 110.0, torch.float64: 750.0}  # a decay afte
 
 def scan_path(device: str | torch.device) -> str:
     """Which implementation of the scan Mamba-2 layers run on a device: TRITON or TORCH."""
-    return TRITON if torch.device(device).type == "cuda" and _has_kernels() else TORCH
+    return TRITON if Device(str(device)).speaks_cuda and _has_kernels() else TORCH
 
 
 @cache

@@ -69,7 +69,7 @@ def build_model(
     compute: Compute = Compute(),
 ) -> nn.Module:
     """A model in evaluation mode from named tensors as on disk; a missing or unexpected name is an error."""
-    device, dtype = compute.device_of_process, compute.torch_dtype
+    device, dtype = compute.own_device.name, compute.torch_dtype
     family = family_of(config)
     model = build_on_meta(config, dtype)
     # A copy, because a tensor of a safetensors file is a view of the mapped file: training it in place would change

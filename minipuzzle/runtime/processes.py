@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from minipuzzle.devices import Device
+
 if TYPE_CHECKING:
     import torch
 
-_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # sums of tensors travel where the tensors lie
 Item = TypeVar("Item")
 
 
@@ -34,10 +35,6 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
-
-    def device(self, device: str) -> str:
-        """The device of this process where all were given the same name: each takes a GPU of its own."""
-        return f"cuda:{self.local_rank}" if device == "cuda" and self.world_size > 1 else device
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """The part of some items that falls to this process: every ``world_size``-th, from its rank on."""
@@ -85,7 +82,7 @@ def processes_from_environment() -> Processes:
 
 @contextmanager
 def joined_processes(device: str = "cpu") -> Iterator[Processes]:
-    """Connect the processes that torchrun started, gloo on CPUs and NCCL on GPUs, while the block runs.
+    """Connect the processes that torchrun started while the block runs: sums travel where their tensors lie.
 
     A process group that exists already is used and left as it is.
     """
@@ -93,15 +90,13 @@ def joined_processes(device: str = "cpu") -> Iterator[Processes]:
     if processes.world_size == 1:
         yield processes
         return
-    import torch
     import torch.distributed as dist
 
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(processes.local_rank)
+    own = Device(Device(device).of_process(processes.local_rank, processes.world_size))
+    own.claim()
     is_ours = not dist.is_initialized()
     if is_ours:
-        dist.init_process_group(_BACKENDS.get(kind, "gloo"))
+        dist.init_process_group(own.backend or "gloo")
     try:
         yield processes
     finally:

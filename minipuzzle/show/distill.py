@@ -14,7 +14,6 @@ from rich.table import Table
 
 from distill.settings import DOCUMENTS, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
-from minipuzzle.runtime.compute import peak_memory_bytes
 from minipuzzle.show.bars import steps_bar
 from minipuzzle.show.tables import figures_table
 
@@ -156,7 +155,7 @@ def step_table(record: StepRecord, held_out_kl: float | None, prepared: Prepared
         "rate": f"{record.learning_rate:.1e}",
         "tokens/s": f"{record.tokens_per_second:,.0f}",
         "MFU (est.)": f"{prepared.used_fraction(record.tokens_per_second):.0%}",
-        "memory": format_gib(peak_memory_bytes(prepared.compute.torch_device)),
+        "memory": format_gib(prepared.compute.own_device.peak_bytes),
     }
     table = Table(*figures, box=SIMPLE, expand=True)
     table.add_row(*figures.values())

@@ -89,11 +89,11 @@ def test_speed_is_limited_by_compute_or_by_the_network(teacher_config: Any, stud
 
 def test_checkpointing_and_offloading_are_accounted_for(teacher_config: Any, student_config: Any) -> None:
     teacher, student = read_architecture(teacher_config), read_architecture(student_config)
-    plain = estimate_memory(student, teacher, RECIPE, "cuda", num_processes=64)
-    recomputed = estimate_memory(student, teacher, RECIPE, "cuda", engine=ENGINE, num_processes=64)
+    plain = estimate_memory(student, teacher, RECIPE, on_cpu=False, num_processes=64)
+    recomputed = estimate_memory(student, teacher, RECIPE, on_cpu=False, engine=ENGINE, num_processes=64)
     assert recomputed.activation_bytes < 0.1 * plain.activation_bytes
     offload = EngineSettings(teacher_offload="cpu")
-    assert estimate_memory(student, teacher, RECIPE, "cuda", engine=offload, num_processes=64).teacher_bytes == 0
+    assert estimate_memory(student, teacher, RECIPE, on_cpu=False, engine=offload, num_processes=64).teacher_bytes == 0
 
 
 def test_a_plan_stands_for_the_student_that_it_leaves(tmp_path: Path) -> None:

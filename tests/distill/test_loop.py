@@ -256,5 +256,5 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(models: Path) -> None:
     token_ids, _ = windows().batch(0, 2)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         parts_of(model, FAMILY).logits_input(token_ids)
-    estimate = estimate_memory(checkpoint.architecture, checkpoint.architecture, SETTINGS, "cpu")
+    estimate = estimate_memory(checkpoint.architecture, checkpoint.architecture, SETTINGS, on_cpu=True)
     assert 0.5 < estimate.activation_bytes / sum(num_bytes for num_bytes, _ in kept.values()) < 2

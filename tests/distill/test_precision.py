@@ -16,6 +16,7 @@ from torch import nn
 from distill.engine import EngineSettings
 from distill.objective.pair import HiddenStates
 from distill.scale.low_precision import UNCONVERTED_GEMMS, float8_obstacle, train_through_fp8, use_float8_compute
+from minipuzzle.devices import Device
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.formats.e4m3 import decode, fake_quantize, scale_of
@@ -72,7 +73,7 @@ def shapes_of(part: HiddenStates) -> dict[str, torch.Size]:
 
 
 def test_fp8_compute_is_declined_aloud_where_there_is_none(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    assert float8_obstacle(torch.device("cpu")) is not None
+    assert float8_obstacle(Device("cpu")) is not None
     outs = [tmp_path / "plain", tmp_path / "fp8"]
     for out, more in zip(outs, ([], ["--fp8"]), strict=True):
         arguments = [str(tiny_folder), "--teacher", str(tiny_folder), "--data", str(text_file), "-o", str(out)]

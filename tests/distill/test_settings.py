@@ -30,7 +30,7 @@ assert settings.learning_rate_at(20) == settings.learning_rate / 2
 assert FORMS["double"].default_share == 0.25
 from distill.objective.losses import LossSettings
 import torch
-assert LossSettings(form="double").chunk_rows(10, torch.device("cpu"), torch.float32) > 0
+assert LossSettings(form="double").chunk_rows(10, torch.float32, on_cpu=True) > 0
 """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import Processes, joined_processes, processes_from_environment
 
 JOB = """
@@ -61,5 +62,6 @@ def test_gpus_are_handed_out_by_local_rank(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     processes = processes_from_environment()
-    assert (processes.rank, processes.device("cuda"), processes.device("cpu")) == (5, "cuda:1", "cpu")
-    assert Processes().device("cuda") == "cuda"
+    names = [Compute(device=name, processes=processes).own_device.name for name in ("cuda", "xpu", "cuda:0", "cpu")]
+    assert (processes.rank, names) == (5, ["cuda:1", "xpu:1", "cuda:0", "cpu"])
+    assert Compute(device="cuda").own_device.name == "cuda"

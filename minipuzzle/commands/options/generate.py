@@ -11,9 +11,10 @@ import click
 
 from minipuzzle.architecture.quantities import parse_bytes
 from minipuzzle.commands.options.shared import COUNT, FOLDER_OR_FILE, Function, PathType
+from minipuzzle.devices import Device, checked_device
 from minipuzzle.option import KEY, Option
 from minipuzzle.progress import silent
-from minipuzzle.runtime.compute import DTYPES, Compute, checked_device
+from minipuzzle.runtime.compute import DTYPES, Compute
 from minipuzzle.show.bars import drawn_bar
 
 Settings = TypeVar("Settings")
@@ -161,7 +162,7 @@ def compute_options(
     *, dtype: str | None = None, dtype_help: str | None = "", memory_help: str = ""
 ) -> Callable[[Function], Function]:
     """Where and how to compute. ``dtype``: the default (None: by the device); options without help are left out."""
-    options = [_section_option("--device", help="cpu, cuda, ...; default: cuda where there is one, else cpu.")]
+    options = [_section_option("--device", help="cpu, cuda, ...; default: the accelerator there is, else cpu.")]
     if dtype_help != "":
         choices = click.Choice(DTYPES.names())
         options += [
@@ -188,7 +189,7 @@ def compute_of(options: dict[str, Any], *, is_quiet: bool) -> Compute:
     Raises: MinipuzzleError for a device that cannot be used, or memory that is no size.
     """
     device, memory = checked_device(options.pop("device", None)), options.pop("device_memory", None)
-    dtype = options.pop("dtype", "float32") or ("float32" if device == "cpu" else "bfloat16")
+    dtype = options.pop("dtype", "float32") or Device(device).best_dtype
     return Compute(
         device=device,
         dtype=dtype,

@@ -97,7 +97,7 @@ def overwrite_option(function: Function) -> Function:
 
 def device_option(function: Function) -> Function:
     """Where to compute."""
-    return click.option("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one, else cpu.")(
+    return click.option("--device", default=None, help="cpu, cuda, ...; default: the accelerator there is, else cpu.")(
         function
     )
 
