@@ -288,8 +288,8 @@ class _Walk:
         for old, new, linear, part_HI in zip(olds, news, linears, changes, strict=True):
             plain = linear.get_parameter("weight")
             stored = torch_dtype(self.stack.checkpoint.entries[old.name].dtype)
-            self.weights[new.name] = (plain.double() + part_HI).to(stored)
-            linear.register_parameter("weight", nn.Parameter(self.weights[new.name].to(plain.dtype), False))
+            self.weights[new.name] = weight = (plain.double() + part_HI).to("cpu", stored)  # the device has one layer
+            linear.register_parameter("weight", nn.Parameter(weight.to(plain), False))
 
     def _linears(self, layer_idx: int, module: nn.Module) -> list[nn.Module]:
         """The output projections of a layer as they run."""

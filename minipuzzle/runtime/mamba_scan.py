@@ -90,15 +90,16 @@ def _mixed(mixer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     x, b, c = mixed_BT.split([mixer.intermediate_size, states, states], dim=-1)
     precision = torch.promote_types(hidden_states.dtype, torch.float32)
     dt = F.softplus(dt_BTH.to(precision) + mixer.dt_bias.to(precision)).clamp(*mixer.time_step_limit)
-    scanned = chunked_scan(
-        x.unflatten(-1, (mixer.num_heads, mixer.head_dim)).to(precision),
-        dt,
-        -mixer.A_log.to(precision).exp(),
-        b.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)).to(precision),
-        c.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)).to(precision),
-        mixer.D.to(precision),
-        longest_chunk=GOOD_CHUNK_TOKENS_CPU if x.is_cpu else mixer.chunk_size,
-    )
+    with torch.autocast(x.device.type, enabled=False):  # which would round states that were made precise
+        scanned = chunked_scan(
+            x.unflatten(-1, (mixer.num_heads, mixer.head_dim)).to(precision),
+            dt,
+            -mixer.A_log.to(precision).exp(),
+            b.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)).to(precision),
+            c.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)).to(precision),
+            mixer.D.to(precision),
+            longest_chunk=GOOD_CHUNK_TOKENS_CPU if x.is_cpu else mixer.chunk_size,
+        )
     result: torch.Tensor = mixer.out_proj(mixer.norm(scanned.flatten(-2), gate_BTI).to(hidden_states.dtype))
     return result
 

@@ -22,9 +22,23 @@ from tests.support.jobs import ROOT, environment
 from tests.support.tiny_models import write_tiny_checkpoint
 
 JOBS = ["score", "cut", "compensate", "prune_narrowed", "prune_per_layer", "evaluate", "distill", "distill_in_bfloat16"]
-JOBS += ["distill_from_cache", "export", "verify", "device"]
-OF_THE_DEVICE = ("device", "seconds", "per_second", "memory", "peak", "out", "output", "hours", "path", "folder")
+JOBS += ["distill_from_cache", "export", "verify", "offers"]
+OF_THE_DEVICE = (
+    "device",
+    "seconds",
+    "per_second",
+    "memory",
+    "peak",
+    "out",
+    "output",
+    "hours",
+    "estimate",
+    "hardware",
+    "path",
+    "folder",
+)
 SECONDS = 240
+LEARNT = {"student_plain": 0.02, "student_low": 0.2, "student_cached": 0.3}  # of the way, how far apart they end
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +46,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """The folder in which every job has run on both devices."""
     folder = tmp_path_factory.mktemp("devices")
     model = write_tiny_checkpoint(folder / "model", intermediate_size=64)
-    program = [sys.executable, "-m", "tests.support.pretend_job", model, text_file, folder]
+    program = [sys.executable, "-m", "tests.support.pretend_job", str(model), str(text_file), str(folder)]
     subprocess.run(program, check=True, timeout=SECONDS, env=environment(), cwd=ROOT)
     return folder
 
@@ -53,22 +67,35 @@ def test_what_the_jobs_wrote_is_the_same_to_rounding(ran: Path) -> None:
         assert found.keys() == wanted.keys()
         for tensor, values in wanted.items():
             assert found[tensor].dtype == values.dtype, f"{name} {tensor}"
-            assert_close(found[tensor], values, f"{name} {tensor}")
+            if name.parts[0] not in LEARNT:
+                assert_close(found[tensor], values, f"{name} {tensor}")
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
     """Equal to rounding: codes of 8 bits may be neighbours, of which there must be few."""
-    tolerance = 2e-2 if "student_low" in name else 2e-4
     if wanted.dtype.itemsize == 1 and wanted.numel() > 1:
         assert (found.view(torch.uint8) == wanted.view(torch.uint8)).double().mean() > 0.99, name
-        return
-    found, wanted = found.double(), wanted.double()
-    assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().amax())), name
+    else:
+        found, wanted = found.double(), wanted.double()
+        assert torch.allclose(found, wanted, rtol=2e-4, atol=2e-4 * float(wanted.abs().amax())), name
+
+
+@pytest.mark.parametrize("student", LEARNT)
+def test_training_moves_weights_alike(ran: Path, student: str) -> None:
+    """Adam's first steps make much of small gradients, and rounding to 8 or 16 bits more: norms are compared."""
+    start, wanted, found = (load_file(ran / name / "model.safetensors") for name in places_of(student))
+    for tensor, values in wanted.items():
+        moved, apart = (values - start[tensor]).norm(), (found[tensor] - values).norm()
+        assert moved > 0 and apart < LEARNT[student] * moved, tensor
+
+
+def places_of(student: str) -> tuple[str, str, str]:
+    return "cpu/narrowed", f"cpu/{student}", f"pretend/{student}"
 
 
 def test_what_the_commands_say_is_the_same_to_rounding(ran: Path) -> None:
     files = sorted((ran / "cpu").glob("*.json"))
-    assert len(files) >= 9
+    assert len(files) >= 8
     for file in files:
         on_cpu, on_device = (
             list(figures(json.loads((ran / device / file.name).read_text()))) for device in ("cpu", "pretend")

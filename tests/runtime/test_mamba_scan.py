@@ -161,3 +161,13 @@ def test_chunks_are_as_long_as_the_decays_allow(steepness: float, chunk_tokens: 
 
 def test_a_cpu_never_runs_triton_kernels() -> None:
     assert scan_path("cpu") == TORCH
+
+
+def test_autocast_leaves_the_scan_precise_over_several_chunks(tiny_checkpoint: Checkpoint) -> None:
+    _, fast = mixers(tiny_checkpoint, torch.float32)
+    hidden = torch.randn(1, 150, tiny_checkpoint.architecture.hidden, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = fast(hidden)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = fast(hidden)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2

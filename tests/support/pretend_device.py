@@ -21,7 +21,9 @@ NAME = "pretend"
 FREE_BYTES, TOTAL_BYTES = 2**30, 2**31
 CPU = torch.device("cpu")
 MAY_TAKE_CPU_INDICES = ("aten.index.", "aten.index_put", "aten._index_put")
-_LIBRARY = torch.library.Library("aten", "IMPL")  # it holds as long as this lives
+_LIBRARY = torch.library.Library("aten", "IMPL")  # kernels hold as long as their library
+_REST = torch.library.Library("_", "IMPL")
+IN_LOW_PRECISION = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "scaled_dot_product_attention")
 OF_OTHER_MEMORY = ("pin_memory", "non_blocking")
 
 
@@ -47,6 +49,16 @@ class OnDevice(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnDevice({self.held!r})"
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """The same values without a history; may be given other values, which torch would put past ``held``."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: torch.Tensor) -> None:
+        assert isinstance(other, OnDevice) and other.shape == self.shape and other.dtype == self.dtype
+        self.held = other.held
 
     def tolist(self) -> Any:
         """The values as Python has them: torch's own reads memory that wrappers lack."""
@@ -217,6 +229,21 @@ class Backend:
         return [torch.bfloat16, torch.float16]
 
 
+def in_low_precision(name: str) -> Callable[..., Any]:
+    """What an operation does under autocast: as on the CPU, its operands are rounded first."""
+    operation = getattr(torch.ops.aten, name).default
+
+    def rounded(value: Any) -> Any:
+        is_wide = isinstance(value, OnDevice) and value.dtype == torch.float32
+        return value.to(torch.get_autocast_dtype(NAME)) if is_wide else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            return operation(*tree_map(rounded, args), **tree_map(rounded, kwargs))
+
+    return run
+
+
 def install() -> Backend:
     """Make the device known to torch, in this process and for good."""
     backend = Backend()
@@ -225,6 +252,9 @@ def install() -> Backend:
     kernels = {"empty_strided": empty_strided, "empty.memory_format": empty, "_copy_from": copy_from}
     for name, made in kernels.items():
         _LIBRARY.impl(name, made, "PrivateUse1")
+    for name in IN_LOW_PRECISION:
+        _LIBRARY.impl(name, in_low_precision(name), "AutocastPrivateUse1")
+    _REST.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     replaced: Callable[..., Any] = torch.no_grad
     torch.inference_mode = replaced  # type: ignore[misc, assignment]
     return backend

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from tests.support.cuts import plan_with  # noqa: E402
 from tests.support.text import random_tokens  # noqa: E402
 
 SHORT = ("--sequence-length", 32, "--samples", 4)
-TRAINED = ("--tokens", 256, "--sequence-length", 32, "--batch", 4, "--micro-batch", 2, "--learning-rate", 1e-3)
+TRAINED = ("--tokens", 384, "--sequence-length", 32, "--batch", 4, "--micro-batch", 2, "--learning-rate", 1e-3)
 RACED = ("--finalists", 2, "--race-tokens", 128, "--race-batch", 2, "--race-halving")
 
 
@@ -47,7 +48,7 @@ class Jobs:
     def command(self, name: str, verb: str, *arguments: object) -> None:
         """One command, which must succeed; what it prints is kept as ``<name>.json``."""
         result = run_cli(verb, *arguments, "--device", self.device, "--json")
-        assert result.exit_code == 0, result.output + "".join(traceback.format_exception(result.exception))
+        assert result.exit_code == 0, result.output + "".join(traceback.format_exception(result.exception))[-2500:]
         (self.folder / f"{name}.json").write_text(result.stdout, encoding="utf-8")
 
     def score(self) -> None:
@@ -83,15 +84,16 @@ class Jobs:
         self.command("evaluate", "evaluate", *given, "--max-tokens", 400)
 
     def export(self) -> None:
-        for flavour, format_name in (("modelopt", "fp8"), ("compressed-tensors", "fp8"), ("modelopt", "nvfp4")):
-            name = f"{flavour}-{format_name}"
-            more = ("--data", self.text, *SHORT, "--calibration", "mse", "--kv-cache", "fp8")
-            given = (self.model, f"--{format_name}", "--flavour", flavour, "-o", self.folder / name)
-            self.command(f"export_{name}", "export", *given, *(more if flavour == "modelopt" else more[:-2]))
+        measured = ("--data", self.text, *SHORT)
+        self._export("fp8", *measured, "--calibration", "percentile", "--kv-cache", "fp8")
+        self._export("nvfp4", *measured, "--flavour", "compressed-tensors")
+
+    def _export(self, name: str, *arguments: object) -> None:
+        self.command(f"export_{name}", "export", self.model, f"--{name}", "-o", self.folder / name, *arguments)
 
     def verify(self) -> None:
         given = ("--data", self.text, "--against", self.model, *SHORT)
-        self.command("verify", "verify", self.folder / "modelopt-fp8", *given)
+        self.command("verify", "verify", self.folder / "fp8", *given)
 
     def compensate(self) -> None:
         checkpoint = Checkpoint.open(self.model)
@@ -107,7 +109,7 @@ class Jobs:
         cut = {t.name: cut_tensor(checkpoint.tensor(t.name).to(self.device), t, plan) for t in source.tensors()}
         save_file({name: weight.cpu() for name, weight in cut.items()}, self.folder / "cut.safetensors")
 
-    def device(self) -> None:
+    def offers(self) -> None:
         """What the packages ask of a device, and that mixing two raises."""
         own = Device(self.device)
         states = own.generator_states()
@@ -130,7 +132,7 @@ class Jobs:
     def all(self) -> list[Callable[[], None]]:
         pruned = [self.score, self.cut, self.compensate, self.prune_narrowed, self.prune_per_layer, self.evaluate]
         trained = [self.distill, self.distill_in_bfloat16, self.distill_from_cache]
-        return [*pruned, *trained, self.export, self.verify, self.device]
+        return [*pruned, *trained, self.export, self.verify, self.offers]
 
 
 def main() -> None:
@@ -142,11 +144,13 @@ def main() -> None:
             own = folder / device
             own.mkdir(parents=True)
             for job in Jobs(device=device, model=model, text=text, folder=own).all():
+                start = time.process_time()
                 try:
                     job()
                     found = None
                 except Exception:
-                    found = traceback.format_exc()[:6000]
+                    found = traceback.format_exc(chain=False)[-3000:]
+                print(f"{job.__name__} on {device}: {time.process_time() - start:.1f} s", file=sys.stderr, flush=True)
                 outcomes.setdefault(job.__name__, {})[device] = found
     (folder / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
