@@ -23,20 +23,7 @@ from tests.support.tiny_models import write_tiny_checkpoint
 
 JOBS = ["score", "cut", "compensate", "prune_narrowed", "prune_per_layer", "evaluate", "distill", "distill_in_bfloat16"]
 JOBS += ["distill_from_cache", "export", "verify", "offers"]
-OF_THE_DEVICE = (
-    "device",
-    "seconds",
-    "per_second",
-    "memory",
-    "peak",
-    "out",
-    "output",
-    "hours",
-    "estimate",
-    "hardware",
-    "path",
-    "folder",
-)
+OF_THE_DEVICE = ("device", "seconds", "per_second", "memory", "peak", "out", "hours", "estimate", "hardware", "folder")
 SECONDS = 240
 LEARNT = {"student_plain": 0.02, "student_low": 0.2, "student_cached": 0.3}  # of the way, how far apart they end
 

@@ -164,7 +164,7 @@ def test_a_cpu_never_runs_triton_kernels() -> None:
 
 
 def test_autocast_leaves_the_scan_precise_over_several_chunks(tiny_checkpoint: Checkpoint) -> None:
-    _, fast = mixers(tiny_checkpoint, torch.float32)
+    fast, _ = mixers(tiny_checkpoint, torch.float32)
     hidden = torch.randn(1, 150, tiny_checkpoint.architecture.hidden, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = fast(hidden)

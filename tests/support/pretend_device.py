@@ -51,7 +51,7 @@ class OnDevice(torch.Tensor):
         return f"OnDevice({self.held!r})"
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """The same values without a history; may be given other values, which torch would put past ``held``."""
         return self.detach()
 
@@ -232,13 +232,14 @@ class Backend:
 def in_low_precision(name: str) -> Callable[..., Any]:
     """What an operation does under autocast: as on the CPU, its operands are rounded first."""
     operation = getattr(torch.ops.aten, name).default
+    key = torch._C._dispatch_key_parse("AutocastPrivateUse1")
 
     def rounded(value: Any) -> Any:
         is_wide = isinstance(value, OnDevice) and value.dtype == torch.float32
         return value.to(torch.get_autocast_dtype(NAME)) if is_wide else value
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return operation(*tree_map(rounded, args), **tree_map(rounded, kwargs))
 
     return run

@@ -45,6 +45,11 @@ class Jobs:
     text: Path
     folder: Path
 
+    @property
+    def narrowed(self) -> Path:
+        """What the CPU cut: small differences of that are not to count as differences of what follows."""
+        return self.folder.parent / "cpu" / "narrowed"
+
     def command(self, name: str, verb: str, *arguments: object) -> None:
         """One command, which must succeed; what it prints is kept as ``<name>.json``."""
         result = run_cli(verb, *arguments, "--device", self.device, "--json")
@@ -76,12 +81,12 @@ class Jobs:
         self._distill("cached", "--dtype", "float32", *cache, "--qat", "fp8")
 
     def _distill(self, name: str, *arguments: object) -> None:
-        given = (self.folder / "narrowed", "--teacher", self.model, "--data", self.text, *TRAINED)
+        given = (self.narrowed, "--teacher", self.model, "--data", self.text, *TRAINED)
         self.command(f"distill_{name}", "distill", *given, "-o", self.folder / f"student_{name}", *arguments)
 
     def evaluate(self) -> None:
-        given = (self.folder / "narrowed", "--against", self.model, "--data", self.text, "--sequence-length", 32)
-        self.command("evaluate", "evaluate", *given, "--max-tokens", 400)
+        given = (self.narrowed, "--against", self.model, "--data", self.text, "--sequence-length", 32)
+        self.command("evaluate", "evaluate", *given, "--max-tokens", 400, "--dtype", "float32")
 
     def export(self) -> None:
         measured = ("--data", self.text, *SHORT)
