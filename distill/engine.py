@@ -66,7 +66,7 @@ class EngineSettings:
         if self.fp8 and self.qat != "none":
             raise MinipuzzleError(
                 "FP8 compute and training through an export's rounding are both asked for",
-                "leave out --fp8: under --qat what is computed is already rounded to FP8",
+                "leave out ‹fp8›: under ‹qat› what is computed is already rounded to FP8",
             )
         for name, least in (("keep_last", 1), ("max_skipped_steps", 0)):
             if getattr(self, name) < least:

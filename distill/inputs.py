@@ -7,7 +7,7 @@ from minipuzzle.cut.plan import PLAN_FILE, read_plan
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 
-GIVE_TEACHER = "give the model it was cut from with --teacher"
+GIVE_TEACHER = "give the model it was cut from with ‹teacher›"
 
 
 def kept_hidden_channels(student: Checkpoint, teacher: Checkpoint, settings: DistillSettings) -> tuple[int, ...] | None:
@@ -21,7 +21,7 @@ def kept_hidden_channels(student: Checkpoint, teacher: Checkpoint, settings: Dis
     if settings.top_k:
         raise MinipuzzleError(
             "a hidden loss needs the teacher's hidden states, and top-k targets do without",
-            "drop --hidden-weight, or --top-k and --teacher-cache",
+            "drop ‹hidden_weight›, or ‹top_k› and ‹teacher_cache›",
         )
     widths = student.architecture.hidden, teacher.architecture.hidden
     if widths[0] == widths[1]:
@@ -31,6 +31,6 @@ def kept_hidden_channels(student: Checkpoint, teacher: Checkpoint, settings: Dis
     if kept is None or len(kept) != widths[0] or max(kept) >= widths[1]:
         raise MinipuzzleError(
             f"hidden sizes are {widths[0]:,} and {widths[1]:,}: {student.folder} does not say which channels it kept",
-            f"drop --hidden-weight, or put the {PLAN_FILE} of the cut beside the student's weights",
+            f"drop ‹hidden_weight›, or put the {PLAN_FILE} of the cut beside the student's weights",
         )
     return kept

@@ -170,7 +170,7 @@ class RaceSettings:
         if min(self.tokens, self.sequence_length, self.batch_sequences) < 1 or self.learning_rate <= 0:
             raise MinipuzzleError(
                 "a race needs tokens, a sequence length, a batch and a learning rate above zero",
-                "check --race-tokens, --race-batch, --race-learning-rate and --sequence-length",
+                "check ‹race_tokens›, ‹race_batch›, ‹race_learning_rate› and ‹sequence_length›",
             )
 
     @property
@@ -196,10 +196,10 @@ class RaceSettings:
         """
         settings = self.distillation(self.tokens, 0, compute.dtype)
         memory = estimate_memory(student, teacher, settings, on_cpu=compute.own_device.is_cpu)
-        memory.require_room(compute, "drop --finalists")
+        memory.require_room(compute, "drop ‹num_finalists›")
         if compute.memory_bytes is not None:
             weight_bytes = sum(resident_weight_bytes(model, torch.float32) for model in (student, teacher))
-            compute.require_room(weight_bytes, "to measure a finalist beside its source", "drop --finalists")
+            compute.require_room(weight_bytes, "to measure a finalist beside its source", "drop ‹num_finalists›")
 
     def tokens_of_rounds(self, num_finalists: int) -> tuple[int, ...]:
         """Tokens of each round: one round, or with halving as many equal ones as it takes to leave one finalist."""

@@ -50,7 +50,7 @@ class DistillRequest:
 
     def __post_init__(self) -> None:
         if self.teacher_cache is not None and not self.settings.top_k:
-            raise MinipuzzleError("a teacher cache keeps the likeliest tokens only", "say how many with --top-k")
+            raise MinipuzzleError("a teacher cache keeps the likeliest tokens only", "say how many with ‹top_k›")
 
     def cache_description(self, vocabulary_rows: int) -> CacheDescription:
         """Whose targets a teacher cache holds for this run."""
@@ -218,7 +218,7 @@ def prepare_run(request: DistillRequest, compute: Compute = Compute()) -> Prepar
         hardware=hardware_of(compute),
         notes=notes,
     )
-    prepared.estimate.memory.require_room(compute, "lower --micro-batch or --sequence-length")
+    prepared.estimate.memory.require_room(compute, "lower ‹micro_batch_sequences› or ‹sequence_length›")
     return prepared
 
 

@@ -40,7 +40,7 @@ class LayerRequest:
         layers = tuple(range(len(source.layers))) if self.layers is None else self.layers
         if self.removals >= len(layers):
             raise MinipuzzleError(
-                f"--iterative {self.removals} leaves none of the {len(layers)} layers to be measured",
+                f"‹iterative› {self.removals} leaves none of the {len(layers)} layers to be measured",
                 f"give at most {len(layers) - 1}",
             )
         return layers
@@ -88,12 +88,12 @@ def parse_layers(text: str, source: Architecture) -> tuple[int, ...]:
             indices = range(int(first), int(last or first) + 1)
         else:
             raise MinipuzzleError(
-                f"--layers: {part.strip()!r} is no layer",
+                f"‹layers›: {part.strip()!r} is no layer",
                 f"use indices, ranges or kinds: 0-5,9,{source.layers[0].kind}",
             )
         if not indices or indices[-1] >= len(source.layers):
             raise MinipuzzleError(
-                f"--layers: the model has no layer {part.strip()}", f"its layers are 0 to {len(source.layers) - 1}"
+                f"‹layers›: the model has no layer {part.strip()}", f"its layers are 0 to {len(source.layers) - 1}"
             )
         found |= set(indices)
     return tuple(sorted(found))
@@ -113,7 +113,7 @@ def parse_widths(texts: Sequence[str], source: Architecture) -> dict[str, tuple[
         having = [layer for layer in source.layers if axis in LAYER_KINDS[layer.kind].prunable_axes]
         if axis not in axes or not having or not values:
             raise MinipuzzleError(
-                f"--variants: {text!r} is no axis of this model with widths",
+                f"‹variants›: {text!r} is no axis of this model with widths",
                 f"write it like ffn=75%,50%; the axes are {', '.join(axes)}",
             )
         group_axis = LAYER_KINDS[having[0].kind].unit_groups.get(axis)
@@ -123,7 +123,7 @@ def parse_widths(texts: Sequence[str], source: Architecture) -> dict[str, tuple[
             width = _width(value.strip(), widest, step)
             if width is None or not 0 < width < widest:
                 raise MinipuzzleError(
-                    f"--variants: {value.strip()!r} of {axis} is no width between 0 and {widest}",
+                    f"‹variants›: {value.strip()!r} of {axis} is no width between 0 and {widest}",
                     "use a number of units or a share such as 75%",
                 )
             widths.setdefault(axis, set()).add(width)

@@ -170,7 +170,7 @@ def _quality(plan: Plan, sums: TokenSums) -> Quality:
     loss = sums.loss / sums.num_tokens
     if not loss < inf:
         name = plan.figures.pattern if plan.figures else plan.kept_layers
-        raise MinipuzzleError(f"candidate {name} computes values that are not finite", "measure with --dtype float32")
+        raise MinipuzzleError(f"candidate {name} computes values that are not finite", "measure with ‹dtype› float32")
     return Quality(
         loss=loss,
         kl=sums.kl / sums.num_tokens,

@@ -117,7 +117,7 @@ def _require_finite(measured: Mapping[str, Array]) -> None:
         if not np.isfinite(values).all():
             raise MinipuzzleError(
                 f"{key} has values that are not finite numbers: the activations overflow",
-                "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
+                "measure in float32 (‹dtype› float32); if that is in use, check the checkpoint",
             )
 
 

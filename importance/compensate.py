@@ -136,7 +136,7 @@ def compensate(stack: LayerStack, plan: Plan, token_ids_BT: torch.Tensor, *, may
     if len(token_ids_BT) < 2 * stack.compute.processes.world_size:
         raise MinipuzzleError(
             f"{len(token_ids_BT)} windows of text cannot be divided into some to fit and some to check the fit",
-            "give more text, or --no-compensate",
+            "give more text, or ‹no_compensate›",
         )
     walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
     with stack.compute.progress("compensating", stack.num_layers) as advance:
@@ -267,7 +267,7 @@ class _Walk:
                 self.kept_units[axis][cut.layer_idx] = units
         helps, before, after = found.change is not None, found.loss_before, found.loss_after
         if not isfinite(before):
-            raise MinipuzzleError(f"layer {cut.layer_idx} computes values that are not finite", "use --dtype float32")
+            raise MinipuzzleError(f"layer {cut.layer_idx} computes values that are not finite", "use ‹dtype› float32")
         self.layers.append(
             LayerRefit(
                 layer_idx=cut.layer_idx,

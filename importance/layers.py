@@ -113,7 +113,7 @@ def share_of_samples(num_samples: int, processes: Processes) -> range:
     if num_samples < processes.world_size:
         raise MinipuzzleError(
             f"{processes.world_size} processes cannot share {num_samples} samples",
-            "give more --samples, or start fewer processes",
+            "give more ‹samples›, or start fewer processes",
         )
     edges = [num_samples * rank // processes.world_size for rank in (processes.rank, processes.rank + 1)]
     return range(*edges)
@@ -189,5 +189,5 @@ def not_finite(layer: int | str, sample: int, model: str = "the full model") -> 
     where = f"layer {layer}" if isinstance(layer, int) else layer
     return MinipuzzleError(
         f"{where} computes NaN or infinite values for sample {sample} in {model}",
-        "measure in float32 (--dtype float32); if that is in use, check the checkpoint",
+        "measure in float32 (‹dtype› float32); if that is in use, check the checkpoint",
     )

@@ -173,7 +173,7 @@ def checked_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise MinipuzzleError(f"device {device!r} cannot be used: {error}", "try --device cpu") from None
+        raise MinipuzzleError(f"device {device!r} cannot be used: {error}", "try ‹device› cpu") from None
     return device
 
 

@@ -21,6 +21,8 @@ class ExitCode(IntEnum):
 class MinipuzzleError(Exception):
     """A mistake the user can mend. Printed as problem and hint, without a traceback.
 
+    Both name fields of settings, marked like ‹memory›, which the command line turns into its options.
+
     Bugs are not MinipuzzleErrors: they hit asserts and keep their traceback.
     """
 

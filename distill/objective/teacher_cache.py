@@ -204,7 +204,7 @@ def _claim(folder: Path, description: CacheDescription) -> None:
     path, wanted = folder / CACHE_FILE, asdict(description)
     if not path.exists():
         if not is_cache(folder):
-            raise MinipuzzleError(f"{folder} holds files, but is no teacher cache", "give --teacher-cache a new folder")
+            raise MinipuzzleError(f"{folder} holds files, but is no teacher cache", "give ‹teacher_cache› a new folder")
         unfinished = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
         write_json(unfinished, wanted)
         unfinished.replace(path)  # whole, whoever comes first
@@ -214,5 +214,5 @@ def _claim(folder: Path, description: CacheDescription) -> None:
         if found.get(name) != value:
             raise MinipuzzleError(
                 f"{folder} was written with {name.replace('_', ' ')} {found.get(name)}, not {value}",
-                "give another folder as --teacher-cache, or the settings it was written with",
+                "give another folder as ‹teacher_cache›, or the settings it was written with",
             )

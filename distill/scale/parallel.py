@@ -258,6 +258,6 @@ def rows_of_process(batch_sequences: int, processes: Processes) -> tuple[int, in
     if left_over or count == 0:
         raise MinipuzzleError(
             f"a batch of {batch_sequences} sequences cannot be divided equally among {processes.world_size} processes",
-            f"give --batch a multiple of {processes.world_size}",
+            f"give ‹batch_sequences› a multiple of {processes.world_size}",
         )
     return processes.rank * count, count

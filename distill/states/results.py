@@ -62,7 +62,7 @@ def convert_state(*, student: Checkpoint, out: Path, step: int, overwrite: bool 
     """
     run = out.with_name(out.name + ".partial")
     if not (run / PROVENANCE_FILE).is_file():
-        raise MinipuzzleError(f"{run} holds no run", "give --out as in the command that is running or was interrupted")
+        raise MinipuzzleError(f"{run} holds no run", "give ‹out› as in the command that is running or was interrupted")
     record = read_json(run / PROVENANCE_FILE)
     if record.get("student_fingerprint") != student.fingerprint:
         raise InputChangedError(f"the run in {run} began with another student", "give the one it began with")

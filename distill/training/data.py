@@ -66,7 +66,7 @@ class PackedWindows:
         if self.windows_per_epoch == 0:
             raise MinipuzzleError(
                 f"the data has {self.num_tokens:,} tokens, fewer than one sequence of {sequence_length:,}",
-                "give more --data, or lower --sequence-length",
+                "give more ‹data›, or lower ‹sequence_length›",
             )
 
     @property
@@ -229,7 +229,7 @@ def blend_of(data: tuple[Path, ...], held_out: float = 0.0) -> Blend:
         return plain_blend(data, held_out)
     if len(data) > 1 or held_out:
         raise MinipuzzleError(
-            "a blend file stands alone", "name all sources, and held_out, in the blend file, and give one --data"
+            "a blend file stands alone", "name all sources, and held_out, in the blend file, and give one ‹data›"
         )
     return read_blend(data[0])
 
@@ -258,7 +258,7 @@ def read_training_text(tokenizer: Any, blend: Blend, settings: DistillSettings) 
             raise MinipuzzleError(f"source {source.name}: {error.problem}", error.hint) from None
     if blend.held_out and not held_out:
         raise MinipuzzleError(
-            f"no document fell into the held-out share of {blend.held_out:g}", "raise it, or give --validation"
+            f"no document fell into the held-out share of {blend.held_out:g}", "raise it, or give ‹validation›"
         )
     total_windows = settings.total_steps * settings.batch_sequences
     return TrainingText(windows=BlendedWindows(sources, blend, total_windows=total_windows), held_out=held_out)

@@ -154,7 +154,7 @@ class _Run:
         if skipped_steps > self.engine.max_skipped_steps:
             raise MinipuzzleError(
                 f"losses or gradients were not finite, or rose suddenly, in {skipped_steps} of {record.step} steps",
-                "lower --learning-rate, use --dtype float32, or raise --spike-factor if the text changed that much",
+                "lower ‹learning_rate›, use ‹dtype› float32, or raise ‹spike_factor› if the text changed that much",
             )
         if self.processes.is_first:
             append_metrics(self.folder, record)

@@ -85,7 +85,7 @@ def read_deployments(path: Path) -> dict[str, NamedDeployment]:
     Raises: MinipuzzleError naming what the file says wrong.
     """
     found = {}
-    for name, table in read_toml(path, "--deployments").items():
+    for name, table in read_toml(path, "‹deployments›").items():
         if not isinstance(table, dict):
             raise MinipuzzleError(f"{path}: {name!r} is not a table", f"write [{name}] and its fields below")
         try:
@@ -119,5 +119,5 @@ def find_deployment(name: str, file: Path | None = None) -> NamedDeployment:
     table = Table(DEPLOYMENTS.sort, DEPLOYMENTS.plural, entries={**DEPLOYMENTS, **of_user})
     if name not in table:
         error = table.unknown(name)
-        raise MinipuzzleError(error.problem, f"{error.hint}; add yours with --deployments FILE.toml")
+        raise MinipuzzleError(error.problem, f"{error.hint}; add yours with ‹deployments› FILE.toml")
     return table[name]

@@ -86,7 +86,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         if self.context_tokens < 1 or self.batch < 1:
-            raise MinipuzzleError("context and batch must be at least 1", "check --context and --batch")
+            raise MinipuzzleError("context and batch must be at least 1", "check ‹context› and ‹batch›")
         for term in PRECISION_FIELDS:
             name = getattr(self, term)
             if name not in PRECISIONS and not (term == "ssm_state" and name == FROM_CONFIG):

@@ -77,7 +77,7 @@ class Timings:
         widths = ", ".join(f"{axis} {size}" for axis, size in layer.sizes.items())
         raise MinipuzzleError(
             f"the table of times holds no {layer.kind} layer with {widths}",
-            "measure that layer, or one narrower and one wider on one axis, and add it to --timings",
+            "measure that layer, or one narrower and one wider on one axis, and add it to ‹timings›",
         )
 
 
@@ -93,7 +93,7 @@ def read_timings(path: Path) -> Timings:
                 raise MinipuzzleError(f"{path} has no columns kind and step_seconds", "see `minipuzzle search --help`")
             rows = tuple(_timed_layer(row, f"{path}, line {reader.line_num}") for row in reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MinipuzzleError(f"cannot read {path}: {error}", "check --timings") from None
+        raise MinipuzzleError(f"cannot read {path}: {error}", "check ‹timings›") from None
     if not rows:
         raise MinipuzzleError(f"{path} holds no times", "add a row for each kind of layer")
     measured = Counter((row.kind, row.widths) for row in rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import warnings
 from typing import Any
@@ -18,6 +19,20 @@ from safetensors import SafetensorError
 from minipuzzle.errors import ExitCode, MinipuzzleError, MinipuzzleWarning
 from minipuzzle.version import __version__
 
+# Fields of settings whose option has another name than theirs.
+OPTION_OF_FIELD = {
+    "batch_sequences": "batch",
+    "compile_layers": "compile",
+    "latency_ms": "latency",
+    "maximum": "max",
+    "micro_batch_sequences": "micro-batch",
+    "min_ffn_fraction": "min-ffn",
+    "min_kept_fraction": "min-kept",
+    "minimum": "min",
+    "num_candidates": "candidates",
+    "num_finalists": "finalists",
+    "overrides": "override",
+}
 COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "demo")
 
 
@@ -59,12 +74,22 @@ class MinipuzzleGroup(click.Group):
             ctx.exit(int(ExitCode.INTERRUPTED))
 
 
+def with_options(message: str) -> str:
+    """A message in which fields of settings have become the options that set them."""
+
+    def option_of(field: re.Match[str]) -> str:
+        return f"--{OPTION_OF_FIELD.get(field[1], field[1]).replace('_', '-')}"
+
+    return re.sub("‹([a-z0-9_]+)›", option_of, message)
+
+
 def _print_error(error: MinipuzzleError) -> None:
+    problem, hint = with_options(error.problem), with_options(error.hint)
     if "--json" in sys.argv:
-        click.echo(json.dumps({"error": error.problem, "hint": error.hint, "exit_code": int(error.exit_code)}))
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error.problem}", err=True)
-    if error.hint:
-        click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {error.hint}", err=True)
+        click.echo(json.dumps({"error": problem, "hint": hint, "exit_code": int(error.exit_code)}))
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {problem}", err=True)
+    if hint:
+        click.echo(f"{click.style('hint:', fg='cyan', bold=True)}  {hint}", err=True)
 
 
 def _print_warning(

@@ -114,7 +114,7 @@ class Scores:
         missing = sorted({int(idx) for values in self.layer.values() for idx in np.flatnonzero(np.isnan(values))})
         if missing and self.metadata.get("layers", "all") != "all":
             raise MinipuzzleError(
-                f"the scores lack layers {', '.join(map(str, missing))}: they were measured with --layers",
+                f"the scores lack layers {', '.join(map(str, missing))}: they were measured with ‹layers›",
                 "measure all layers to search or cut",
             )
         for table, values in self._tables():

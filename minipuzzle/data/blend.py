@@ -94,7 +94,7 @@ def read_blend(path: Path) -> Blend:
 
     Raises: MinipuzzleError naming the entry that is missing, unknown or out of range.
     """
-    entries = read_toml(path, "--data")
+    entries = read_toml(path, "‹data›")
     _refuse_unknown(path, "the file", entries, ("held_out", "max_epochs", "sources", "phases"))
     max_epochs = _number(path, "max_epochs", entries.get("max_epochs", DEFAULT_MAX_EPOCHS))
     held_out = _number(path, "held_out", entries.get("held_out", 0.0), least=0.0)
@@ -140,7 +140,7 @@ def _check_cap(source: Source, plan: list[PlannedShare], windows_per_epoch: int,
     raise MinipuzzleError(
         f"source {source.name} would be read {epochs:.2f} times, {epochs - source.max_epochs:.2f} epochs or "
         f"{format_count(excess_tokens)} tokens above its max_epochs of {source.max_epochs:g}",
-        "lower its weights or --tokens, add text to it, or raise max_epochs",
+        "lower its weights or ‹tokens›, add text to it, or raise max_epochs",
     )
 
 

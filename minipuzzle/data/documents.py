@@ -49,7 +49,7 @@ def iterate_documents(paths: Sequence[Path], tokenizer: Any = None) -> Iterator[
 
 def _members(path: Path) -> list[Path]:
     if not path.is_dir():
-        require_regular_file(path, "check --data")
+        require_regular_file(path, "check ‹data›")
         return [path]
     every = sorted(p for p in path.rglob("*") if not p.is_dir())
     members = [p for p in every if p.suffix in SUFFIXES and p.is_file() and not _is_about(p.relative_to(path))]

@@ -84,7 +84,7 @@ def sample_windows(
         raise MinipuzzleError(
             f"the data has {len(stream):,} tokens, but {num_samples} samples of {sequence_length} need "
             f"{wanted_tokens:,}",
-            "give more --data, or lower --samples or --sequence-length",
+            "give more ‹data›, or lower ‹samples› or ‹sequence_length›",
         )
     starts = sorted(shuffler.sample(range(num_windows), num_samples))
     windows = [stream[start * sequence_length : (start + 1) * sequence_length] for start in starts]
@@ -126,7 +126,7 @@ def evaluation_windows(tokenizer: Any, documents: Sequence[str], *, sequence_len
         unpredicted = "" if _opening(tokenizer, text) else tokenizer.decode(tokens[:1])
         num_bytes += len(text.encode()) - len(unpredicted.encode())
     if not inputs:
-        raise MinipuzzleError("the evaluation text has fewer than two tokens", "give more --data")
+        raise MinipuzzleError("the evaluation text has fewer than two tokens", "give more ‹data›")
     return EvaluationWindows(token_ids=torch.tensor(inputs), labels=torch.tensor(labels), num_bytes=num_bytes)
 
 

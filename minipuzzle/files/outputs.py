@@ -50,7 +50,7 @@ def check_target_folder(
         raise MinipuzzleError(f"{target} is not a folder", "choose another one")
     if kind is not None and any(target.iterdir()):
         if not overwrite:
-            raise MinipuzzleError(f"{target} is not empty", "choose another folder or pass --overwrite")
+            raise MinipuzzleError(f"{target} is not empty", "choose another folder or pass ‹overwrite›")
         if not is_ours(target):
             raise MinipuzzleError(
                 f"{target} was not written by minipuzzle, which does not replace it",
@@ -74,13 +74,13 @@ def check_target_file(
     if kind is not None and not stat.S_ISREG(kind):
         raise MinipuzzleError(f"{target} is a folder or a special file", "give the name of a new file")
     if kind is not None and not overwrite:
-        raise MinipuzzleError(f"{target} exists", "choose another name or pass --overwrite")
+        raise MinipuzzleError(f"{target} exists", "choose another name or pass ‹overwrite›")
     if kind is not None:
         try:
             read(target)
         except MinipuzzleError as error:
             raise MinipuzzleError(
-                f"{target} is no such file as would be written, so --overwrite does not replace it: {error.problem}",
+                f"{target} is no such file as would be written, so ‹overwrite› does not replace it: {error.problem}",
                 "choose another name, or remove the file yourself",
             ) from None
     _check_writable(target.parent, target)
@@ -162,7 +162,7 @@ def only_writer(target: Path, *, lock: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise MinipuzzleError(
-                f"process {file.read() or '?'} is writing {target}", "wait for it, stop it, or choose another --out"
+                f"process {file.read() or '?'} is writing {target}", "wait for it, stop it, or choose another ‹out›"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

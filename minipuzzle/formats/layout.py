@@ -123,7 +123,7 @@ def export_layout(
         cache_scales=_cache_scales(architecture) if fp8_kv_cache else {},
     )
     if not layout.quantized:
-        raise MinipuzzleError("the overrides leave nothing to quantise", "use --bf16, or narrower patterns")
+        raise MinipuzzleError("the overrides leave nothing to quantise", "use ‹bf16›, or narrower patterns")
     return layout
 
 
@@ -159,7 +159,7 @@ def _check_widths(architecture: Architecture, is_quantized: Mapping[str, bool], 
             raise MinipuzzleError(
                 f"{module_of(tensor)} has {tensor.shape[-1]} inputs; {scheme.name} needs a multiple of "
                 f"{scheme.columns_multiple}",
-                f"leave it out: --override '{module_of(tensor)}={PLAIN}'",
+                f"leave it out: ‹overrides› '{module_of(tensor)}={PLAIN}'",
             )
 
 
@@ -168,14 +168,14 @@ def _check_cache(architecture: Architecture, flavour: Flavour) -> None:
         # Engines cache keys after their rotation (and after a norm, where there is one), which is not measured here.
         raise MinipuzzleError(
             f"scales of an FP8 KV cache are not measured for {architecture.model_type}, whose keys are rotated",
-            "leave out --kv-cache fp8",
+            "leave out ‹kv_cache› fp8",
         )
     if not _cache_scales(architecture):
-        raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out --kv-cache fp8")
+        raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out ‹kv_cache› fp8")
     if not flavour.has_cache_scales:
         raise MinipuzzleError(
             f"the {flavour.name} layout has no place for cache scales that engines read in hybrid models",
-            "use --flavour modelopt, or leave out --kv-cache fp8",
+            "use ‹flavour› modelopt, or leave out ‹kv_cache› fp8",
         )
 
 

@@ -219,7 +219,7 @@ def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Quality:
     if not loss < _MAX_LOSS_NATS:  # also true for NaN
         raise MinipuzzleError(
             f"the model's loss is {loss} nats/token: it computes NaN, infinite or senseless values",
-            "check the weights, or try --dtype float32",
+            "check the weights, or try ‹dtype› float32",
         )
     return Quality(
         loss=loss,

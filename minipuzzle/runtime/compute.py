@@ -84,5 +84,5 @@ class Compute:
         if needed_bytes > (limit_bytes := self.limit_bytes):
             raise MinipuzzleError(
                 f"the work needs {format_gib(needed_bytes)} ({terms}), but {format_gib(limit_bytes)} may be used",
-                f"raise --device-memory, or {hint}",
+                f"raise ‹device_memory›, or {hint}",
             )

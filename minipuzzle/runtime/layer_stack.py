@@ -110,7 +110,7 @@ class LayerStack:
             self.weight_bytes + reserved_bytes,
             f"{format_gib(self.weight_bytes)} for the largest part of the model, {format_gib(reserved_bytes)} for "
             "activations",
-            "lower --sequence-length or the precision (--dtype bfloat16)",
+            "lower ‹sequence_length› or the precision (‹dtype› bfloat16)",
         )
 
     @property

@@ -31,13 +31,13 @@ def _format_whole(count: float) -> str:
 
 # Costs in the order of every array of costs: how each is called and printed, and which option limits it.
 COSTS: Mapping[str, tuple[str, Callable[[float], str], str]] = {
-    "memory_bytes": ("memory", lambda value: format_gib(int(value)), "--memory"),
-    "num_parameters": ("parameters", _format_whole, "--params"),
-    "num_active_parameters": ("active parameters", _format_whole, "--active-params"),
+    "memory_bytes": ("memory", lambda value: format_gib(int(value)), "‹memory›"),
+    "num_parameters": ("parameters", _format_whole, "‹params›"),
+    "num_active_parameters": ("active parameters", _format_whole, "‹active_params›"),
     "step_nanoseconds": (
         "time of a step",
         lambda nanoseconds: f"{nanoseconds / 1e6:.4g} ms",
-        "--throughput or --latency",
+        "‹throughput› or ‹latency_ms›",
     ),
 }
 

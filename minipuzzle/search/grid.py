@@ -100,7 +100,7 @@ def price_grid(loss: LossModel, pricing: Pricing, space: SearchSpace) -> Grid:
     if prod(shape) > MAX_GRID_POINTS:
         raise MinipuzzleError(
             f"the grid has {prod(shape):,} points; {MAX_GRID_POINTS:,} are the most that are held",
-            "take larger steps (--depth-step, --widths AXIS=LOW:HIGH:STEP) or narrower bounds (--min, --max)",
+            "take larger steps (‹depth_step›, ‹widths› AXIS=LOW:HIGH:STEP) or narrower bounds (‹minimum›, ‹maximum›)",
         )
     ranked = rank_layers(source, loss.removal_in(space.layout), space.layout, space.keep_layers)
     costs, losses = np.zeros((len(COSTS), *shape)), np.zeros(shape)

@@ -36,7 +36,7 @@ class Infeasibility:
         missed = [name for name, least in zip(COSTS, self.least, strict=True) if least > getattr(self.limits, name)]
         problem = "; ".join(self._missed(name) for name in missed) or self._not_together()
         options = " or ".join(COSTS[name][2] for name in missed or self.limits.given())
-        hint = f"raise {options}, lower --context or a precision, or loosen a bound"
+        hint = f"raise {options}, lower ‹context› or a precision, or loosen a bound"
         return InfeasibleBudgetError(f"nothing fits: {problem}; {needs}{self._binding(missed)}", hint)
 
     def _missed(self, name: str) -> str:

@@ -34,7 +34,7 @@ class LossModel:
         if missing := np.flatnonzero(~np.isfinite(self.removal)).tolist():
             raise MinipuzzleError(
                 f"the scores hold no {self.metric} of layers {', '.join(map(str, missing))}",
-                "a search needs scores of all layers: measure without --layers",
+                "a search needs scores of all layers: measure without ‹layers›",
             )
         for key, losses in self.scores.variants.items():
             metric, axis, width = key.split(".")

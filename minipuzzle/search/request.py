@@ -110,7 +110,7 @@ class SearchTargets:
         """
         asked = {item.name: getattr(self, item.name) for item in fields(SearchTargets)}
         if sweep is not None and self.memory is not None:
-            raise MinipuzzleError("--sweep and --memory both set the budget", "give one of them")
+            raise MinipuzzleError("‹sweep› and ‹memory› both set the budget", "give one of them")
         if sweep is not None:
             asked["memory"] = sweep.split(":")[1] if sweep.count(":") == 2 else sweep
         elif not self.is_targeted:
@@ -133,11 +133,11 @@ class SearchRequest(SearchTargets):
 
     def __post_init__(self) -> None:
         if not self.is_limited and not self.keep and not self.width:
-            raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+            raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
         if self.layout not in LAYOUTS:
             raise MinipuzzleError(f"unknown layout {self.layout!r}", f"use one of {', '.join(LAYOUTS)}")
         if (self.throughput is not None or self.latency_ms is not None) and self.timings is None:
-            raise MinipuzzleError("a throughput needs measured times of layers", "give them with --timings FILE.csv")
+            raise MinipuzzleError("a throughput needs measured times of layers", "give them with ‹timings› FILE.csv")
 
     @property
     def is_limited(self) -> bool:

@@ -47,7 +47,7 @@ def requested_space(source: Architecture, request: SearchRequest) -> SearchSpace
     for layer_idx in request.keep_layers:
         if not 0 <= layer_idx < len(source.layers):
             raise MinipuzzleError(
-                f"there is no layer {layer_idx} to keep: the model has {len(source.layers)}", "see --keep-layers"
+                f"there is no layer {layer_idx} to keep: the model has {len(source.layers)}", "see ‹keep_layers›"
             )
     keep_layers = frozenset(request.keep_layers)
     counts = {
@@ -65,7 +65,7 @@ def _check_kind(source: Architecture, kind: str, available: Mapping[str, int]) -
     if kind not in available:
         raise MinipuzzleError(
             f"{kind} layers of this model stay or go with the layer before them in their block",
-            f"give a number for {' and '.join(available)} layers only, or use --layout per-layer",
+            f"give a number for {' and '.join(available)} layers only, or use ‹layout› per-layer",
         )
 
 
@@ -80,9 +80,9 @@ def _allowed_counts(kind: str, available: int, num_must_stay: int, request: Sear
         wanted = request.keep[kind]
         if not num_must_stay <= wanted <= available:
             raise MinipuzzleError(
-                f"cannot keep {wanted} {kind} layers: the model has {available}, and --keep-layers names "
+                f"cannot keep {wanted} {kind} layers: the model has {available}, and ‹keep_layers› names "
                 f"{num_must_stay}",
-                "change --keep",
+                "change ‹keep›",
             )
         return (wanted,)
     highest = min(available, request.maximum.get(kind, available))
@@ -91,15 +91,17 @@ def _allowed_counts(kind: str, available: int, num_must_stay: int, request: Sear
         lowest = request.minimum[kind]
         if lowest > available:
             raise MinipuzzleError(
-                f"cannot keep at least {lowest} {kind} layers: the model has {available}", "lower --min"
+                f"cannot keep at least {lowest} {kind} layers: the model has {available}", "lower ‹minimum›"
             )
     lowest = max(min(lowest, highest), num_must_stay)
     if lowest > highest:
         raise MinipuzzleError(
-            f"at most {highest} {kind} layers may stay, but --keep-layers names {lowest}", "raise --max"
+            f"at most {highest} {kind} layers may stay, but ‹keep_layers› names {lowest}", "raise ‹maximum›"
         )
     if request.minimum.get(kind, 0) > highest:
-        raise MinipuzzleError(f"--min {kind}={request.minimum[kind]} is above --max {kind}={highest}", "change one")
+        raise MinipuzzleError(
+            f"‹minimum› {kind}={request.minimum[kind]} is above ‹maximum› {kind}={highest}", "change one"
+        )
     return tuple(range(highest, lowest - 1, -request.depth_step))[::-1]
 
 
@@ -110,13 +112,13 @@ def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, t
         widths[axis] = (size,)
     for axis, text in request.widths.items():
         if axis in widths:
-            raise MinipuzzleError(f"both --width and --widths speak of {axis}", "give one of them")
+            raise MinipuzzleError(f"both ‹width› and ‹widths› speak of {axis}", "give one of them")
         widths[axis] = parse_widths(source, axis, text, request.granularity)
     if request.is_limited:
         widths = {**_default_widths(source, request), **widths}
     for axis in TRUNK.prunable_axes:
         if request.layout == PER_LAYER and len(widths.get(axis, ())) > 1:
-            raise MinipuzzleError(f"all layers share one {axis} width", f"fix it with --width {axis}=N")
+            raise MinipuzzleError(f"all layers share one {axis} width", f"fix it with ‹width› {axis}=N")
     return widths
 
 
@@ -170,10 +172,10 @@ def _check_width(source: Architecture, axis: str, width: int) -> None:
     if available is None:
         raise MinipuzzleError(f"the model has no axis {axis!r} of one width", "see `minipuzzle inspect`")
     if not 0 < width <= available:
-        raise MinipuzzleError(f"cannot cut {axis} to {width}: the model has {available}", "lower --width")
+        raise MinipuzzleError(f"cannot cut {axis} to {width}: the model has {available}", "lower ‹width›")
     if axis == "expert" and width < (used := source.width("experts_per_token") or 1):
         raise MinipuzzleError(f"cannot cut expert to {width}: the router picks {used} a token", "keep more experts")
     if group_axis := kind_of_axis(axis).unit_groups.get(axis):
         groups = source.width(group_axis) or 1
         if width % groups:
-            raise MinipuzzleError(f"{axis}={width} does not divide into the model's {groups} groups", "change --width")
+            raise MinipuzzleError(f"{axis}={width} does not divide into the model's {groups} groups", "change ‹width›")

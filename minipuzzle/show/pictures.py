@@ -22,7 +22,7 @@ def check_picture_target(path: Path, *, overwrite: bool, inputs: Sequence[Path])
     Raises: MinipuzzleError saying why.
     """
     if path.suffix not in FORMATS:
-        raise MinipuzzleError(f"{path} is no picture", f"give --plot a name that ends in {', '.join(FORMATS)}")
+        raise MinipuzzleError(f"{path} is no picture", f"give ‹plot› a name that ends in {', '.join(FORMATS)}")
     check_target_file(path, overwrite=overwrite, read=_check_picture, inputs=inputs)
 
 

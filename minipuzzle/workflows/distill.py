@@ -139,7 +139,7 @@ def estimate_distill(student: Path, options: DistillOptions, gpus: str | None, g
 def _numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise MinipuzzleError(f"--gpus is {text!r}", "give whole numbers such as 8 or 8,64,512")
+        raise MinipuzzleError(f"‹gpus› is {text!r}", "give whole numbers such as 8 or 8,64,512")
     return tuple(int(part) for part in parts)
 
 

@@ -161,7 +161,7 @@ def export_checkpoint(
     if calibration_token_ids is not None:
         check_token_ids(calibration_token_ids, checkpoint.architecture.vocabulary)
     elif layout.needs_calibration:
-        raise MinipuzzleError(f"{request.scheme} needs text to calibrate on", "give --data")
+        raise MinipuzzleError(f"{request.scheme} needs text to calibrate on", "give ‹data›")
     check_target_folder(out, overwrite=overwrite, inputs=(checkpoint.folder,))
     num_steps = sum(1 for _ in checkpoint.architecture.deployed.tensors())
     num_steps += len(checkpoint.architecture.layers) if layout.needs_calibration else 0
@@ -283,7 +283,7 @@ def _prepared(
     checkpoint.require_plain_weights()
     if request.layout(checkpoint).needs_calibration and not data:
         raise MinipuzzleError(
-            f"{format_name} needs text to calibrate on", "give --data: text like what the model will see"
+            f"{format_name} needs text to calibrate on", "give ‹data›: text like what the model will see"
         )
     inputs = [checkpoint.folder, *data, *([Path(settings.quality)] if isinstance(settings.quality, str | Path) else ())]
     check_target_folder(Path(settings.out), overwrite=settings.overwrite, inputs=inputs)

@@ -73,17 +73,17 @@ class PruneRequest:
     def __post_init__(self) -> None:
         if self.plan is not None:
             if self.target is not None or self.scores is not None:
-                raise MinipuzzleError("--plan already says what to cut", "drop --scores, --memory, --keep and --width")
+                raise MinipuzzleError("‹plan› already says what to cut", "drop ‹scores›, ‹memory›, ‹keep› and ‹width›")
         elif self.target is None:
-            raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+            raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
         elif self.scores is None and not self.data:
-            raise MinipuzzleError("there is nothing to measure on", "give --data, or --scores of an earlier run")
+            raise MinipuzzleError("there is nothing to measure on", "give ‹data›, or ‹scores› of an earlier run")
         if self.criterion is not None and self.criterion not in CRITERIA:
             raise MinipuzzleError(f"there is no criterion {self.criterion!r}", f"choose one of {', '.join(CRITERIA)}")
         if self.criterion == OBS and not self.compensate:
-            raise MinipuzzleError("OBS chooses units by what a refit makes up", "drop --criterion or --no-compensate")
+            raise MinipuzzleError("OBS chooses units by what a refit makes up", "drop ‹criterion› or ‹no_compensate›")
         if self.choosing.race is not None and not self.training_data:
-            raise MinipuzzleError("finalists have nothing to train on", "give --race-data or --data")
+            raise MinipuzzleError("finalists have nothing to train on", "give ‹race_data› or ‹data›")
 
     @property
     def training_data(self) -> tuple[Path, ...]:
@@ -275,7 +275,7 @@ def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder
     windows = comparison_windows(request, scores, validation)
     if choosing.race is not None:
         if windows is None:
-            raise MinipuzzleError("a race needs text to measure finalists on", "give --validation")
+            raise MinipuzzleError("a race needs text to measure finalists on", "give ‹validation›")
         return race_finalists(problem, choosing, request.training_data, windows, folder, writer)
     if windows is None or (choosing.num_candidates == 1 and not choosing.refine):
         return Choice(plan=problem.predicted_plans(1)[0])

@@ -104,5 +104,5 @@ def _checked_request(checkpoint: Checkpoint, settings: ScoreSettings) -> LayerRe
 
 def _check_target(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     if out.suffix == ".json":
-        raise MinipuzzleError(f"{out} would be read as JSON", "give --out a name that ends in .safetensors")
+        raise MinipuzzleError(f"{out} would be read as JSON", "give ‹out› a name that ends in .safetensors")
     check_target_file(out, overwrite=overwrite, read=read_scores, inputs=inputs)

@@ -98,7 +98,7 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     named = named_deployment(settings.deployment)
     request, deployment = settings.request(named.memory, settings.sweep), named.deployment
     if request is None:
-        raise MinipuzzleError("nothing says how small the model should be", "give --memory, --keep or --width")
+        raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
     _check_targets(model, scores, settings)
     source, scores = architecture_of(model), scores_of(scores)
     if settings.sweep is not None:

@@ -103,7 +103,7 @@ class ScoreSettings:
             raise MinipuzzleError(
                 f"{self.samples} samples ({self.num_channel_samples} for channels) of {self.sequence_length} tokens "
                 "measure nothing",
-                "give --samples and --channel-samples of at least 1 and --sequence-length of at least 2",
+                "give ‹samples› and ‹channel_samples› of at least 1 and ‹sequence_length› of at least 2",
             )
 
     @property
@@ -136,9 +136,9 @@ class SearchSettings(SearchTargets):
 
     def __post_init__(self) -> None:
         if self.sweep is not None and self.out is not None:
-            raise MinipuzzleError("a sweep has no one plan to write", "drop --out, then search at the budget you chose")
+            raise MinipuzzleError("a sweep has no one plan to write", "drop ‹out›, then search at the budget you chose")
         if self.sweep is None and (self.csv is not None or self.plot is not None):
-            raise MinipuzzleError("--csv and --plot belong to a sweep", "add --sweep LOW:HIGH:STEP")
+            raise MinipuzzleError("‹csv› and ‹plot› belong to a sweep", "add ‹sweep› LOW:HIGH:STEP")
 
 
 @dataclass(frozen=True, kw_only=True)

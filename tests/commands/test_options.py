@@ -5,16 +5,29 @@ After an intended change: ``python -m tests.commands.test_options`` writes the l
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from minipuzzle.commands.cli import COMMANDS, main
+from distill.engine import EngineSettings
+from minipuzzle.commands.cli import COMMANDS, OPTION_OF_FIELD, main, with_options
+from minipuzzle.option import KEY, Option
+from minipuzzle.workflows import settings as workflow_settings
 
 FROZEN = Path(__file__).with_name("options.txt")
 ROOT = Path(__file__).parents[2]
+SETTINGS = [EngineSettings, *(value for value in vars(workflow_settings).values() if dataclasses.is_dataclass(value))]
+
+
+def command_of(name: str) -> click.Command:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    return command
 
 
 def described(option: click.Parameter) -> dict[str, Any]:
@@ -54,6 +67,48 @@ def _names(param: click.Parameter) -> str:
 
 def test_options_are_those_that_were_promised() -> None:
     assert listed_options().splitlines() == FROZEN.read_text(encoding="utf-8").splitlines()
+
+
+def test_errors_name_fields_and_the_command_line_turns_them_into_its_options() -> None:
+    """The one table of renamed fields is what the settings say, and every field that a message names is an option."""
+    renamed = {
+        field.name: about.name
+        for settings in SETTINGS
+        for field in dataclasses.fields(settings)
+        if isinstance(about := field.metadata.get(KEY), Option) and about.name.replace("-", "_") not in ("", field.name)
+    }
+    assert renamed == OPTION_OF_FIELD
+    known = {
+        option
+        for name in COMMANDS
+        for parameter in command_of(name).params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    named = {
+        field: with_options(f"‹{field}›")
+        for package in ("minipuzzle", "importance", "distill")
+        for path in (ROOT / package).rglob("*.py")
+        for field in re.findall("‹([a-z0-9_]+)›", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 40
+    assert {field: option for field, option in named.items() if option not in known} == {}
+    assert with_options("give ‹latency_ms› or ‹memory›") == "give --latency or --memory"
+    assert with_options("token '<s>' stays") == "token '<s>' stays"
+
+
+def test_no_error_of_the_core_speaks_of_options() -> None:
+    """Commands quoted whole, in backticks, do."""
+    found = []
+    for package in ("minipuzzle", "importance", "distill"):
+        for path in (ROOT / package).rglob("*.py"):
+            if "commands" in path.parts:
+                continue
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("Error"):
+                    parts = [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
+                    texts = "".join(part for part in parts if isinstance(part, str)).split("`")[::2]
+                    found += [(path.name, text) for text in texts if re.search(r"(?<![\w-])--[a-z]", text)]
+    assert found == []
 
 
 if __name__ == "__main__":

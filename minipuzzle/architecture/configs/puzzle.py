@@ -41,7 +41,7 @@ def write_puzzle_config(config: Config, architecture: Architecture) -> dict[str,
             f"block_configs are for nemotron_h, not for {base.get('model_type')}"
             if is_other
             else "the layers of this model do not differ in width, which every engine's own config.json can say",
-            "leave out --puzzle",
+            "leave out ‹puzzle›",
         )
     _check_mamba(architecture)
     return {
@@ -62,7 +62,7 @@ def _check_mamba(architecture: Architecture) -> None:
             raise MinipuzzleError(
                 f"layer {layer_idx} (mamba) has {other['ssm_head']} heads of {other['ssm_head_channel']} channels, "
                 f"layer {indices[0]} {expected}: engines keep states of one shape",
-                "cut ssm_head and ssm_head_channel alike in all layers, or leave out --puzzle",
+                "cut ssm_head and ssm_head_channel alike in all layers, or leave out ‹puzzle›",
             )
 
 

@@ -44,11 +44,13 @@ class ChoosingSettings:
     def __post_init__(self) -> None:
         RANK_BY.check(self.rank_by)
         if self.num_candidates < 1 or self.num_finalists < 1:
-            raise MinipuzzleError("there must be a candidate and a finalist", "check --candidates and --finalists")
+            raise MinipuzzleError(
+                "there must be a candidate and a finalist", "check ‹num_candidates› and ‹num_finalists›"
+            )
         if (self.num_finalists > 1) != (self.race is not None):
             raise MinipuzzleError(
                 f"{self.num_finalists} finalists and {'a' if self.race else 'no'} race",
-                "give both: --finalists 3 and --race-tokens 7B, for instance",
+                "give both: ‹num_finalists› 3 and ‹race_tokens› 7B, for instance",
             )
 
 

@@ -106,7 +106,9 @@ def sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, o
     Raises: as ``measured_frontier``, and MinipuzzleError for scores without tokens and no validation text.
     """
     if request.choosing.race is not None or request.choosing.refine or request.plan is not None:
-        raise MinipuzzleError("a sweep measures candidates and cuts nothing", "drop --finalists, --refine and --plan")
+        raise MinipuzzleError(
+            "a sweep measures candidates and cuts nothing", "drop ‹num_finalists›, ‹refine› and ‹plan›"
+        )
     assert request.target is not None
     checkpoint = request.checkpoint
     source_bytes = memory_breakdown(checkpoint.architecture, request.deployment).total_bytes
@@ -121,7 +123,7 @@ def sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, o
         scores.check_against(checkpoint.architecture, checkpoint.fingerprint)
         windows = comparison_windows(request, scores, validation)
         if windows is None:
-            raise MinipuzzleError("there is nothing to measure candidates on", "give --validation")
+            raise MinipuzzleError("there is nothing to measure candidates on", "give ‹validation›")
         problem = Problem(checkpoint=checkpoint, scores=scores, target=request.target, deployment=request.deployment)
         found = measured_frontier(problem, sizes, windows, request.choosing, compute)
         write_json(folder / "frontier.json", found.to_json())
