@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> None:
         if "--write" in arguments:
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times, which differ from run to run
+                if cell.cell_type == "code":  # warnings of libraries name folders of this machine
+                    cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             nbformat.write(notebook, path)
         print(f"{path.name}: {sum(cell.cell_type == 'code' for cell in notebook.cells)} cells ran")
 
