@@ -16,9 +16,9 @@ from distill.scale.estimate import RunEstimate, estimate_run, flops_per_token
 from distill.scale.gpus import Hardware
 from distill.scale.hardware import PeakMemory, hardware_of
 from distill.scale.low_precision import float8_obstacle
-from distill.scale.parallel import Placement, joined_placement, open_pair, rows_of_process
-from distill.settings import DistillSettings, OnNote, OnStep, ignore_note, ignore_step
-from distill.states.records import draw_learning_curve
+from distill.scale.parallel import Placement, joined_placement, open_pair, rows_of_process, whole
+from distill.settings import LARGEST_KL, DistillSettings, OnNote, OnStep, ignore_note, ignore_step
+from distill.states.records import draw_learning_curve, risen_loss
 from distill.states.results import shared_output_folder, write_result
 from distill.states.stored import STATE_FOLDER, Progress
 from distill.training.data import TrainingText, blend_of, read_training_text
@@ -31,7 +31,9 @@ from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
 from minipuzzle.quality.vocabulary import SharedVocabulary, shared_vocabulary
 from minipuzzle.runtime.compute import Compute
-from minipuzzle.runtime.processes import processes_from_environment
+from minipuzzle.runtime.processes import Processes, processes_from_environment
+
+_WORSE_FACTOR, _WORSE_NATS = 1.05, 1e-3  # of the KL before; less is chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ class DistillResult:
     """What a finished run did. Validation figures: nats per token at temperature 1; None without validation text.
 
     ``best_step``: the step whose weights were written, the one with the lowest validation KL where some were evaluated.
+    ``problem``: why the student is worse than before, in words; None if it is not.
     ``peak_memory_bytes``: of this process, beyond what it held before. ``estimate``: what was expected.
     """
 
@@ -144,6 +147,7 @@ class DistillResult:
     best_step: int
     peak_memory_bytes: int
     estimate: RunEstimate
+    problem: str | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -261,6 +265,7 @@ def run_prepared(
             memory = PeakMemory(placement.compute.own_device)
             pair, progress = _train(prepared, placement, folder, on_step, on_note)
             peak_memory_bytes = memory.extra_bytes()
+            problem = _problem(pair, progress, folder, processes)
             write_result(pair, request.student, folder, processes)
             # Last, because until now a run that is killed can still continue from it.
             if processes.is_first:
@@ -280,7 +285,27 @@ def run_prepared(
         validation_loss_before=progress.validation_loss_before,
         validation_loss_after=progress.validation_loss_after,
         best_step=progress.best_step or progress.step,
+        problem=problem,
     )
+
+
+def _problem(pair: DistillPair, progress: Progress, folder: Path, processes: Processes) -> str | None:
+    """Why a trained student is worse than before, in words, the same in all processes."""
+    finite = [bool(whole(tensor.detach()).isfinite().all()) for tensor in pair.student.model.parameters()]
+    before, after = progress.validation_kl_before, progress.validation_kl_after
+    problem = None
+    if not all(finite):
+        problem = "the student's weights hold NaN or infinite values"
+    elif 2 * progress.skipped_steps > progress.step:
+        problem = f"{progress.skipped_steps} of {progress.step} steps had to be skipped"
+    elif before is not None and after is not None:
+        if after > _WORSE_FACTOR * before + _WORSE_NATS:
+            shown = f"{after:.4f}" if after < LARGEST_KL else "no number"
+            problem = f"the KL on held-out text rose from {before:.4f} to {shown}"
+    elif processes.is_first and (risen := risen_loss(folder)):
+        problem = f"the training loss rose from {risen[0]:.4f} to {risen[1]:.4f}"
+    answer: str | None = processes.broadcast(problem)
+    return answer
 
 
 def distill_checkpoint(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from distill.objective.divergences import Form
 
+LARGEST_KL = 1e30  # above any, and a number for JSON
+
 # How the distributions of teacher and student are compared.
 FORMS: Table[Form] = Table(
     "loss form",
@@ -136,11 +138,11 @@ class DistillSettings:
     def __post_init__(self) -> None:
         positive = ("tokens", "sequence_length", "batch_sequences", "micro_batch_sequences", "learning_rate")
         for name in (*positive, "clip_norm", "temperature"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for name in ("ce_weight", "warmup_fraction", "min_learning_rate_fraction", "decay_fraction", "held_out"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in ("weight_decay", "eval_every", "save_every", "top_k", "hidden_weight"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         share = self.mixture_share
         _require(share is None or 0 < share < 1, "mixture_share", share, "a number between 0 and 1")
         DTYPES.check(self.dtype)

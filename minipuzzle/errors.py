@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     INFEASIBLE = 3
     INPUT_CHANGED = 4
     NOT_OK = 5  # what was verified is not what it should be
+    GOT_WORSE = 6  # a training ended with a student that is worse than before
     INTERRUPTED = 130
 
 
@@ -57,3 +58,9 @@ class InputChangedError(MinipuzzleError):
     """An interrupted run cannot resume, because one of its inputs is no longer the same."""
 
     exit_code = ExitCode.INPUT_CHANGED
+
+
+class GotWorseError(MinipuzzleError):
+    """A training ended, and what it wrote is worse than what it began with, or holds no numbers."""
+
+    exit_code = ExitCode.GOT_WORSE

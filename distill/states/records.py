@@ -16,6 +16,7 @@ from minipuzzle.errors import MinipuzzleError
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "learning_curve.png"
 _SMOOTHED_STEPS = 25
+_FEW_STEPS = 20
 
 
 def append_metrics(folder: Path, record: StepRecord) -> None:
@@ -70,6 +71,19 @@ def draw_learning_curve(folder: Path, *, validation_kl_before: float | None) -> 
     rate_axes.plot(tokens, [record["learning_rate"] for record in records], color="0.6", linestyle=":")
     rate_axes.set(ylabel="learning rate (dotted)", ylim=(0, None))
     figure.savefig(folder / CURVE_FILE, dpi=120)
+
+
+def risen_loss(folder: Path) -> tuple[float, float] | None:
+    """The mean training loss of a run's first and last tenth, if it rose by more than a tenth and a hundredth nat.
+
+    A loss that is no number counts as infinite. Of runs of a few steps only such a last loss tells something.
+    """
+    losses = [math.inf if record["loss"] is None else record["loss"] for record in read_metrics(folder)]
+    tenth = max(1, len(losses) // 10)
+    if not losses or (len(losses) < _FEW_STEPS and losses[-1] < math.inf):
+        return None
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    return (first, last) if math.isinf(last) or last > 1.1 * first + 0.01 else None
 
 
 def _smoothed(values: list[float]) -> list[float]:

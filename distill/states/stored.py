@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from distill.settings import LARGEST_KL
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.digests import damage_of
 from minipuzzle.files.json_files import read_json, record_of
@@ -27,7 +28,6 @@ from minipuzzle.files.json_files import read_json, record_of
 STATE_FOLDER = "state"
 PROGRESS_FILE = "progress.json"
 MODEL_PREFIX = "model/"
-LARGEST_KL = 1e30  # above any, and a number for JSON
 _CONTENTS_FILE = ".metadata"
 _ROUNDING = 1e-3  # a divergence of equal models may come out a little below zero
 

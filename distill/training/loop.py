@@ -19,7 +19,7 @@ from distill.engine import SPIKE_WINDOW, EngineSettings
 from distill.objective.losses import LossSettings
 from distill.objective.pair import DistillPair
 from distill.scale.parallel import rows_of_process, whole
-from distill.settings import DistillSettings, OnNote, OnStep, StepRecord, ignore_note, ignore_step
+from distill.settings import LARGEST_KL, DistillSettings, OnNote, OnStep, StepRecord, ignore_note, ignore_step
 from distill.states.checkpointing import StateStore, TrainingState
 from distill.states.records import append_metrics, forget_metrics_after
 from distill.states.stored import DamagedStateError, Progress
@@ -246,7 +246,9 @@ class _Run:
         batch_sequences = EVALUATED_MICRO_BATCHES * self.settings.micro_batch_sequences
         distance = self.pair.distance(self.validation, batch_sequences=batch_sequences)
         model.train(was_training)
-        return distance
+        # What is no number is further away than all that are; JSON has no name for it.
+        kl, loss = (value if math.isfinite(value) else LARGEST_KL for value in (distance.kl or 0.0, distance.loss))
+        return replace(distance, kl=kl, loss=loss)
 
 
 def _loss_settings(settings: DistillSettings) -> LossSettings:

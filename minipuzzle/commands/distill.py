@@ -17,6 +17,7 @@ from minipuzzle.commands.options.generate import (
     settings_options,
 )
 from minipuzzle.commands.options.shared import COUNT, dry_run_option, echo_json, json_option, model_argument
+from minipuzzle.errors import GotWorseError
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.workflows.settings import DistillOptions
 
@@ -75,7 +76,7 @@ def distill(
 
     Interrupted with Ctrl-C or killed, the run leaves OUT.partial, and the same command continues from there. On many
     GPUs: torchrun --nproc-per-node=8 -m minipuzzle distill ...; any number of processes continues what any other
-    number began.
+    number began. A run whose student got worse, or holds no numbers, ends with exit code 6.
     """
     from minipuzzle.show.distill import print_estimates
     from minipuzzle.workflows.distill import estimate_distill, prepare_distill
@@ -118,6 +119,8 @@ def _distill(prepared: PreparedRun, tensorboard: Path | None, *, dry_run: bool, 
         result = finish_distill(prepared, tensorboard, on_step, lambda note: click.echo(f"note: {note}", err=True))
     if is_first:
         echo_json(result.to_json()) if as_json else print_result(result)
+    if result.problem:
+        raise GotWorseError(result.problem, "lower --learning-rate, give more --tokens, or another --data")
 
 
 def _convert(student: Path, step: int, options: dict[str, Any], *, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from distill.settings import DOCUMENTS, OnStep, StepRecord, ignore_step
+from distill.settings import DOCUMENTS, LARGEST_KL, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.show.bars import steps_bar
 from minipuzzle.show.tables import figures_table
@@ -82,9 +82,9 @@ def print_result(result: DistillResult) -> None:
     """Print what a run did, beside what was expected of it."""
     table = figures_table("", "before", "after", "left")
     if result.validation_kl_before is not None and result.validation_kl_after is not None:
-        row = [f"{result.validation_kl_before:.4f}", f"{result.validation_kl_after:.4f}"]
+        row = [_shown(result.validation_kl_before), _shown(result.validation_kl_after)]
         table.add_row("KL to the teacher, nats/token", *row, f"{result.remaining_kl_fraction:.1%}")
-        row = [f"{result.validation_loss_before:.4f}", f"{result.validation_loss_after:.4f}"]
+        row = [_shown(result.validation_loss_before or 0), _shown(result.validation_loss_after or 0)]
         table.add_row("loss on the text, nats/token", *row, "")
         Console().print(table)
     print(
@@ -100,11 +100,13 @@ def print_result(result: DistillResult) -> None:
         print(
             f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite or rose suddenly"
         )
-    if result.remaining_kl_fraction is not None and result.remaining_kl_fraction >= 1:
+    if result.problem is None and result.remaining_kl_fraction is not None and result.remaining_kl_fraction >= 1:
         print("the student did not come nearer to its teacher: give more --tokens, or another --learning-rate")
     if result.best_step != result.steps:
         print(f"written are the weights after step {result.best_step:,}, the best by the KL on held-out text")
-    print(f"written to {result.out}\nnext: minipuzzle export {result.out} --fp8 -o ...")
+    print(f"written to {result.out}")
+    if result.problem is None:
+        print(f"next: minipuzzle export {result.out} --fp8 -o ...")
 
 
 def print_estimates(facts: Mapping[str, float], runs: Sequence[RunEstimate]) -> None:
@@ -146,12 +148,17 @@ def distill_progress(prepared: PreparedRun, *, is_quiet: bool = False) -> Iterat
         yield on_step
 
 
+def _shown(nats: float) -> str:
+    """Four decimals, or fewer digits of what has diverged."""
+    return "no number" if not abs(nats) < LARGEST_KL else f"{nats:.4f}" if abs(nats) < 1e6 else f"{nats:.2e}"
+
+
 def step_table(record: StepRecord, held_out_kl: float | None, prepared: PreparedRun) -> Table:
     """The figures of a step in one row."""
     figures = {
-        "loss": f"{record.loss:.4f}",
-        "KL": f"{record.kl:.4f}",
-        "held-out KL": "-" if held_out_kl is None else f"{held_out_kl:.4f}",
+        "loss": _shown(record.loss),
+        "KL": _shown(record.kl),
+        "held-out KL": "-" if held_out_kl is None else _shown(held_out_kl),
         "rate": f"{record.learning_rate:.1e}",
         "tokens/s": f"{record.tokens_per_second:,.0f}",
         "MFU (est.)": f"{prepared.used_fraction(record.tokens_per_second):.0%}",

@@ -311,3 +311,17 @@ def test_a_missing_folder_is_an_error_of_the_user(text_file: Path, tmp_path: Pat
     assert result.exit_code == 1
     with pytest.raises(MinipuzzleError, match="nowhere"):
         Checkpoint.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("rate", "is_held_out"), [("10", False), ("10", True), ("1e10", False), ("1e10", True)])
+def test_a_run_that_diverged_ends_with_its_own_code_and_no_next_step(
+    student: Path, text_file: Path, held_out: Path, tmp_path: Path, rate: str, is_held_out: bool
+) -> None:
+    validation = ("--validation", str(held_out)) if is_held_out else ()
+    options = ("--learning-rate", rate, "--tokens", "1280", *validation)  # 20 steps
+    result = run_distill(student, text_file, tmp_path / "out", *options)
+    assert result.exit_code == 6, result.output
+    assert "error:" in result.stderr and "next:" not in result.output and "nan nan" not in result.output
+    found = run_distill(student, text_file, tmp_path / "json", *options, "--json")
+    assert found.exit_code == 6
+    assert json.loads(found.stdout, parse_constant=pytest.fail)["problem"]

@@ -141,7 +141,7 @@ def _wait(pid: int) -> str:
 def _verdict(code: int, text: str) -> str:
     if "MemoryError" in text or "can't allocate memory" in text or code == -signal.SIGKILL:
         return MEMORY
-    if "Traceback (most recent call last)" in text or code not in (0, 1, 2, 3, 4, 5):
+    if "Traceback (most recent call last)" in text or code not in (0, 1, 2, 3, 4, 5, 6):
         return TRACEBACK
     if code == 0:
         return DONE
