@@ -293,7 +293,7 @@ def test_an_infeasible_budget_names_the_smallest_feasible_memory() -> None:
     with pytest.raises(InfeasibleBudgetError) as caught:
         find_candidates(source, random_scores(source), request, Deployment())
     assert caught.value.exit_code == 3
-    assert "--memory" in caught.value.hint
+    assert "‹memory›" in caught.value.hint
     # 3 mamba, 1 attention and 3 mlp layers are the fewest by default, 48 of 64 the narrowest FFN.
     smallest = {idx: {"ffn": 48} if PATTERN[idx] == "-" else {} for idx in (0, 1, 2, 3, 4, 5, 7)}
     needed = memory_breakdown(resized(source, smallest), Deployment())
@@ -336,7 +336,7 @@ def test_a_budget_above_the_source_says_that_nothing_needs_pruning() -> None:
         ({"memory": "150%"}, "share"),
         ({"memory": "50%", "keep_layers": (12,)}, "12"),
         ({"memory": "50%", "minimum": {"mamba": 9}}, "9"),
-        ({"memory": "50%", "maximum": {"mamba": 1}, "keep_layers": (0, 2)}, "keep-layers"),
+        ({"memory": "50%", "maximum": {"mamba": 1}, "keep_layers": (0, 2)}, "keep_layers"),
         ({"memory": "50%", "minimum": {"mamba": 4}, "maximum": {"mamba": 3}}, "above"),
         ({"memory": "50%", "widths": {"ffn": "9:1"}}, "range"),
         ({"memory": "50%", "widths": {"ffn": "a,b"}}, "count"),
