@@ -59,7 +59,7 @@ check: $(READY)  ## style, types, generated documentation, and the coverage that
 	$(BIN)/python docs/write_families.py --check
 	@test -f .coverage && echo "tests run $$($(BIN)/coverage report --ignore-errors --format=total) % of the lines" \
 		"(measured on $$(date -r .coverage +%F))" || echo "no coverage was measured here yet: make coverage"
-	$(BIN)/python examples/notebooks/run_notebooks.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/run_notebooks.py
 
 golden: $(READY)  ## fingerprints of all that is computed, on this machine, before a change that may change no number
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.make
