@@ -37,13 +37,26 @@ def read_documents(paths: Sequence[Path], tokenizer: Any = None) -> list[str]:
 
 def iterate_documents(paths: Sequence[Path], tokenizer: Any = None) -> Iterator[str]:
     """The documents of ``read_documents`` one by one; only plain text files are held whole."""
+    for record, where in iterate_records(paths, columns=RECORD_FIELDS):
+        yield _document(record, tokenizer, where)
+
+
+def iterate_records(
+    paths: Sequence[Path], columns: Sequence[str] | None = None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records of some files one by one, and where each stands; a text file is one record with a ``text``.
+
+    ``columns``: of Parquet files, which are read; default: all.
+
+    Raises: as ``read_documents``, except for what a record must hold.
+    """
     for path in paths:
         for member in _members(path):
-            num_documents = 0
-            for text in _read_file(member, tokenizer):
-                num_documents += 1
-                yield text
-            if not num_documents:
+            num_records = 0
+            for record in _read_file(member, columns):
+                num_records += 1
+                yield record
+            if not num_records:
                 raise MinipuzzleError(f"data file {member} is empty", "give a file with text")
 
 
@@ -66,24 +79,24 @@ def _is_about(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts) or path.stem.upper() in _DOCUMENTATION
 
 
-def _read_file(path: Path, tokenizer: Any) -> Iterator[str]:
+def _read_file(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
     if path.suffix not in SUFFIXES:
         raise MinipuzzleError(f"{path} has an unknown format", f"use {FORMATS}, or a folder of them")
     if path.suffix == PARQUET_SUFFIX:
-        yield from _read_parquet(path, tokenizer)
+        yield from _read_parquet(path, columns)
         return
     try:
         if path.suffix == JSONL_SUFFIX:
-            yield from _read_jsonl(path, tokenizer)
+            yield from _read_jsonl(path)
         elif (content := path.read_text(encoding="utf-8-sig")) and content.strip():
             if "\0" in content:
                 raise MinipuzzleError(f"{path} holds NUL bytes and is no text", "give the text it came from")
-            yield content
+            yield {"text": content}, str(path)
     except UnicodeDecodeError as error:
         raise MinipuzzleError(f"{path} is not UTF-8 text: {error.reason}", "convert it to UTF-8") from None
 
 
-def _read_jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             where = f"{path}, line {number}"
@@ -92,25 +105,24 @@ def _read_jsonl(path: Path, tokenizer: Any) -> Iterator[str]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
                 record = parse_json(text, where, "mend or remove the line")
-                yield _document(record if isinstance(record, dict) else {}, tokenizer, where)
+                yield record if isinstance(record, dict) else {}, where
 
 
-def _read_parquet(path: Path, tokenizer: Any) -> Iterator[str]:
+def _read_parquet(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in RECORD_FIELDS if name in file.schema_arrow.names]
+            names = file.schema_arrow.names
+            columns = names if wanted is None else [name for name in wanted if name in names]
             if not columns:
-                raise MinipuzzleError(
-                    f"{path} has no column text or messages", f"its columns: {file.schema_arrow.names}"
-                )
+                raise MinipuzzleError(f"{path} has no column text or messages", f"its columns: {names}")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield _document(record, tokenizer, f"{path}, row {number}")
+                    yield record, f"{path}, row {number}"
     except (pyarrow.ArrowException, OSError) as error:
         raise MinipuzzleError(f"{path} is not a readable Parquet file: {error}", "write or copy it again") from None
 
