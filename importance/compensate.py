@@ -3,7 +3,8 @@
 The calibration tokens pass the layers of the source model and of its cut form side by side, from first to last. Behind
 each layer that stays, from the first cut on, the student's stream differs from the teacher's; the layer's output
 projection takes the change that makes up most of the difference (``minipuzzle.cut.compensation``), errors of all layers
-below included, and the student's stream moves on through the new weights. One layer is in memory at a time.
+below included, then its routed experts what is left (``importance.refits.experts``), and the student's stream moves on
+through the new weights. One layer is in memory at a time.
 
 A part of the windows is held out of the fits: it chooses each layer's ridge, and a layer whose refit it does not gain
 from keeps its plain weights.
@@ -15,120 +16,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import isfinite
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from minipuzzle.architecture.layers import HIDDEN
-from minipuzzle.architecture.model import Architecture, PlacedTensor
-from minipuzzle.cut.compensation import RIDGES, Refit, RefitRows, RefitSums, Tokens, cheapest_to_keep, refit
+from importance.refits.experts import refit_experts
+from importance.refits.results import Compensation, LayerRefit, MendedLayer, MendedLayers
+from importance.refits.streams import Streams, at_least_float32, summed_over
+from importance.refits.work import expert_bytes, expert_projections, output_projections, sums_bytes
+from minipuzzle.cut.compensation import Refit, RefitRows, RefitSums, Tokens, cheapest_to_keep, refit
 from minipuzzle.cut.plan import Plan, Units
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import torch_dtype
-from minipuzzle.runtime.compute import Compute
-from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet, largest_layer_bytes
+from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.narrowed_layers import LayerCut, NarrowedLayers, layer_cut, prefix_axes
-from minipuzzle.runtime.processes import Processes
 
 HELD_OUT_EVERY = 4  # of the windows, one
 RIDGE_OF_REMOVAL = 0.1
-_SUMS_AT_ONCE = 6  # of fitted and held-out tokens, both, with a ridge, its Cholesky factor and room to work
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRefit:
-    """What was done to the output projection of one layer of the source model.
-
-    ``ridge``: None where the plain weights stayed. ``has_other_units``: than planned. ``missing_before`` and
-    ``missing_after`` are of held-out tokens: the squared distance of the student's stream from the teacher's, in mean
-    squares of the teacher's, summed.
-    """
-
-    layer_idx: int
-    ridge: float | None
-    missing_before: float
-    missing_after: float
-    has_other_units: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compensation:
-    """The plan with the units that were chosen, new weights by their names in the cut checkpoint and in its precision,
-    and what was done to each layer."""
-
-    plan: Plan
-    num_tokens: int
-    weights: Mapping[str, torch.Tensor]
-    layers: Sequence[LayerRefit]
-
-    @property
-    def num_refitted(self) -> int:
-        """Layers with new weights; the others gained nothing on held-out text."""
-        return sum(layer.ridge is not None for layer in self.layers)
-
-    def to_json(self) -> dict[str, Any]:
-        """A record of the run."""
-        return {
-            "tokens": self.num_tokens,
-            "layers_refitted": self.num_refitted,
-            "layers_left_plain": len(self.layers) - self.num_refitted,
-            "layers": [asdict(layer) for layer in self.layers],
-        }
-
-
-def output_projections(architecture: Architecture, layer_idx: int) -> tuple[PlacedTensor, ...]:
-    """The linear weights through which a layer adds to the stream for every token: all but routed experts'."""
-    return tuple(
-        placed
-        for placed in architecture.layer_tensors(layer_idx)
-        if len(placed.spec.dims) == 2 and placed.spec.dims[0] == HIDDEN and not placed.spec.routed
-    )
-
-
-def open_stack(checkpoint: Checkpoint, num_windows: int, num_tokens: int, compute: Compute) -> LayerStack:
-    """A layer stack with room for both streams of all windows, and for one layer's sums and their solution.
-
-    Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
-    """
-    per_process = -(-num_windows // compute.processes.world_size)
-    working_set = WorkingSet(num_tokens=num_tokens, num_copies=2 * per_process)
-    widest = max(_num_inputs(checkpoint.architecture, idx) for idx, _ in checkpoint.architecture.distinct_layers())
-    sums_bytes = 8 * _SUMS_AT_ONCE * widest * min(widest, num_windows * num_tokens)
-    # A layer as it is cut may be a copy of its own.
-    copy_bytes = largest_layer_bytes(checkpoint.architecture, compute.torch_dtype)
-    return working_set.open_stack(checkpoint, compute, extra_bytes=sums_bytes + copy_bytes)
-
-
-def predict_flops(source: Architecture, num_tokens: int) -> int:
-    """What compensation computes at most, if nothing is dropped: three passes, the sums, and a solution for each ridge.
-
-    Attention's scores and Mamba's scans are not counted.
-    """
-    flops = 0
-    for layer_idx, times in source.distinct_layers():
-        num_weights = sum(tensor.num_active_elements for tensor in source.layer_tensors(layer_idx))
-        width, size = (count := _num_inputs(source, layer_idx)), min(count, num_tokens)
-        summing = num_tokens * width * (size + source.hidden)
-        solving = (len(RIDGES) + 1) * size * size * (size // 3 + 2 * source.hidden)
-        flops += times * 2 * (3 * num_tokens * num_weights + summing + solving)
-    return flops
-
-
-def _num_inputs(architecture: Architecture, layer_idx: int) -> int:
-    return sum(placed.shape[1] for placed in output_projections(architecture, layer_idx))
 
 
 @torch.no_grad()
-def compensate(stack: LayerStack, plan: Plan, token_ids_BT: torch.Tensor, *, may_choose: bool = True) -> Compensation:
+def compensate(
+    stack: LayerStack,
+    plan: Plan,
+    token_ids_BT: torch.Tensor,
+    *,
+    may_choose: bool = True,
+    unfinished: Path | None = None,
+) -> Compensation:
     """Refit what a plan leaves of the stack's model. Each of several processes takes a share of the windows.
 
     ``may_choose``: a layer may keep other neurons or key-value groups than planned, equally many, if held-out tokens
     gain. Then the choice is that of Optimal Brain Surgeon (``cheapest_to_keep``) on the student's own activations.
-    Routed experts keep their weights.
+    ``unfinished``: a folder that keeps each finished layer, so that an interrupted run continues with the same result.
 
     Shapes: ``token_ids_BT`` ``[windows, tokens]``.
     Raises: MinipuzzleError for fewer than two windows, or values that are not finite.
@@ -139,6 +62,8 @@ def compensate(stack: LayerStack, plan: Plan, token_ids_BT: torch.Tensor, *, may
             "give more text, or ‹no_compensate›",
         )
     walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
+    if unfinished is not None:
+        walk.finished = MendedLayers.of(unfinished, plan, token_ids_BT, may_choose=may_choose)
     with stack.compute.progress("compensating", stack.num_layers) as advance:
         for layer_idx in range(stack.num_layers):
             walk.take(layer_idx)
@@ -160,34 +85,73 @@ class _Walk:
         self.narrowed, self.target = NarrowedLayers(stack), plan.apply(stack.architecture)
         self.weights: dict[str, torch.Tensor] = {}
         self.layers: list[LayerRefit] = []
+        self.finished: MendedLayers | None = None
         every = min(HELD_OUT_EVERY, len(token_ids_BT))
         own = list(self.processes.share(range(len(token_ids_BT))))
-        self.is_held_out_B = torch.tensor([window % every == every - 1 for window in own])
+        is_held_out_B = torch.tensor([window % every == every - 1 for window in own])
+        self.num_tokens = token_ids_BT.numel()
         self.num_fitted_tokens = len(token_ids_BT) * token_ids_BT.shape[1] * (every - 1) // every
-        self.teacher_BTH = stack.embed(token_ids_BT[own])
-        hidden_units = plan.units("hidden", None)
-        self.columns = slice(None) if hidden_units is None else list(hidden_units)
-        self.student_BTH = self.teacher_BTH if hidden_units is None else self.teacher_BTH[..., self.columns]
+        self.streams = Streams(stack, token_ids_BT[own], is_held_out_B, plan.units("hidden", None))
 
     def take(self, layer_idx: int) -> None:
         """Bring both streams behind a layer."""
-        source, is_kept = self.stack.architecture, layer_idx in self.plan.kept_layers
-        cut = layer_cut(source, self.plan, layer_idx)
-        if self.student_BTH is self.teacher_BTH:
-            if is_kept and cut == LayerCut(layer_idx=layer_idx):  # nothing was cut so far
-                self.stack.apply(layer_idx, self.teacher_BTH, out=self.teacher_BTH)
-                return
-            self.student_BTH = self.teacher_BTH.clone()
-        self.stack.apply(layer_idx, self.teacher_BTH, out=self.teacher_BTH)
+        source, streams = self.stack.architecture, self.streams
+        is_kept, cut = layer_idx in self.plan.kept_layers, layer_cut(source, self.plan, layer_idx)
+        if streams.are_one and is_kept and cut == LayerCut(layer_idx=layer_idx):  # nothing was cut so far
+            streams.advance_teacher(layer_idx)
+            return
+        streams.part()
+        streams.advance_teacher(layer_idx)
         if not is_kept:
             return
+        mended = self._mended(cut)
+        self._note(mended)
+        with self.narrowed.modules([replace(cut, kept_units=mended.kept_units)]) as (module,):
+            _put(module, mended.weights)
+            streams.advance_student(layer_idx, module)
+
+    def _mended(self, cut: LayerCut) -> MendedLayer:
+        """What becomes of a layer: as an interrupted run left it, or found now."""
+        writes = self.finished is not None and self.processes.is_first
+        earlier: MendedLayer | None = self.processes.broadcast(
+            self.finished.read(cut.layer_idx) if self.finished and writes else None
+        )
+        if earlier is not None:
+            return earlier
         # All processes have the same sums; that their solvers agree to the last bit is not certain.
-        found, cut = self.processes.broadcast(self._found(cut))
-        self._note(found, cut)
+        mended: MendedLayer = self.processes.broadcast(self._mend(cut))
+        if self.finished is not None and writes:
+            self.finished.write(mended)
+        return mended
+
+    def _mend(self, planned: LayerCut) -> MendedLayer:
+        """Refit a layer: its units and output projections, then its routed experts."""
+        found, cut = self._found(planned)
         with self.narrowed.modules([cut]) as (module,):
+            changes: dict[str, torch.Tensor] = {}
             if found.change is not None:
-                self._change(layer_idx, module, found.change)
-            self.stack.apply(layer_idx, self.student_BTH, out=self.student_BTH, module=module)
+                linears = self._linears(cut.layer_idx, module)
+                widths = [linear.get_parameter("weight").shape[1] for linear in linears.values()]
+                changes = dict(zip(linears, found.change.split(widths, dim=1), strict=True))
+            weights = self._changed(cut, module, changes)
+            _put(module, weights)
+            gain, num_experts = 0.0, 0
+            for names in self._experts(cut, module):
+                experts = refit_experts(self.streams, cut.layer_idx, module, names, self.processes)
+                gain, num_experts = gain + experts.gain, num_experts + len(experts.changes)
+                changed = self._changed(cut, module, experts.changes)
+                _put(module, changed)
+                weights |= changed
+        left = found.loss_before if found.change is None else found.loss_after
+        record = LayerRefit(
+            layer_idx=cut.layer_idx,
+            ridge=found.ridge if found.change is not None else None,
+            missing_before=found.loss_before,
+            missing_after=left - gain,
+            has_other_units=dict(cut.kept_units) != dict(planned.kept_units),
+            experts_refitted=num_experts,
+        )
+        return MendedLayer(record=record, kept_units=cut.kept_units, weights=weights)
 
     def _found(self, cut: LayerCut) -> tuple[Refit, LayerCut]:
         """The refit of a layer, and its cut with the units that were chosen."""
@@ -201,17 +165,22 @@ class _Walk:
 
     def _free_axis(self, cut: LayerCut) -> str | None:
         """The axis of a layer whose units may be chosen anew: each of them enters the output projection on its own."""
-        placed, *others = output_projections(self.stack.architecture, cut.layer_idx)
+        projections = output_projections(self.stack.architecture, cut.layer_idx)
+        if len(projections) != 1 or not self.may_choose:
+            return None
+        placed = projections[0]
         ((axis, *_),) = placed.spec.dims[1]
         can_move = axis in prefix_axes(self.stack.architecture.layers[cut.layer_idx])
-        if others or not self.may_choose or not can_move or axis not in dict(cut.kept_units):
-            return None
-        return axis if self.num_fitted_tokens >= placed.shape[1] else None
+        is_cut = axis in dict(cut.kept_units)
+        return axis if can_move and is_cut and self.num_fitted_tokens >= placed.shape[1] else None
 
     def _refit(self, layer_idx: int, module: nn.Module) -> Refit:
         """The change of a layer's output projections, from the smaller of its Gram matrices."""
-        linears = self._linears(layer_idx, module)
+        linears = list(self._linears(layer_idx, module).values())
         width = sum(linear.get_parameter("weight").shape[1] for linear in linears)
+        if not linears:  # all that the layer adds comes from routed experts
+            _, held_out = self._collect(layer_idx, module, [], *self._no_sums(0))
+            return Refit(change=None, ridge=0.0, loss_before=held_out.loss(), loss_after=held_out.loss())
         if self.num_fitted_tokens < width:
             return refit(*self._collect(layer_idx, module, linears, RefitRows(), RefitRows()))
         return refit(*self._collect(layer_idx, module, linears, *self._no_sums(width)))
@@ -219,7 +188,7 @@ class _Walk:
     def _choose(self, layer_idx: int, module: nn.Module, axis: str, planned: Units) -> tuple[Refit, Units]:
         """The refit of those units of a whole layer, the planned ones or the cheapest to keep, that leaves least
         missing of held-out tokens."""
-        (linear,) = self._linears(layer_idx, module)
+        (linear,) = self._linears(layer_idx, module).values()
         weight_HI = linear.get_parameter("weight").detach()
         fitted, held_out = self._collect(layer_idx, module, [linear], *self._no_sums(weight_HI.shape[1]))
         num_units = self.stack.architecture.layers[layer_idx].sizes[axis]
@@ -235,66 +204,87 @@ class _Walk:
 
     def _no_sums(self, width: int) -> tuple[RefitSums, RefitSums]:
         """Sums over no tokens: to fit, and held out."""
-        hidden, device = self.target.hidden, self.student_BTH.device
+        hidden, device = self.target.hidden, self.streams.student_BTH.device
         return RefitSums.zeros(width, hidden, device), RefitSums.zeros(width, hidden, device)
 
     def _collect(
         self, layer_idx: int, module: nn.Module, linears: Sequence[nn.Module], fitted: Tokens, held_out: Tokens
     ) -> tuple[Tokens, Tokens]:
         """What the student's stream lacks behind a layer, and the inputs of the projections that could add it."""
-        residual_scale = getattr(module, "residual_scale", 1.0)
-        size = self.stack.sequences_at_once(layer_idx, self.student_BTH.shape[1])
         with _inputs_of(linears) as inputs:
-            for start in range(0, len(self.student_BTH), size):
-                batch = slice(start, start + size)
-                teacher_BTH = self.teacher_BTH[batch][..., self.columns].float()
-                missing_BTH = (teacher_BTH - module(self.student_BTH[batch])) / residual_scale
-                weights_BT = 1 / teacher_BTH.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-                inputs_BTI = torch.cat(
-                    [inputs[linear].float().view(*weights_BT.shape, -1) for linear in linears], dim=-1
-                )
-                held_B = self.is_held_out_B[batch]
-                for tokens, rows_B in ((fitted, ~held_B), (held_out, held_B)):
+            for part in self.streams.missing(layer_idx, module):
+                shape = part.weights.shape
+                of_each = (at_least_float32(inputs[linear]).view(*shape, -1) for linear in linears)
+                inputs_BTI = torch.cat([part.missing[..., :0], *of_each], dim=-1)
+                for tokens, rows_B in ((fitted, ~part.held_out), (held_out, part.held_out)):
                     if rows_B.any():
-                        inputs_NI, missing_NH = (t[rows_B].flatten(0, 1) for t in (inputs_BTI, missing_BTH))
-                        tokens.add(inputs_NI, missing_NH, weights_BT[rows_B].flatten())
-        self.stack.counters.layer_applications += 1
-        return _summed_over(self.processes, fitted), _summed_over(self.processes, held_out)
+                        inputs_NI, missing_NH = (t[rows_B].flatten(0, 1) for t in (inputs_BTI, part.missing))
+                        tokens.add(inputs_NI, missing_NH, part.weights[rows_B].flatten())
+        return summed_over(self.processes, fitted), summed_over(self.processes, held_out)
 
-    def _note(self, found: Refit, cut: LayerCut) -> None:
-        for axis, units in cut.kept_units:
-            if cut.layer_idx in self.kept_units[axis]:  # rather than the model as a whole
-                self.kept_units[axis][cut.layer_idx] = units
-        helps, before, after = found.change is not None, found.loss_before, found.loss_after
-        if not isfinite(before):
-            raise MinipuzzleError(f"layer {cut.layer_idx} computes values that are not finite", "use ‹dtype› float32")
-        self.layers.append(
-            LayerRefit(
-                layer_idx=cut.layer_idx,
-                ridge=found.ridge if helps else None,
-                missing_before=before,
-                missing_after=after if helps else before,
-                has_other_units=cut != layer_cut(self.stack.architecture, self.plan, cut.layer_idx),
-            )
-        )
+    def _note(self, mended: MendedLayer) -> None:
+        layer_idx = mended.record.layer_idx
+        for axis, units in mended.kept_units:
+            if layer_idx in self.kept_units[axis]:  # rather than the model as a whole
+                self.kept_units[axis][layer_idx] = units
+        if not isfinite(mended.record.missing_before):
+            raise MinipuzzleError(f"layer {layer_idx} computes values that are not finite", "use ‹dtype› float32")
+        self.layers.append(mended.record)
+        disk_names = self._disk_names(layer_cut(self.stack.architecture, self.plan, layer_idx))
+        self.weights |= {disk_names[name]: weight for name, weight in mended.weights.items()}
 
-    def _change(self, layer_idx: int, module: nn.Module, change_HI: torch.Tensor) -> None:
-        """Give the module of a cut layer its new output projections, and keep them under their names in the cut model,
-        in the precision of the source."""
-        linears = self._linears(layer_idx, module)
-        changes = change_HI.split([linear.get_parameter("weight").shape[1] for linear in linears], dim=1)
-        olds = output_projections(self.stack.architecture, layer_idx)
-        news = output_projections(self.target, self.plan.kept_layers.index(layer_idx))
-        for old, new, linear, part_HI in zip(olds, news, linears, changes, strict=True):
-            plain = linear.get_parameter("weight")
-            stored = torch_dtype(self.stack.checkpoint.entries[old.name].dtype)
-            self.weights[new.name] = weight = (plain.double() + part_HI).to("cpu", stored)  # the device has one layer
-            linear.register_parameter("weight", nn.Parameter(weight.to(plain), False))
+    def _disk_names(self, cut: LayerCut) -> dict[str, str]:
+        """Names in the cut checkpoint by those in the module of a cut layer."""
+        layers = list(self.stack.architecture.layers)
+        layers[cut.layer_idx] = cut.resized(layers[cut.layer_idx])
+        here = replace(self.stack.architecture, layers=tuple(layers)).layer_tensors(cut.layer_idx)
+        there = self.target.layer_tensors(self.plan.kept_layers.index(cut.layer_idx))
+        return {self.stack.parameter_name(t): new.name for t, new in zip(here, there, strict=True)}
 
-    def _linears(self, layer_idx: int, module: nn.Module) -> list[nn.Module]:
-        """The output projections of a layer as they run."""
+    def _changed(
+        self, cut: LayerCut, module: nn.Module, changes: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """New weights of some modules by the names of these weights in the cut layer's module, in the precision of the
+        source."""
+        entries = self.stack.checkpoint.entries
+        stored = {
+            self.stack.parameter_name(placed): torch_dtype(entries[placed.name].dtype)
+            for placed in self.stack.architecture.layer_tensors(cut.layer_idx)
+        }
+        return {
+            (weight := f"{name}.weight"): (module.get_parameter(weight).double() + change_HI)
+            .to("cpu", stored[weight])  # the device has one layer
+            .contiguous()
+            for name, change_HI in changes.items()
+        }
+
+    def _linears(self, layer_idx: int, module: nn.Module) -> dict[str, nn.Module]:
+        """The output projections of a layer as they run, by name."""
         placed = output_projections(self.stack.architecture, layer_idx)
-        return [module.get_submodule(self.stack.parameter_name(t).removesuffix(".weight")) for t in placed]
+        names = [self.stack.parameter_name(t).removesuffix(".weight") for t in placed]
+        return {name: module.get_submodule(name) for name in names}
+
+    def _experts(self, cut: LayerCut, module: nn.Module) -> list[list[str]]:
+        """The names of the routed experts' projections in a cut layer's module, as many together as the memory takes
+        the sums of."""
+        placed = expert_projections(self.stack.architecture, cut.layer_idx)
+        if not placed:
+            return []
+        names = [self.stack.parameter_name(t).removesuffix(".weight") for t in placed]
+        names = names[: cut.resized(self.stack.architecture.layers[cut.layer_idx]).sizes["expert"]]
+        hidden, width = module.get_submodule(names[0]).get_parameter("weight").shape
+        stack = self.stack
+        room = sums_bytes(stack.architecture, self.num_tokens) + stack.free_bytes - stack.reserved_bytes
+        at_once = max(1, room // expert_bytes(width, hidden))
+        return [names[start : start + at_once] for start in range(0, len(names), at_once)]
+
+
+def _put(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a module new weights, in the precision and place of those it has."""
+    for name, weight in weights.items():
+        owner, _, last = name.rpartition(".")
+        plain = module.get_parameter(name)
+        module.get_submodule(owner).register_parameter(last, nn.Parameter(weight.to(plain), False))
 
 
 @contextmanager
@@ -311,12 +301,3 @@ def _inputs_of(linears: Sequence[nn.Module]) -> Iterator[dict[nn.Module, torch.T
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _summed_over(processes: Processes, own: Tokens) -> Tokens:
-    """What the tokens of all processes say."""
-    if isinstance(own, RefitRows):
-        return RefitRows(parts=[part for parts in processes.gather(own.parts) for part in parts])
-    for total in (own.gram, own.cross, own.energy):
-        processes.sum_(total)
-    return own

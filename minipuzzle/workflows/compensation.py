@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from importance.compensate import Compensation, compensate, open_stack, predict_flops
+from importance.compensate import compensate
+from importance.refits.results import Compensation
+from importance.refits.work import open_stack, predict_flops
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Plan
 from minipuzzle.data.windows import sample_windows
@@ -20,6 +23,7 @@ from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import load_tokenizer
 
 COMPENSATION_FILE = "compensation.json"
+UNFINISHED_FOLDER = "unfinished_compensation"
 COMPENSATION_TOKENS = 131_072  # at most: what more of them gain does not pay for their passes
 
 
@@ -69,18 +73,22 @@ class CutWriter:
     may_choose: bool = True
 
     def write(self, plan: Plan, folder: Path) -> Compensation:
-        """Cut by a plan into an existing folder, with a record of what was mended. An interrupted one begins anew.
+        """Cut by a plan into an existing folder, with a record of what was mended.
+
+        Layers that an interrupted run mended there are taken as they are.
 
         Raises: MinipuzzleError for a plan of another model, broken weights, too little memory or text.
         """
         found = Compensation(plan=plan, num_tokens=0, weights={}, layers=())
         if self.token_ids is not None:
             stack, token_ids_BT = windows_that_fit(self.checkpoint, self.token_ids, self.compute)
-            found = compensate(stack, plan, token_ids_BT, may_choose=self.may_choose)
+            unfinished = folder / UNFINISHED_FOLDER
+            found = compensate(stack, plan, token_ids_BT, may_choose=self.may_choose, unfinished=unfinished)
             write_json(folder / COMPENSATION_FILE, found.to_json())
         num_tensors = sum(1 for _ in found.plan.apply(self.checkpoint.architecture).tensors())
         with self.compute.progress("cutting", num_tensors) as advance:
             write_pruned(self.checkpoint, found.plan, folder, advance, new_weights=found.weights)
+        shutil.rmtree(folder / UNFINISHED_FOLDER, ignore_errors=True)
         return found
 
     def planned_work(self) -> dict[str, int]:

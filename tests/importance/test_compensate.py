@@ -6,18 +6,23 @@ Closer means: the hidden states behind the last layer, by the distance that is f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from importance.compensate import Compensation, compensate, open_stack, output_projections, predict_flops
+from importance.compensate import compensate
+from importance.refits.results import Compensation
+from importance.refits.work import expert_projections, open_stack, output_projections, predict_flops
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import torch_dtype
+from minipuzzle.progress import Advance
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from tests.support.cuts import TOKENS, WINDOWS, half_cut, plan_with, some_tokens
@@ -138,11 +143,41 @@ def test_one_window_is_refused(tiny_checkpoint: Checkpoint) -> None:
         compensate(LayerStack(tiny_checkpoint), plan, some_tokens(1))
 
 
-def test_routed_experts_keep_their_weights(tmp_path: Path) -> None:
+def test_experts_of_a_latent_width_are_mended_by_their_common_way_out(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_family_checkpoint(tmp_path / "model", "nemotron_h-moe"))
     moe = checkpoint.architecture.layer_indices("moe")[0]
     names = [placed.spec.name for placed in output_projections(checkpoint.architecture, moe)]
     assert names == ["shared_experts.down_proj.weight", "fc2_latent_proj.weight"]
+    assert not expert_projections(checkpoint.architecture, moe)
+
+
+def test_an_interrupted_run_continues_with_the_same_result(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan, token_ids, folder = half_cut(tiny_checkpoint), some_tokens(), tmp_path / "finished"
+    whole = LayerStack(tiny_checkpoint)
+    expected = compensate(whole, plan, token_ids)
+
+    class StoppedError(Exception):
+        pass
+
+    @contextmanager
+    def stopping(_description: str, _total: float) -> Iterator[Advance]:
+        steps = iter(range(4))
+
+        def advance(_steps: float) -> None:
+            if next(steps, None) is None:
+                raise StoppedError
+
+        yield advance
+
+    with pytest.raises(StoppedError):
+        compensate(LayerStack(tiny_checkpoint, Compute(progress=stopping)), plan, token_ids, unfinished=folder)
+    again = LayerStack(tiny_checkpoint)
+    found = compensate(again, plan, token_ids, unfinished=folder)
+    assert again.counters.layer_applications < whole.counters.layer_applications
+    assert (found.plan, found.layers) == (expected.plan, expected.layers)
+    assert all(found.weights[name].equal(weight) for name, weight in expected.weights.items())
+    other = compensate(LayerStack(tiny_checkpoint), plan, some_tokens(8), unfinished=folder)  # of another run
+    assert other.num_tokens != found.num_tokens and other.layers != found.layers
 
 
 def test_the_predicted_work_grows_with_the_tokens(tiny_checkpoint: Checkpoint) -> None:
@@ -159,6 +194,7 @@ from pathlib import Path
 import torch
 from importance.compensate import compensate
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.progress import Advance
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.processes import joined_processes
