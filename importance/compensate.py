@@ -214,8 +214,8 @@ class _Walk:
         with _inputs_of(linears) as inputs:
             for part in self.streams.missing(layer_idx, module):
                 shape = part.weights.shape
-                of_each = (at_least_float32(inputs[linear]).view(*shape, -1) for linear in linears)
-                inputs_BTI = torch.cat([part.missing[..., :0], *of_each], dim=-1)
+                columns: list[torch.Tensor] = [at_least_float32(inputs[linear]).view(*shape, -1) for linear in linears]
+                inputs_BTI = torch.cat([part.missing[..., :0], *columns], dim=-1)
                 for tokens, rows_B in ((fitted, ~part.held_out), (held_out, part.held_out)):
                     if rows_B.any():
                         inputs_NI, missing_NH = (t[rows_B].flatten(0, 1) for t in (inputs_BTI, part.missing))
