@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from minipuzzle.architecture.memory import Deployment as Deployment
     from minipuzzle.files.checkpoint import Checkpoint as Checkpoint
     from minipuzzle.runtime.compute import Compute as Compute
+    from minipuzzle.workflows.abilities.run import abilities as abilities
     from minipuzzle.workflows.distill import distill as distill
     from minipuzzle.workflows.evaluate import evaluate as evaluate
     from minipuzzle.workflows.export import export as export
@@ -33,13 +34,14 @@ _VERBS = ("score", "search", "prune", "distill", "export", "verify", "evaluate")
 _PLACES = {
     "open": "minipuzzle.workflows.verbs:open_model",
     **{verb: f"minipuzzle.workflows.{verb}:{verb}" for verb in _VERBS},
+    "abilities": "minipuzzle.workflows.abilities.run:abilities",
     "Checkpoint": "minipuzzle.files.checkpoint:Checkpoint",
     "Compute": "minipuzzle.runtime.compute:Compute",
     "Deployment": "minipuzzle.architecture.memory:Deployment",
 }
 __all__ = [
     *("Checkpoint", "Compute", "Deployment"),
-    *("distill", "evaluate", "export", "load", "open", "prune", "score", "search", "verify"),
+    *("abilities", "distill", "evaluate", "export", "load", "open", "prune", "score", "search", "verify"),
 ]
 
 
@@ -90,6 +92,7 @@ class _VerbAndPackage:
 class _Api(ModuleType):
     """Without the setters Python would put the packages in the place of the verbs as soon as they are imported."""
 
+    abilities = property(lambda _self: _VerbAndPackage("abilities"), lambda _self, _package: None)
     search = property(lambda _self: _VerbAndPackage("search"), lambda _self, _package: None)
     export = property(lambda _self: _VerbAndPackage("export"), lambda _self, _package: None)
 

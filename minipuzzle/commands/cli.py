@@ -33,7 +33,7 @@ OPTION_OF_FIELD = {
     "num_finalists": "finalists",
     "overrides": "override",
 }
-COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "demo")
+COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities", "demo")
 
 
 class MinipuzzleGroup(click.Group):

@@ -1,0 +1,1 @@
+"""Putting tasks to models, and comparing what they answer."""
