@@ -102,16 +102,18 @@ def measure_plans(
     if slice_windows is None:
         slice_windows = stack.sequences_that_fit(working_set(stack.architecture, tree, windows, compute), num_windows)
     narrowed = NarrowedLayers(stack)
+    plan_of_stream = dict(zip(tree.stream_of_plan, (keep_everything(stack.architecture), *plans), strict=True))
+    of_streams = [plan_of_stream[stream] for stream in range(tree.num_streams)]
     sums = [TokenSums() for _ in range(tree.num_streams)]
     with compute.progress("measuring candidates", tree.num_steps(num_windows)) as advance:
         for start in compute.processes.share(range(0, num_windows, slice_windows)):
             token_ids_BT = windows.token_ids[start : start + slice_windows]
             labels_BT = windows.labels[start : start + slice_windows].to(stack.device)
             streams_BTH = _run_streams(narrowed, tree, token_ids_BT, advance)
-            _compare_streams(narrowed, tree, plans, streams_BTH, labels_BT, sums)
+            compare_streams(narrowed, of_streams, streams_BTH, labels_BT, sums, reference=tree.stream_of_plan[0])
             advance(tree.num_streams * len(labels_BT))
-    _add_up(sums, compute.processes)
-    return [_quality(plan, sums[stream]) for plan, stream in zip(plans, tree.stream_of_plan[1:], strict=True)]
+    add_up(sums, compute.processes)
+    return [quality_of(plan, sums[stream]) for plan, stream in zip(plans, tree.stream_of_plan[1:], strict=True)]
 
 
 @torch.no_grad()
@@ -128,20 +130,22 @@ def _run_streams(
 
 
 @torch.no_grad()
-def _compare_streams(
+def compare_streams(
     narrowed: NarrowedLayers,
-    tree: PrefixTree,
     plans: Sequence[Plan],
     streams: list[torch.Tensor],
     labels_BT: torch.Tensor,
-    sums: list[TokenSums],
+    sums: Sequence[TokenSums],
+    *,
+    reference: int = 0,
 ) -> None:
-    """Add up what every stream predicts, and how far that is from the source model's stream, the first plan's."""
-    source = narrowed.stack.architecture
-    plan_of_stream = dict(zip(tree.stream_of_plan, (keep_everything(source), *plans), strict=True))
-    norms = [narrowed.final_norm(plan_of_stream[stream]) for stream in range(len(streams))]
+    """Add up what every stream predicts, and how far that is from the source model's, the one called ``reference``.
+
+    ``plans``: of each stream. ``streams`` are overwritten.
+    """
     head_VH = narrowed.stack.head_weight().float()
-    kept = [plan_of_stream[stream].units("hidden", None) for stream in range(len(streams))]
+    kept = [plan.units("hidden", None) for plan in plans]
+    norms = [narrowed.final_norm(plan) for plan in plans]
     heads_VH = [head_VH if units is None else head_VH[:, list(units)] for units in kept]
     counts_BT = labels_BT != IGNORE
     labels_N = labels_BT[counts_BT]
@@ -149,13 +153,12 @@ def _compare_streams(
         streams[stream] = norm(streams[stream][counts_BT])
     for chunk in head_chunks(len(labels_N), head_VH.shape[0], _chunk_logits(narrowed.stack.compute)):
         labels_C = labels_N[chunk]
-        reference_stream = tree.stream_of_plan[0]
-        reference = ReferenceLogits(F.linear(streams[reference_stream][chunk].float(), heads_VH[reference_stream]))
+        full = ReferenceLogits(F.linear(streams[reference][chunk].float(), heads_VH[reference]))
         for stream, stream_NH in enumerate(streams):
-            sums[stream].add(F.linear(stream_NH[chunk].float(), heads_VH[stream]), labels_C, reference)
+            sums[stream].add(F.linear(stream_NH[chunk].float(), heads_VH[stream]), labels_C, full)
 
 
-def _add_up(sums: Sequence[TokenSums], processes: Processes) -> None:
+def add_up(sums: Sequence[TokenSums], processes: Processes) -> None:
     """Add the sums of all processes, in place."""
     if processes.world_size == 1:
         return
@@ -166,7 +169,11 @@ def _add_up(sums: Sequence[TokenSums], processes: Processes) -> None:
             setattr(item, name, type(getattr(item, name))(value))
 
 
-def _quality(plan: Plan, sums: TokenSums) -> Quality:
+def quality_of(plan: Plan, sums: TokenSums) -> Quality:
+    """What the sums over all tokens say of a plan.
+
+    Raises: MinipuzzleError if they are not finite.
+    """
     loss = sums.loss / sums.num_tokens
     if not loss < inf:
         name = plan.figures.pattern if plan.figures else plan.kept_layers

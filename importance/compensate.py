@@ -23,14 +23,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from importance.candidates import add_up, compare_streams, quality_of
 from importance.refits.experts import refit_experts
 from importance.refits.results import Compensation, LayerRefit, MendedLayer, MendedLayers
 from importance.refits.streams import Streams, at_least_float32, summed_over
 from importance.refits.work import expert_bytes, expert_projections, output_projections, sums_bytes
 from minipuzzle.cut.compensation import Refit, RefitRows, RefitSums, Tokens, cheapest_to_keep, refit
-from minipuzzle.cut.plan import Plan, Units
+from minipuzzle.cut.plan import Plan, Units, keep_everything
+from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.safetensors_files import torch_dtype
+from minipuzzle.quality.evaluate import TokenSums
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.narrowed_layers import LayerCut, NarrowedLayers, layer_cut, prefix_axes
 
@@ -46,12 +50,14 @@ def compensate(
     *,
     may_choose: bool = True,
     unfinished: Path | None = None,
+    watched: EvaluationWindows | None = None,
 ) -> Compensation:
     """Refit what a plan leaves of the stack's model. Each of several processes takes a share of the windows.
 
     ``may_choose``: a layer may keep other neurons or key-value groups than planned, equally many, if held-out tokens
     gain. Then the choice is that of Optimal Brain Surgeon (``cheapest_to_keep``) on the student's own activations.
     ``unfinished``: a folder that keeps each finished layer, so that an interrupted run continues with the same result.
+    ``watched``: other text, on which the mended model is compared with its source.
 
     Shapes: ``token_ids_BT`` ``[windows, tokens]``.
     Raises: MinipuzzleError for fewer than two windows, or values that are not finite.
@@ -62,6 +68,8 @@ def compensate(
             "give more text, or ‹no_compensate›",
         )
     walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
+    if watched is not None:
+        walk.watch(watched)
     if unfinished is not None:
         walk.finished = MendedLayers.of(unfinished, plan, token_ids_BT, may_choose=may_choose)
     with stack.compute.progress("compensating", stack.num_layers) as advance:
@@ -73,6 +81,7 @@ def compensate(
         num_tokens=token_ids_BT.numel(),
         weights=walk.weights,
         layers=walk.layers,
+        quality=None if watched is None else walk.quality(),
     )
 
 
@@ -92,23 +101,40 @@ class _Walk:
         self.num_tokens = token_ids_BT.numel()
         self.num_fitted_tokens = len(token_ids_BT) * token_ids_BT.shape[1] * (every - 1) // every
         self.streams = Streams(stack, token_ids_BT[own], is_held_out_B, plan.units("hidden", None))
+        self.all_streams = [self.streams]
+
+    def watch(self, windows: EvaluationWindows) -> None:
+        """Take other text along."""
+        own = list(self.processes.share(range(len(windows.token_ids))))
+        token_ids_BT, self.labels_BT = windows.token_ids[own], windows.labels[own].to(self.stack.device)
+        nothing = torch.zeros(len(own), dtype=torch.bool)
+        self.all_streams.append(Streams(self.stack, token_ids_BT, nothing, self.plan.units("hidden", None)))
+
+    def quality(self) -> Quality:
+        """What the mended model is like on the watched text."""
+        plans, sums = (keep_everything(self.stack.architecture), self.plan), (TokenSums(), TokenSums())
+        watched = self.all_streams[-1]
+        compare_streams(self.narrowed, plans, [watched.teacher_BTH, watched.student_BTH], self.labels_BT, sums)
+        add_up(sums, self.processes)
+        return quality_of(self.plan, sums[1])
 
     def take(self, layer_idx: int) -> None:
-        """Bring both streams behind a layer."""
-        source, streams = self.stack.architecture, self.streams
+        """Bring all streams behind a layer."""
+        source = self.stack.architecture
         is_kept, cut = layer_idx in self.plan.kept_layers, layer_cut(source, self.plan, layer_idx)
-        if streams.are_one and is_kept and cut == LayerCut(layer_idx=layer_idx):  # nothing was cut so far
+        is_first_cut = self.streams.are_one and not (is_kept and cut == LayerCut(layer_idx=layer_idx))
+        for streams in self.all_streams:
+            if is_first_cut:
+                streams.part()
             streams.advance_teacher(layer_idx)
-            return
-        streams.part()
-        streams.advance_teacher(layer_idx)
-        if not is_kept:
+        if self.streams.are_one or not is_kept:
             return
         mended = self._mended(cut)
         self._note(mended)
         with self.narrowed.modules([replace(cut, kept_units=mended.kept_units)]) as (module,):
             _put(module, mended.weights)
-            streams.advance_student(layer_idx, module)
+            for streams in self.all_streams:
+                streams.advance_student(layer_idx, module)
 
     def _mended(self, cut: LayerCut) -> MendedLayer:
         """What becomes of a layer: as an interrupted run left it, or found now."""

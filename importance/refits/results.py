@@ -17,6 +17,7 @@ import torch
 
 from minipuzzle.cut.plan import Plan, Units
 from minipuzzle.files.outputs import write_whole
+from minipuzzle.quality.record import Quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,13 @@ class MendedLayer:
 @dataclass(frozen=True, kw_only=True)
 class Compensation:
     """The plan with the units that were chosen, new weights by their names in the cut checkpoint and in its precision,
-    and what was done to each layer."""
+    what was done to each layer, and the mended model's quality on watched text, if any was."""
 
     plan: Plan
     num_tokens: int
     weights: Mapping[str, torch.Tensor]
     layers: Sequence[LayerRefit]
+    quality: Quality | None = None
 
     @property
     def num_refitted(self) -> int:

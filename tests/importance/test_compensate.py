@@ -19,12 +19,15 @@ from importance.refits.results import Compensation
 from importance.refits.work import expert_projections, open_stack, output_projections, predict_flops
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import torch_dtype
 from minipuzzle.progress import Advance
+from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.models import load_model
 from tests.support.cuts import TOKENS, WINDOWS, half_cut, plan_with, some_tokens
 from tests.support.jobs import torchrun
 from tests.support.tiny_models import EVERY_CONFIG, write_family_checkpoint, write_tiny_checkpoint
@@ -135,6 +138,23 @@ def test_a_model_larger_than_the_memory_gives_the_same(tmp_path: Path) -> None:
             memory_bytes += 10_000
     assert not stack.is_resident
     _require_equal(compensate(stack, plan, token_ids), whole)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_watched_text_says_what_the_written_model_is_like(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, hidden: bool
+) -> None:
+    plan = plan_with(tiny_checkpoint, hidden=20, ffn=24) if hidden else half_cut(tiny_checkpoint)
+    other = torch.randint(3, 259, (5, 16), generator=torch.Generator().manual_seed(9))
+    watched = EvaluationWindows(token_ids=other, labels=other.roll(-1, 1), num_bytes=80)
+    found = compensate(LayerStack(tiny_checkpoint), plan, some_tokens(), watched=watched)
+    unwatched = compensate(LayerStack(tiny_checkpoint), plan, some_tokens())
+    assert all(found.weights[name].equal(weight) for name, weight in unwatched.weights.items())
+    student = load_model(written(tiny_checkpoint, tmp_path / "healed", found))
+    expected = evaluate(student, tiny_checkpoint.family, watched, against=load_model(tiny_checkpoint))
+    assert found.quality is not None and unwatched.quality is None
+    assert found.quality.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert found.quality.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_one_window_is_refused(tiny_checkpoint: Checkpoint) -> None:
