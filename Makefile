@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-compensation bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-compensation bench-quality bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -90,6 +90,9 @@ bench-ranking: $(RECOVERY)/scores.safetensors  ## rank candidates together again
 
 bench-compensation: $(READY)  ## cuts refitted in closed form, without training; continues where it was stopped
 	$(BIN)/python examples/benchmarks/compensation.py
+
+bench-quality: $(RECOVERY)/scores.safetensors  ## cuts chosen in several ways and mended, before training; continues
+	$(BIN)/python examples/benchmarks/quality.py --scores $< --folder $(RECOVERY)/quality
 
 bench-recovery: $(RECOVERY)/scores.safetensors  ## distil cuts chosen in several ways; continues where it was stopped
 	$(BIN)/python examples/benchmarks/recovery.py --scores $< --folder $(RECOVERY)

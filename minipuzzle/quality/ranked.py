@@ -17,10 +17,12 @@ DEFAULT_RANK_BY = "kl"
 
 @dataclass(frozen=True, kw_only=True)
 class RankedPlan:
-    """A plan and what was measured of it before any distillation."""
+    """A plan and what was measured of it before any distillation: of the mended cut, where there is ``plain``, what was
+    measured of the cut before it was mended."""
 
     plan: Plan
     quality: Quality
+    plain: Quality | None = None
 
     @property
     def figures(self) -> Figures:
@@ -36,7 +38,8 @@ class RankedPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The figures of the plan, and what was measured."""
-        return {**self.figures.to_json(), **self.measured()}
+        plain = {} if self.plain is None else {"kl_not_compensated": self.plain.kl}
+        return {**self.figures.to_json(), **self.measured(), **plain}
 
     def measured(self) -> dict[str, float | int | None]:
         """What was measured, under the names of the table of candidates."""

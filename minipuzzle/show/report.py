@@ -163,8 +163,11 @@ def print_choice(table: Mapping[str, Any]) -> None:
             print(f"  {name}: measured {refinement[name]['kl']:.4f}, sum of the dropped layers' KLs {added_up:.4f}")
     if "candidates" in table:
         candidates = table["candidates"]
+        plain = candidates[0].get("kl_not_compensated")
+        mended = "" if plain is None else f"compensated ({plain:.4f} as it was cut) and "
         print(
-            f"{len(candidates)} candidates measured; the best, KL {candidates[0]['kl']:.4f} nats/token before "
+            f"{len(candidates)} candidates measured; the best, KL {candidates[0]['kl']:.4f} nats/token "
+            f"{mended}before "
             f"distillation, was predicted to be number {table['best_was_predicted']}"
         )
 

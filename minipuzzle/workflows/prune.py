@@ -220,6 +220,7 @@ def prune_request(model: Model, settings: PruneSettings, sweep: str | None = Non
             num_candidates=settings.num_candidates,
             rank_by=settings.rank_by,
             refine=settings.refine,
+            num_compensated=settings.rank_compensated,
             num_finalists=settings.num_finalists,
             race=race,
         ),
@@ -279,7 +280,7 @@ def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder
         return race_finalists(problem, choosing, request.training_data, windows, folder, writer)
     if windows is None or (choosing.num_candidates == 1 and not choosing.refine):
         return Choice(plan=problem.predicted_plans(1)[0])
-    found = compare(problem, windows, choosing, writer.compute)
+    found = compare(problem, windows, choosing, writer.compute, writer.measure_on(windows))
     return Choice(plan=found.ranked[0].plan, table=found.to_json())
 
 
@@ -324,7 +325,10 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     documents = read_documents(request.data, load_tokenizer(checkpoint.folder)) if request.data else []
     if documents and scores is None:
         facts |= {"documents": len(documents), "calibration_tokens": request.samples * request.sequence_length}
-    facts |= cut_writer(request, documents, scores, compute).planned_work()
+    mending = cut_writer(request, documents, scores, compute).planned_work()
+    if mending and (measured := facts.get("candidates_to_measure", 0)) > 1:
+        facts["candidates_to_compensate"] = min(measured, request.choosing.num_compensated)
+    facts |= mending
     _check_memory(request, candidates, compute)
     facts["disk_at_most_bytes"] = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
     return facts | (_measuring_work(request, compute) if request.scores is None and request.data else {})

@@ -321,6 +321,13 @@ class PruneSettings(SearchTargets):
     refine: bool = option(
         False, "Add and exchange layers of the best candidate while that measures better.", section=_CHOOSING
     )
+    rank_compensated: int = option(
+        3,
+        "Of the best measured, how many are mended and measured again, so that the choice is between mended cuts; 0: "
+        "none.",
+        at_least=0,
+        section=_CHOOSING,
+    )
     no_compensate: bool = option(
         False,
         "Leave the weights that stay as they are. Else each layer's output projection is refitted, in closed form and "

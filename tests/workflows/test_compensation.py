@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from distill.scale.gpus import GPUS
+from importance.refits.work import predict_flops, sums_bytes
+from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.cut.plan import read_plan
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
-from minipuzzle.workflows.compensation import CutWriter, windows_that_fit
+from minipuzzle.runtime.layer_stack import largest_layer_bytes
+from minipuzzle.workflows.compensation import COMPENSATION_TOKENS, CutWriter, minutes_on, windows_that_fit
 from tests.support.cli import run_cli, run_json
 from tests.support.cuts import half_cut, some_tokens
+from tests.support.tiny_models import published_config, write_tiny_checkpoint
 
 SMALL = ("--memory", "90%", "--context", 64, "--samples", 2, "--sequence-length", 16, "--granularity", 16)
 
@@ -75,9 +81,38 @@ def test_the_tokens_of_scores_suffice(mended: tuple[Path, dict[str, Any]], tiny_
 def test_the_dry_run_says_tokens_work_and_memory(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     asked = ("prune", tiny_folder, "--data", text_file, *SMALL, "-o", tmp_path / "out", "--dry-run")
     facts, plain = run_json(*asked), run_json(*asked, "--no-compensate")
-    new = {"compensation_tokens", "compensation_gflop", "memory_while_compensating_bytes"}
+    new = {
+        "compensation_tokens",
+        "compensation_gflop",
+        "compensation_minutes_on_one_h100",
+        "memory_while_compensating_bytes",
+    }
     assert facts.keys() - plain.keys() == new
     assert all(facts[name] > 0 for name in new - {"compensation_gflop"})
+
+
+def test_the_best_candidates_are_chosen_by_what_they_are_like_once_mended(text_file: Path, tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model", pattern="M-M*-M-M-*-")
+    asked = ("prune", model, "--data", text_file, *SMALL, "--min-ffn", 0.25, "--memory", "80%")
+    candidates = run_json(*asked, "-o", tmp_path / "mended")["candidates"]
+    assert len(candidates) > 3
+    again, others = candidates[:3], candidates[3:]
+    assert [item["kl"] for item in again] == sorted(item["kl"] for item in again)
+    assert all("kl_not_compensated" in item for item in again)
+    assert max(item["kl_not_compensated"] for item in again) <= min(item["kl"] for item in others)
+    plain = run_json(*asked, "--rank-compensated", 0, "-o", tmp_path / "plain")["candidates"]
+    assert [item["kl"] for item in plain[:3]] == sorted(item["kl_not_compensated"] for item in again)
+
+
+def test_the_published_model_takes_hours_at_most_on_one_gpu_of_80_gb() -> None:
+    """Nemotron-H-56B, from config.json: both streams, one layer twice and the next, and the sums of its widest."""
+    source = FAMILIES["nemotron_h"].read(published_config())
+    layer_bytes = largest_layer_bytes(source, torch.float32)
+    streams_bytes = 2 * COMPENSATION_TOKENS * source.hidden * 4
+    gpu = GPUS["h100"]
+    assert gpu.memory_bytes is not None
+    assert 3 * layer_bytes + streams_bytes + sums_bytes(source, COMPENSATION_TOKENS) < gpu.memory_bytes
+    assert minutes_on(gpu, predict_flops(source, COMPENSATION_TOKENS)) < 120
 
 
 def test_obs_without_a_refit_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

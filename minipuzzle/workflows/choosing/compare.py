@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -17,6 +17,7 @@ from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY, RankedPlan, best_first
+from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.search.costs import Pricing
 from minipuzzle.search.engine import find_candidates, plan_of
@@ -32,12 +33,14 @@ FINALIST_DIFFERENCE = 0.1  # of the layers; a user's --diversity may ask for mor
 class ChoosingSettings:
     """How candidates are compared. ``num_candidates``: of the best predicted, how many are measured.
 
-    ``num_finalists``: of the best measured, how many race.
+    ``num_compensated``: of the best measured, how many are mended and measured again, before one is chosen or finalists
+    are picked; 0: none. ``num_finalists``: of the best measured, how many race.
     """
 
     num_candidates: int = 8
     rank_by: str = DEFAULT_RANK_BY
     refine: bool = False
+    num_compensated: int = 0
     num_finalists: int = 1
     race: RaceSettings | None = None
 
@@ -119,11 +122,16 @@ class Choice:
 
 
 def compare(
-    problem: Problem, windows: EvaluationWindows, settings: ChoosingSettings, compute: Compute = Compute()
+    problem: Problem,
+    windows: EvaluationWindows,
+    settings: ChoosingSettings,
+    compute: Compute = Compute(),
+    mended: Callable[[Plan], Quality] | None = None,
 ) -> ComparisonTable:
-    """Measure the best predicted candidates on windows, refine the best, and pick finalists.
+    """Measure the best predicted candidates on windows, refine the best, mend a few, and pick finalists.
 
-    With three finalists or more, the best predicted candidate is one of them.
+    ``mended``: what a plan is like once it is mended, for ``settings.num_compensated`` of them or all that race. With
+    three finalists or more, the best predicted candidate is one of them.
 
     Raises: InfeasibleBudgetError; MinipuzzleError for scores that do not fit or too little memory.
     """
@@ -138,6 +146,10 @@ def compare(
         found = refine(ranked[0], neighbours=problem.neighbourhood.of, measure=measured, rank_by=settings.rank_by)
         ranked = best_first([*ranked, *found.measured], settings.rank_by)
         refinement = found.with_layer_scores(problem.source, problem.scores)
+    if mended is not None and settings.num_compensated > 0 and len(ranked) > 1:
+        number = max(settings.num_compensated, settings.num_finalists)
+        again = [replace(item, quality=mended(item.plan), plain=item.quality) for item in ranked[:number]]
+        ranked = [*best_first(again, settings.rank_by), *ranked[number:]]
     min_different = max(problem.target.diversity, ceil(FINALIST_DIFFERENCE * len(problem.source.layers)))
     finalists = pick_finalists(problem.source, ranked, settings.num_finalists, min_different)
     # Both opinions race: what was measured before distillation says little about what comes after it.

@@ -33,7 +33,7 @@ def race_finalists(
     work = folder / FINALISTS_FOLDER
     table_file = work / CANDIDATES_FILE
     if not table_file.is_file():
-        found = compare(problem, windows, choosing, writer.compute)
+        found = compare(problem, windows, choosing, writer.compute, writer.measure_on(windows))
         for number, item in enumerate(found.finalists):
             shutil.rmtree(work / str(number), ignore_errors=True)
             (work / str(number)).mkdir(parents=True)
