@@ -20,13 +20,14 @@ class LayerRequest:
 
     ``layers``: those to leave out (None: all). ``widths``: axis -> smaller widths at which each layer that has the
     axis runs. ``removals``: how many layers to remove one after another, always the cheapest by ``metric``, measuring
-    the others again each time.
+    the others again each time. ``is_compensated``: each altered model is mended before it is measured.
     """
 
     layers: tuple[int, ...] | None = None
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     removals: int = 0
     metric: str = "mse"
+    is_compensated: bool = False
 
     def __post_init__(self) -> None:
         LAYER_METRICS.check(self.metric)
@@ -71,6 +72,7 @@ class LayerRequest:
             "variants": " ".join(f"{axis}={','.join(map(str, widths))}" for axis, widths in self.widths.items()),
             "removals": str(self.removals),
             "removal_metric": self.metric,
+            **({"compensated": "true"} if self.is_compensated else {}),
         }
 
 

@@ -62,11 +62,6 @@ def compensate(
     Shapes: ``token_ids_BT`` ``[windows, tokens]``.
     Raises: MinipuzzleError for fewer than two windows, or values that are not finite.
     """
-    if len(token_ids_BT) < 2 * stack.compute.processes.world_size:
-        raise MinipuzzleError(
-            f"{len(token_ids_BT)} windows of text cannot be divided into some to fit and some to check the fit",
-            "give more text, or ‹no_compensate›",
-        )
     walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
     if watched is not None:
         walk.watch(watched)
@@ -85,10 +80,32 @@ def compensate(
     )
 
 
+@torch.no_grad()
+def mended_states(
+    stack: LayerStack, plan: Plan, token_ids_BT: torch.Tensor, other_ids_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states behind the last layer, of the source and of a plan that is mended on some text, on other text.
+
+    Returns the token ids of this process's windows of the other text, and the states of both ``[windows, tokens,
+    hidden]``.
+    """
+    walk = _Walk(stack, plan, token_ids_BT, may_choose=False)
+    walk.watch(EvaluationWindows(token_ids=other_ids_BT, labels=other_ids_BT, num_bytes=0))
+    for layer_idx in range(stack.num_layers):
+        walk.take(layer_idx)
+    states, own = walk.all_streams[-1], list(walk.processes.share(range(len(other_ids_BT))))
+    return other_ids_BT[own], states.teacher_BTH, states.student_BTH
+
+
 class _Walk:
     """The teacher's stream and the student's behind the same layer, and what was found so far."""
 
     def __init__(self, stack: LayerStack, plan: Plan, token_ids_BT: torch.Tensor, *, may_choose: bool) -> None:
+        if len(token_ids_BT) < 2 * stack.compute.processes.world_size:
+            raise MinipuzzleError(
+                f"{len(token_ids_BT)} windows of text cannot be divided into some to fit and some to check the fit",
+                "give more text, or ‹no_compensate›",
+            )
         self.stack, self.plan, self.may_choose, self.processes = stack, plan, may_choose, stack.compute.processes
         self.kept_units = {axis: dict(by_layer) for axis, by_layer in plan.kept_units.items()}
         self.narrowed, self.target = NarrowedLayers(stack), plan.apply(stack.architecture)

@@ -17,6 +17,7 @@ from importance.alterations import LayerRequest, narrowed_plans
 from importance.layers import Hooks, Metrics, alteration_tree, removal_plans, score_plans
 from importance.metrics import HeadInputMetrics
 from importance.partial import PartialSums
+from importance.refits.scores import score_mended
 from importance.stream_cache import StreamCache
 from importance.work import cache_bytes, open_stack
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
@@ -72,7 +73,8 @@ def measure(
     check_token_ids(token_ids_BT, checkpoint.architecture.vocabulary)
     request, processes = request or LayerRequest(), compute.processes
     layer_ids, channel_ids = token_ids_BT[:layer_samples], token_ids_BT[:channel_samples]
-    stack = open_stack(checkpoint, compute, request=request, sequence_length=token_ids_BT.shape[1])
+    num_windows, sequence_length = layer_ids.shape
+    stack = open_stack(checkpoint, compute, request=request, sequence_length=sequence_length, num_windows=num_windows)
     metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), compute.dtype)
     metadata |= {**request.to_metadata(), "scan": scan_path(stack.device)}
     identity = {key: metadata[key] for key in (*_IDENTITY, *request.to_metadata())}
@@ -131,14 +133,18 @@ def _score_layers(
     num_samples = len(layers.share_of_samples(len(token_ids_BT), run.processes))
     needs = layers.working_set(source, token_ids_BT.shape[1], request.num_alterations(source), run.stack.compute)
     slice_samples = run.stack.sequences_that_fit(needs, num_samples)
-    max_bytes = cache_bytes(run.stack, needs, slice_samples) if request.removals else 0
+    caches = request.removals and not request.is_compensated
+    max_bytes = cache_bytes(run.stack, needs, slice_samples) if caches else 0
     cache = StreamCache(max_bytes=max_bytes, num_slices=-(-num_samples // slice_samples)) if max_bytes else None
     found = _LayerScores(layer={metric: np.full(len(source.layers), np.nan) for metric in LAYER_METRICS})
     for round_idx in range(request.removals + 1):
         left = [layer_idx for layer_idx in candidates if layer_idx not in found.removed]
         plans = removal_plans(source, left, frozenset(found.removed))
         plans += [] if round_idx else [*narrowed, *(plan_without(source, block) for block in blocks)]
-        values = _score_round(run, round_idx, plans, token_ids_BT, slice_samples, cache)
+        if request.is_compensated:
+            values = _score_mended_round(run, round_idx, plans, token_ids_BT)
+        else:
+            values = _score_round(run, round_idx, plans, token_ids_BT, slice_samples, cache)
         for metric, scores in values.items():
             found.layer[metric][left] = scores[: len(left)]
             if blocks and not round_idx:
@@ -175,6 +181,19 @@ def _score_round(
             cache=cache,
         )
         return score_plans(run.stack, plans, token_ids_BT, slice_samples=slice_samples, hooks=hooks)
+
+
+def _score_mended_round(run: _Measurement, round_idx: int, plans: list[Plan], token_ids_BT: torch.Tensor) -> Metrics:
+    stage, partial = f"mended-layers-{round_idx}", run.partial
+    with run.stack.compute.progress(f"scoring layers, mended, round {round_idx + 1}", len(plans)) as advance:
+        return score_mended(
+            run.stack,
+            plans,
+            token_ids_BT,
+            advance=advance,
+            earlier=partial.stage(stage) if partial else None,
+            after_plan=(lambda values: partial.write(stage, values)) if partial else None,
+        )
 
 
 def _metadata(

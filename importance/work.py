@@ -8,6 +8,8 @@ from typing import Any
 from importance import channels, layers
 from importance.alterations import LayerRequest, plans_of_any_units
 from importance.layers import alteration_tree, removal_plans
+from importance.refits import work as refits
+from importance.refits.scores import num_applications
 from minipuzzle.cut.plan import plan_without
 from minipuzzle.devices import Device
 from minipuzzle.files.checkpoint import Checkpoint
@@ -49,9 +51,16 @@ class PlannedScoring:
 
 
 def open_stack(
-    checkpoint: Checkpoint, compute: Compute = Compute(), *, sequence_length: int, request: LayerRequest | None = None
+    checkpoint: Checkpoint,
+    compute: Compute = Compute(),
+    *,
+    sequence_length: int,
+    request: LayerRequest | None = None,
+    num_windows: int = 0,
 ) -> LayerStack:
     """A layer stack with room for measuring at a sequence length; no weight is read yet.
+
+    ``num_windows``: of the layers' samples, which all stay in memory where altered models are mended.
 
     Raises: MinipuzzleError if the memory is too small, with the amount that is needed.
     """
@@ -59,7 +68,11 @@ def open_stack(
     needs = layers.working_set(source, sequence_length, request.num_alterations(source), compute)
     # A narrowed layer takes at most as much again as the layer itself.
     extra_bytes = largest_part_bytes(source, compute.torch_dtype) if request.widths else 0
-    return needs.open_stack(checkpoint, compute, extra_bytes=extra_bytes)
+    stack = needs.open_stack(checkpoint, compute, extra_bytes=extra_bytes)
+    if not request.is_compensated:
+        return stack
+    mending = refits.open_stack(checkpoint, num_windows, sequence_length, compute)
+    return max(stack, mending, key=lambda opened: opened.reserved_bytes)
 
 
 def predict_work(
@@ -90,6 +103,8 @@ def predict_work(
         passes = layer_slices * rounds + channel_slices
         read_bytes = passes * body_bytes + layer_slices * rounds * head_bytes + norm_bytes
     applications = layer_slices * alteration_tree(source, plans).num_applications * rounds
+    if request.is_compensated:
+        applications = num_applications(source, plans) * rounds
     working_bytes = max(stack.activation_bytes(sequence_length), needs.head_bytes)
     working_bytes += layer_slice * needs.sequence_bytes(source, stack.dtype)
     return Work(

@@ -76,7 +76,13 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
         samples=max(samples.values()),
         sequence_length=settings.sequence_length,
     )
-    stack = open_stack(checkpoint, compute, request=request, sequence_length=settings.sequence_length)
+    stack = open_stack(
+        checkpoint,
+        compute,
+        request=request,
+        sequence_length=settings.sequence_length,
+        num_windows=settings.samples,
+    )
     work = predict_work(stack, request=request, sequence_length=settings.sequence_length, **samples)
     return PlannedScoring(
         work=work,
@@ -97,6 +103,7 @@ def _checked_request(checkpoint: Checkpoint, settings: ScoreSettings) -> LayerRe
         widths=parse_widths(tuple(settings.variants), source),
         removals=settings.iterative,
         metric=settings.remove_by,
+        is_compensated=settings.compensated,
     )
     request.candidates(source)
     return request

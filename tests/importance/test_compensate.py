@@ -6,19 +6,27 @@ Closer means: the hidden states behind the last layer, by the distance that is f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from importance.alterations import LayerRequest
 from importance.compensate import compensate
+from importance.layers import removal_plans
+from importance.measure import measure
+from importance.metrics import next_token_labels
 from importance.refits.results import Compensation
+from importance.refits.scores import num_applications, score_mended
 from importance.refits.work import expert_projections, open_stack, output_projections, predict_flops
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import Plan, keep_everything
+from minipuzzle.cut.plan import Plan, keep_everything, plan_without
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
@@ -155,6 +163,44 @@ def test_watched_text_says_what_the_written_model_is_like(
     assert found.quality is not None and unwatched.quality is None
     assert found.quality.kl == pytest.approx(expected.kl, rel=1e-4)
     assert found.quality.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_compensated_scores_are_those_of_written_models(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of each removal mended on three quarters of the windows, and measured on the rest; counted, and resumable."""
+    token_ids, request = some_tokens(8), LayerRequest(layers=(1, 4, 6), removals=1, metric="kl", is_compensated=True)
+    scores = measure(tiny_checkpoint, token_ids, request=request)
+    removed = json.loads(scores.metadata["removed_layers"])
+    assert removed == [min(request.layers or (), key=lambda idx: scores.layer["kl"][idx] if idx in removed else 1e9)]
+    is_compared = torch.arange(8) % 4 == 3
+    watched = EvaluationWindows(
+        token_ids=token_ids[is_compared], labels=next_token_labels(token_ids[is_compared]), num_bytes=1
+    )
+    plan = plan_without(tiny_checkpoint.architecture, removed)
+    found = compensate(LayerStack(tiny_checkpoint), plan, token_ids[~is_compared], may_choose=False, watched=watched)
+    assert found.quality is not None
+    # Scores count the last token of a window, too, which predicts nothing that could be checked: the losses do not.
+    full = evaluate(load_model(tiny_checkpoint), tiny_checkpoint.family, watched)
+    assert scores.layer["delta_loss"][removed[0]] == pytest.approx(found.quality.loss - full.loss, rel=1e-3)
+
+
+def test_the_work_of_compensated_scores_is_counted_exactly(tiny_checkpoint: Checkpoint) -> None:
+    source, stack = tiny_checkpoint.architecture, LayerStack(tiny_checkpoint)
+    plans = removal_plans(source, range(stack.num_layers))
+    half: dict[str, Any] = {}
+
+    def stop(values: dict[str, Any]) -> None:
+        half.update({name: array.copy() for name, array in values.items()})
+        if np.isfinite(values["kl"]).sum() == 3:
+            raise InterruptedError
+
+    whole = score_mended(stack, plans, some_tokens(8))
+    assert stack.counters.layer_applications == num_applications(source, plans)
+    with pytest.raises(InterruptedError):
+        score_mended(LayerStack(tiny_checkpoint), plans, some_tokens(8), after_plan=stop)
+    again = LayerStack(tiny_checkpoint)
+    resumed = score_mended(again, plans, some_tokens(8), earlier=half)
+    assert again.counters.layer_applications == num_applications(source, plans[3:])
+    assert all(np.array_equal(resumed[name], values) for name, values in whole.items())
 
 
 def test_one_window_is_refused(tiny_checkpoint: Checkpoint) -> None:
