@@ -22,7 +22,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["minipuzzle*", "importance*", "distill*"]),
-    package_data={package: ["py.typed"] for package in ("minipuzzle", "importance", "distill")},
+    package_data={
+        **{package: ["py.typed"] for package in ("minipuzzle", "importance", "distill")},
+        "minipuzzle.show.page": ["page.html", "page.css"],
+    },
     install_requires=[
         "torch>=2.9",
         "transformers>=5.18",
@@ -32,6 +35,7 @@ setup(
         "click>=8.1",
         "rich>=13",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "pyarrow>=15",
         "scipy>=1.11",
         'tomli>=2; python_version < "3.11"',

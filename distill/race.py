@@ -10,11 +10,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distill.run import DistillRequest, distill_checkpoint
 from distill.scale.estimate import estimate_memory
 from distill.settings import DistillSettings
 from minipuzzle.architecture.model import Architecture
@@ -28,6 +27,9 @@ from minipuzzle.quality.record import Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import resident_weight_bytes
 from minipuzzle.runtime.models import load_model
+
+if TYPE_CHECKING:
+    from distill.run import DistillRequest
 
 RACE_FILE = "race.json"
 
@@ -50,6 +52,9 @@ def run_race(
     Raises: InputChangedError if ``folder`` holds a race of other finalists or settings; MinipuzzleError as distilling,
     and for too little memory.
     """
+    # Here, because FSDP takes a second to import, and most cuts race nothing.
+    from distill.run import DistillRequest, distill_checkpoint
+
     for student in students:
         settings.require_room(Checkpoint.open(student).architecture, teacher.architecture, compute)
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -171,6 +172,13 @@ class DistillResult:
         return self.validation_kl_after / max(self.validation_kl_before, 1e-30)
 
 
+OnResult = Callable[[Path, DistillResult], None]
+
+
+def ignore_result(_folder: Path, _result: DistillResult) -> None:
+    """Nobody keeps what came out beside the weights."""
+
+
 def find_teacher(student_folder: Path) -> Path:
     """The teacher's folder that a cut checkpoint remembers in its minipuzzle.json.
 
@@ -247,11 +255,16 @@ def _without_unavailable(request: DistillRequest, compute: Compute) -> tuple[Dis
 
 
 def run_prepared(
-    prepared: PreparedRun, *, on_step: OnStep = ignore_step, on_note: OnNote = ignore_note
+    prepared: PreparedRun,
+    *,
+    on_step: OnStep = ignore_step,
+    on_note: OnNote = ignore_note,
+    on_result: OnResult = ignore_result,
 ) -> DistillResult:
     """Distil and write the output folder; an interrupted run of the same request is continued.
 
-    Under torchrun all processes of the job call this together; the first alone writes folders and calls ``on_step``.
+    Under torchrun all processes of the job call this together; the first alone writes folders and calls ``on_step``,
+    and ``on_result`` with the folder before it gets its name.
 
     Raises: InputChangedError if an interrupted run in the way had other inputs or settings.
     """
@@ -271,6 +284,14 @@ def run_prepared(
             if processes.is_first:
                 draw_learning_curve(folder, validation_kl_before=progress.validation_kl_before)
                 shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
+            result = _result(prepared, progress, peak_memory_bytes, problem)
+            if processes.is_first:
+                on_result(folder, result)
+    return result
+
+
+def _result(prepared: PreparedRun, progress: Progress, peak_memory_bytes: int, problem: str | None) -> DistillResult:
+    request = prepared.request
     return DistillResult(
         out=request.out,
         steps=progress.step,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 
 from importance import channels, layers
@@ -201,7 +201,7 @@ def _metadata(
 ) -> dict[str, str]:
     of_layers = {name: metric.definition for name, metric in LAYER_METRICS.items()}
     definitions = {"layer": of_layers, "unit": channels.UNIT_DEFINITIONS, "energy": channels.ENERGY_DEFINITIONS}
-    versions = {"minipuzzle": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"minipuzzle": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return {
         "model_fingerprint": checkpoint.fingerprint,
         "architecture_fingerprint": checkpoint.architecture.fingerprint(),

@@ -17,6 +17,7 @@ import click
 from safetensors import SafetensorError
 
 from minipuzzle.errors import ExitCode, MinipuzzleError, MinipuzzleWarning
+from minipuzzle.files.records import COMMAND_LINE
 from minipuzzle.version import __version__
 
 # Fields of settings whose option has another name than theirs.
@@ -33,7 +34,18 @@ OPTION_OF_FIELD = {
     "num_finalists": "finalists",
     "overrides": "override",
 }
-COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities", "demo")
+COMMANDS = (
+    *("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities"),
+    *("report", "demo"),
+)
+_WHOLE_RUNS = ("report", "demo")  # which lie in a room of their own
+
+
+def command_of(name: str) -> click.Command:
+    """A command by its name; its module is imported now."""
+    room = "minipuzzle.commands.whole_runs" if name in _WHOLE_RUNS else "minipuzzle.commands"
+    command: click.Command = getattr(importlib.import_module(f"{room}.{name}"), name)
+    return command
 
 
 class MinipuzzleGroup(click.Group):
@@ -47,8 +59,12 @@ class MinipuzzleGroup(click.Group):
         """Import one command's module."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"minipuzzle.commands.{cmd_name}"), cmd_name)
-        return command
+        return command_of(cmd_name)
+
+    def main(self, args: Any = None, *others: Any, **settings: Any) -> Any:
+        """Remember the command as it was given, for what its outputs say of themselves."""
+        COMMAND_LINE.set(tuple(sys.argv[1:] if args is None else args))
+        return super().main(args, *others, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; a MinipuzzleError becomes problem, hint and exit code, a warning a line."""

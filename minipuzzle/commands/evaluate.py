@@ -44,4 +44,9 @@ def evaluate(model: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
             click.echo(f"{name}: would predict {count:,} tokens")
         return
     found = run_evaluate(model, settings)
-    echo_json(found.to_json()) if as_json else print_quality(found.rows)
+    if as_json:
+        echo_json(found.to_json())
+        return
+    print_quality(found.rows)
+    if settings.out is not None:
+        click.echo(f"written to {settings.out}; its report.html shows the run")

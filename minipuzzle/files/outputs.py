@@ -22,6 +22,7 @@ from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.version import __version__
 
 PROVENANCE_FILE = "minipuzzle.json"
+ADDED_FIELDS = ("made", "results", "lineage")  # of finished outputs; an interrupted one may have them already
 _WRITER_FILE = ".writer"  # holds the number of the process that writes
 
 Provenance = Mapping[str, Any]
@@ -210,7 +211,7 @@ def require_same_inputs(unfinished: Path, earlier: Provenance, wanted: Provenanc
 
     Raises: InputChangedError naming the first field that differs.
     """
-    for field in sorted(earlier.keys() | wanted.keys()):
+    for field in sorted((earlier.keys() | wanted.keys()) - set(ADDED_FIELDS)):
         if earlier.get(field) != wanted.get(field):
             raise InputChangedError(
                 f"{unfinished} holds an interrupted run with another {field}: "

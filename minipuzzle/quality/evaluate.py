@@ -6,12 +6,15 @@ V vocabulary. ``[N, V]`` never exists whole: LM heads are applied to C tokens at
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +23,7 @@ from minipuzzle.data.windows import IGNORE, PIECE_CHARACTERS, EvaluationWindows,
 from minipuzzle.devices import Device
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.progress import Advance, no_progress
-from minipuzzle.quality.record import Quality
+from minipuzzle.quality.record import ERRORS, Quality
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import ModelParts, parts_of
 from minipuzzle.runtime.rounded_linear import RoundedLinear
@@ -42,20 +45,57 @@ class ReferenceLogits:
 
 
 @dataclass(kw_only=True)
+class WindowSums:
+    """What standard errors are made of: how sums over a window's tokens vary from window to window, in float64.
+
+    Tokens of a window are no independent draws, so windows are the units (a ratio estimator): with s a window's sum, n
+    its tokens and r the mean over all tokens, the variance of r is m/(m-1) sum((s - r n)^2) / sum(n)^2.
+    """
+
+    num_windows: int = 0
+    squared_tokens: float = 0.0
+    squared: dict[str, float] = field(default_factory=dict)
+    crossed: dict[str, float] = field(default_factory=dict)
+
+    def add(self, tokens_B: NDArray[np.float64], sums_B: Mapping[str, NDArray[np.float64]]) -> None:
+        """Add windows by their tokens and by what was summed over those."""
+        self.num_windows += int((tokens_B > 0).sum())
+        self.squared_tokens += float(tokens_B @ tokens_B)
+        for name, values_B in sums_B.items():
+            self.squared[name] = self.squared.get(name, 0.0) + float(values_B @ values_B)
+            self.crossed[name] = self.crossed.get(name, 0.0) + float(values_B @ tokens_B)
+
+    def error(self, name: str, mean: float, num_tokens: int) -> float | None:
+        """The standard error of a mean over all tokens; None for a single window, and for what was not summed."""
+        if self.num_windows < 2 or name not in self.squared:
+            return None
+        spread = self.squared[name] - 2 * mean * self.crossed[name] + mean**2 * self.squared_tokens
+        return math.sqrt(max(0.0, spread) * self.num_windows / (self.num_windows - 1)) / num_tokens
+
+
+@dataclass(kw_only=True)
 class TokenSums:
-    """Sums over tokens, float64: of the loss and the forward KL in nats, and counts."""
+    """Sums over tokens, float64: of the loss, its rise above a reference's and the forward KL in nats, and counts."""
 
     loss: float = 0.0
+    loss_rise: float = 0.0
     num_correct: int = 0
     kl: float = 0.0
     num_agreed: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, logits_CV: torch.Tensor, labels_C: torch.Tensor, reference: ReferenceLogits | None = None) -> None:
-        """Add a chunk of tokens, by float32 logits and next tokens; rows that the reference lacks are not compared."""
+    def add(
+        self, logits_CV: torch.Tensor, labels_C: torch.Tensor, reference: ReferenceLogits | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Add a chunk of tokens, by float32 logits and next tokens; rows that the reference lacks are not compared.
+
+        Returns what was summed up, ``[C]`` by name.
+        """
         log_prob_CV, best_C = logits_CV.log_softmax(-1), logits_CV.argmax(-1)
-        self.loss -= float(_sum_float64(log_prob_CV.gather(-1, labels_C[:, None])[:, 0]))
+        loss_C = -log_prob_CV.gather(-1, labels_C[:, None])[:, 0]
+        found = {"loss": loss_C}
+        self.loss += float(_sum_float64(loss_C))
         self.num_correct += int((best_C == labels_C).sum())
         self.num_tokens += len(labels_C)
         if reference is not None:
@@ -63,8 +103,16 @@ class TokenSums:
                 log_prob_CV = logits_CV[:, :num_shared].log_softmax(-1)
                 best_C = log_prob_CV.argmax(-1)
             rise_CV = reference.log_prob_CV - log_prob_CV
-            self.kl += float(_sum_float64(torch.linalg.vecdot(reference.prob_CV, rise_CV)))
+            kl_C = torch.linalg.vecdot(reference.prob_CV, rise_CV)
+            self.kl += float(_sum_float64(kl_C))
             self.num_agreed += int((best_C == reference.best_C).sum())
+            # A next token that the reference does not know has no loss there: it counts as no rise.
+            is_known_C = labels_C < num_shared
+            known_C = labels_C.clamp(max=num_shared - 1)[:, None]
+            rise_C = (loss_C + reference.log_prob_CV.gather(-1, known_C)[:, 0]) * is_known_C
+            self.loss_rise += float(_sum_float64(rise_C))
+            found |= {"kl": kl_C, "loss_rise": rise_C}
+        return found
 
 
 @torch.inference_mode()
@@ -90,14 +138,25 @@ def evaluate(
     """
     student = _Scored(parts_of(model, family))
     teacher = _Scored(parts_of(against, against_family or family)) if against is not None else None
-    sums = TokenSums()
+    sums, spread = TokenSums(), WindowSums()
     device, max_logits = compute.torch_device, CHUNK_LOGITS
     if compute.memory_bytes is not None:
         max_logits = min(max_logits, compute.memory_bytes // _LIMIT_BYTES_PER_LOGIT)
     for token_ids_BT, labels_BT in _batches_without_padding(windows, batch):
-        _add_batch(sums, student, teacher, token_ids_BT.to(device), labels_BT.to(device), max_logits)
-        advance(len(token_ids_BT))
-    return _finish(sums, windows.num_bytes, has_teacher=teacher is not None)
+        found = _add_batch(sums, student, teacher, token_ids_BT.to(device), labels_BT.to(device), max_logits)
+        window_N = (labels_BT != IGNORE).nonzero()[:, 0].numpy()
+        size = len(token_ids_BT)
+        by_window = {name: _sums_by(window_N, values_N, size) for name, values_N in found.items()}
+        spread.add(_sums_by(window_N, np.ones(len(window_N)), size), by_window)
+        advance(size)
+    quality = _finish(sums, windows.num_bytes, has_teacher=teacher is not None)
+    means = {"loss": quality.loss, "kl": quality.kl or 0.0, "loss_rise": quality.loss_rise or 0.0}
+    errors = {f"{name}_error": spread.error(name, mean, sums.num_tokens) for name, mean in means.items()}
+    return replace(quality, **errors)  # type: ignore[arg-type] # mypy takes them for any of the fields
+
+
+def _sums_by(window_N: NDArray[np.int64], values_N: NDArray[np.float64], num_windows: int) -> NDArray[np.float64]:
+    return np.bincount(window_N, values_N, num_windows).astype(np.float64)
 
 
 def _batches_without_padding(windows: EvaluationWindows, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -118,11 +177,22 @@ def combine(evaluations: Sequence[Quality]) -> Quality:
         sums.loss += part.loss * num_tokens
         sums.num_correct += round((part.accuracy or 0.0) * num_tokens)
         sums.kl += (part.kl or 0.0) * num_tokens
+        sums.loss_rise += (part.loss_rise or 0.0) * num_tokens
         sums.num_agreed += round((part.agreement or 0.0) * num_tokens)
         sums.num_tokens += num_tokens
         sums.seconds += part.seconds or 0.0
     has_teacher = all(part.kl is not None for part in evaluations)
-    return _finish(sums, sum(part.num_bytes or 0 for part in evaluations), has_teacher=has_teacher)
+    combined = _finish(sums, sum(part.num_bytes or 0 for part in evaluations), has_teacher=has_teacher)
+    errors = {error: _combined_error(evaluations, error, sums.num_tokens) for error in ERRORS.values()}
+    return replace(combined, **errors)  # type: ignore[arg-type] # mypy takes them for any of the fields
+
+
+def _combined_error(evaluations: Sequence[Quality], error: str, num_tokens: int) -> float | None:
+    """Errors of texts that were measured independently of each other add up by their squares."""
+    found = [(getattr(part, error), part.num_tokens or 0) for part in evaluations]
+    if any(value is None for value, _ in found):
+        return None
+    return math.sqrt(sum((value * tokens) ** 2 for value, tokens in found)) / num_tokens
 
 
 def documents_within(tokenizer: Any, documents: Sequence[str], max_tokens: int) -> list[str]:
@@ -190,7 +260,9 @@ def _add_batch(
     token_ids_BT: torch.Tensor,
     labels_BT: torch.Tensor,
     max_logits: int,
-) -> None:
+) -> dict[str, NDArray[np.float64]]:
+    """Add a batch to the sums; what was summed up for each token that counts, ``[N]`` by name."""
+    found: dict[str, list[NDArray[np.float64]]] = {}
     counts_BT = labels_BT != IGNORE
     labels_N = labels_BT[counts_BT]
     student_hidden_NH = _timed(sums, labels_N.device, lambda: student.hidden(token_ids_BT, counts_BT))
@@ -202,7 +274,9 @@ def _add_batch(
         if teacher is not None and teacher_hidden_NH is not None:
             num_rows = student.weight_VH.shape[0]
             reference = ReferenceLogits(teacher.logits(teacher_hidden_NH[chunk])[:, :num_rows])
-        sums.add(logits_CV, labels_C, reference)
+        for name, values_C in sums.add(logits_CV, labels_C, reference).items():
+            found.setdefault(name, []).append(values_C.cpu().double().numpy())
+    return {name: np.concatenate(pieces) for name, pieces in found.items()}
 
 
 def _timed(sums: TokenSums, device: torch.device, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -224,6 +298,7 @@ def _finish(sums: TokenSums, num_bytes: int, *, has_teacher: bool) -> Quality:
     return Quality(
         loss=loss,
         kl=sums.kl / sums.num_tokens if has_teacher else None,
+        loss_rise=sums.loss_rise / sums.num_tokens if has_teacher else None,
         agreement=sums.num_agreed / sums.num_tokens if has_teacher else None,
         accuracy=sums.num_correct / sums.num_tokens,
         num_tokens=sums.num_tokens,

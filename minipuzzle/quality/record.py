@@ -13,7 +13,8 @@ class Quality:
 
     Units: ``loss`` nats per predicted token; ``kl`` nats per token, forward: sum of other * (log other - log model);
     ``agreement`` (both find the same token most likely) and ``accuracy`` (of the next token) shares of 1; ``num_bytes``
-    UTF-8 bytes of the predicted text; ``seconds`` of the model's own time.
+    UTF-8 bytes of the predicted text; ``seconds`` of the model's own time. ``loss_rise``: the loss above the teacher's
+    on the same tokens. ``..._error``: the standard error of that mean, by how windows of text differ.
     """
 
     loss: float
@@ -23,6 +24,10 @@ class Quality:
     num_tokens: int | None = None
     num_bytes: int | None = None
     seconds: float | None = None
+    loss_rise: float | None = None
+    loss_error: float | None = None
+    kl_error: float | None = None
+    loss_rise_error: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -53,7 +58,21 @@ class Quality:
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
             "tokens_per_second": None if self.seconds is None else self.tokens_per_second,
+            "loss_rise": self.loss_rise,
+            "loss_error": self.loss_error,
+            "kl_error": self.kl_error,
+            "loss_rise_error": self.loss_rise_error,
         }
+
+
+ERRORS: Mapping[str, str] = {"loss": "loss_error", "kl": "kl_error", "loss_rise": "loss_rise_error"}
+INTERVAL = 1.96  # standard errors on each side hold 95 % where many windows were measured
+
+
+def with_interval(record: Mapping[str, float | int | None], figure: str, form: str) -> str:
+    """A figure of a record for people, with its 95 % interval where that is known; empty if it was not measured."""
+    value, error = record.get(figure), record.get(ERRORS.get(figure, ""))
+    return "" if value is None else form.format(value) + ("" if error is None else f" ± {INTERVAL * error:.2g}")
 
 
 # By their names in JSON: how figures are called for people, and how they are written in full.
@@ -63,6 +82,7 @@ LABELS: Mapping[str, tuple[str, str]] = {
     "perplexity": ("perplexity", "{:.4g}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
     "next_token_accuracy": ("next-token accuracy", "{:.2%}"),
+    "loss_rise": ("loss above teacher's (nats/token)", "{:+.4f}"),
     "kl": ("KL from teacher (nats/token)", "{:.4g}"),
     "top1_agreement": ("agreement with teacher", "{:.2%}"),
     "tokens_per_second": ("tokens per second", "{:,.0f}"),

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.architecture.memory import Deployment, layer_bytes, memory_breakdown, outer_bytes
@@ -21,8 +18,12 @@ from minipuzzle.architecture.quantities import format_count, format_gib
 from minipuzzle.architecture.timings import Timings
 from minipuzzle.errors import MinipuzzleError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 # All costs are whole numbers, and float64 holds those below 2**53, so their sums in it are exact.
-Floats = NDArray[np.float64]
+Floats: TypeAlias = "NDArray[np.float64]"
 
 
 def _format_whole(count: float) -> str:
@@ -53,6 +54,8 @@ class Limits:
 
     def as_array(self) -> Floats:
         """The limits in the order of COSTS."""
+        import numpy as np
+
         return np.array([getattr(self, name) for name in COSTS], dtype=np.float64)
 
     def given(self) -> dict[str, float]:
@@ -100,6 +103,8 @@ class Pricing:
 
     def layer(self, layer: LayerSpec) -> Floats:
         """Costs of one layer, in the order of COSTS. Equal layers are priced once."""
+        import numpy as np
+
         key = (layer.kind, tuple(layer.sizes.items()), layer.options)
         if key not in self._priced:
             alone = replace(self.source, layers=(layer,), hidden=layer.sizes["hidden"])
@@ -117,6 +122,8 @@ class Pricing:
 
     def outer(self, hidden: int) -> Floats:
         """Costs of all that lies around the layers, in the order of COSTS."""
+        import numpy as np
+
         outer = replace(self.source, layers=(), hidden=hidden)
         elements = sum(tensor.num_elements for tensor in outer.outer_tensors())
         time = self.timings.outer_nanoseconds if self.timings else 0

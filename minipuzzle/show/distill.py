@@ -14,7 +14,7 @@ from rich.table import Table
 
 from distill.settings import DOCUMENTS, LARGEST_KL, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
-from minipuzzle.show.bars import steps_bar
+from minipuzzle.show.bars import ProgressLines, steps_bar
 from minipuzzle.show.tables import figures_table
 
 if TYPE_CHECKING:
@@ -134,6 +134,9 @@ def distill_progress(prepared: PreparedRun, *, is_quiet: bool = False) -> Iterat
         yield ignore_step
         return
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _on_step_in_lines(prepared)
+        return
     bar = steps_bar(console)
     task = bar.add_task("distilling", total=prepared.request.settings.total_steps)
     held_out_kl: list[float] = []
@@ -146,6 +149,20 @@ def distill_progress(prepared: PreparedRun, *, is_quiet: bool = False) -> Iterat
             live.update(Group(step_table(record, held_out_kl[-1] if held_out_kl else None, prepared), bar))
 
         yield on_step
+
+
+def _on_step_in_lines(prepared: PreparedRun) -> OnStep:
+    """An OnStep for logs: a line each half minute."""
+    lines: ProgressLines | None = None
+
+    def on_step(record: StepRecord) -> None:
+        nonlocal lines
+        if lines is None:
+            lines = ProgressLines("distilling", prepared.request.settings.total_steps, done=record.step - 1)
+        figures = f"loss {_shown(record.loss)}, KL {_shown(record.kl)}, {record.tokens_per_second:,.0f} tokens/s"
+        lines.advance(1, figures)
+
+    return on_step
 
 
 def _shown(nats: float) -> str:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill.run import DistillRequest, PreparedRun, prepare_run, run_prepared
+from distill.run import DistillRequest, PreparedRun, prepare_run
 from distill.settings import DistillSettings, OnStep, ignore_step
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.cut.plan import OBS, PLAN_FILE
@@ -15,12 +15,15 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import evaluation_windows, sample_windows
 from minipuzzle.export.reader import load_any_model
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.records import complete_record
 from minipuzzle.quality.evaluate import combine, documents_within, evaluate
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.show.demo import Stage
+from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.choosing.compare import Choice
+from minipuzzle.workflows.distill import finish_distill
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from minipuzzle.workflows.prune import PruneRequest, prune_checkpoint
 
@@ -99,7 +102,11 @@ def run_demo(
     audience.say("evaluating on held-out text")
     names = {"pruned": "pruned", "compensated": "compensated", "distilled": "distilled", "FP8": "fp8"}
     models = {"teacher": teacher, **{label: Checkpoint.open(folder / name) for label, name in names.items()}}
-    return _evaluate(models, teacher, texts, compute)
+    stages = _evaluate(models, teacher, texts, compute)
+    quality = {stage.name: {name: of.to_json() for name, of in stage.by_domain.items()} for stage in stages}
+    complete_record(folder, {"quality": quality}, device=compute.device)
+    write_page(folder, before=[folder / name for name in steps])
+    return stages
 
 
 def prune_demo(teacher: Checkpoint, out: Path, texts: DemoTexts, settings: DemoSettings, compute: Compute) -> Choice:
@@ -158,7 +165,7 @@ def _distill(
     )
     prepared = prepare_run(request)
     with audience.watch(prepared) as on_step:
-        run_prepared(prepared, on_step=on_step)
+        finish_distill(prepared, None, on_step)
 
 
 def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from distill.run import DistillRequest, DistillResult, PreparedRun, find_teacher, prepare_run, run_prepared
+from distill.run import DistillRequest, DistillResult, OnResult, PreparedRun, find_teacher, prepare_run, run_prepared
 from distill.scale.estimate import RunEstimate, estimate_run, flops_per_token
 from distill.scale.gpus import GPUS
 from distill.scale.hardware import hardware_of
@@ -19,7 +20,10 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import read_config
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import check_target_folder
+from minipuzzle.files.records import complete_record
 from minipuzzle.show.distill import text_notes
+from minipuzzle.show.page.facts import deployment_of, model_facts, thinned_curve
+from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.settings import DistillOptions, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, verb
 
@@ -61,7 +65,27 @@ def finish_distill(
             log(record)
             on_step(record)
 
-        return run_prepared(prepared, on_step=both, on_note=on_note)
+        return run_prepared(prepared, on_step=both, on_note=on_note, on_result=_keeper(prepared))
+
+
+def _keeper(prepared: PreparedRun) -> OnResult:
+    """What writes down what came out of a run, and its page."""
+
+    def keep(folder: Path, result: DistillResult) -> None:
+        student = prepared.request.student
+        figures = {name: value for name, value in result.to_json().items() if name not in ("out", "estimate")}
+        results = {
+            **{
+                name: None if isinstance(value, float) and not isfinite(value) else value
+                for name, value in figures.items()
+            },
+            "model": model_facts(student.architecture.deployed, deployment_of(student.folder)),
+            "curve": thinned_curve(folder),
+        }
+        complete_record(folder, results, before=(student.folder,), device=prepared.compute.device)
+        write_page(folder)
+
+    return keep
 
 
 def run_distill(student: Model, options: DistillOptions) -> DistillResult:

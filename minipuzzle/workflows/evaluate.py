@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from minipuzzle.data.documents import read_documents
@@ -11,15 +12,20 @@ from minipuzzle.data.windows import EvaluationWindows, check_token_ids, evaluati
 from minipuzzle.errors import warn
 from minipuzzle.export.reader import check_readable, load_any_model
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import write_json
+from minipuzzle.files.outputs import check_target_folder, fingerprint_files, output_folder
+from minipuzzle.files.records import complete_record
 from minipuzzle.quality.evaluate import combine, documents_within
 from minipuzzle.quality.evaluate import evaluate as evaluate_model
 from minipuzzle.quality.record import Quality
 from minipuzzle.quality.vocabulary import check_same_vocabulary, shared_vocabulary
 from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.settings import EvaluateSettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, verb
 
 TOTAL = "total"
+QUALITY_FILE = "quality.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,35 @@ class EvaluatedModel:
 def run_evaluate(model: Model, settings: EvaluateSettings) -> EvaluatedModel:
     """Measure a model on text: loss, bits per byte, accuracy, speed; with ``against`` also KL and agreement.
 
+    With ``out`` the figures and their page become a folder.
+
     Raises: MinipuzzleError for models that cannot be read or compared, or text that does not do.
     """
     student, teacher = _opened(model, settings)
+    out = None if settings.out is None else Path(settings.out)
+    inputs = [checkpoint.folder for checkpoint in (student, teacher) if checkpoint is not None]
+    if out is not None:
+        check_target_folder(out, overwrite=settings.overwrite, inputs=(*inputs, *paths_of(settings.data)))
+    found = _measured(student, teacher, settings)
+    if out is not None:
+        asked = {name: getattr(settings, name) for name in ("sequence_length", "max_tokens")}
+        provenance = {
+            "command": "evaluate",
+            "model_fingerprint": student.fingerprint,
+            "teacher_fingerprint": None if teacher is None else teacher.fingerprint,
+            "settings": {**asked, "data_fingerprint": fingerprint_files(list(paths_of(settings.data)))},
+        }
+        with output_folder(out, provenance, overwrite=settings.overwrite) as folder:
+            write_json(folder / QUALITY_FILE, found.to_json())
+            name = student.folder.resolve().name
+            complete_record(
+                folder, {"quality": {name: found.to_json()}}, before=inputs[:1], device=settings.compute.device
+            )
+            write_page(folder)
+    return found
+
+
+def _measured(student: Checkpoint, teacher: Checkpoint | None, settings: EvaluateSettings) -> EvaluatedModel:
     windows = _windows_by_name(student, settings)
     compute = settings.compute
     loaded = load_any_model(student, compute)

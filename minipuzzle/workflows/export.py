@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from minipuzzle.export.write import ExportTensors, export_headers, portable_conf
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder, write_whole
+from minipuzzle.files.records import complete_record
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
 from minipuzzle.formats.choices import FORMATS, PLAIN, RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
-from minipuzzle.formats.layout import ExportLayout, export_layout
+from minipuzzle.formats.layout import ExportLayout, export_layout, module_of
 from minipuzzle.progress import Advance
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_bytes
+from minipuzzle.show.page.facts import deployment_of, model_facts
+from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.settings import ExportSettings, QualityFile, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
 from minipuzzle.workflows.verify import random_tokens
@@ -184,13 +187,31 @@ def export_checkpoint(
         record_digests(partial)
         (partial / CALIBRATION_FILE).unlink(missing_ok=True)
         written = Checkpoint.open(partial)
-        return ExportedFolder(
+        exported = ExportedFolder(
             folder=out,
             num_tensors=len(written.entries),
             weight_bytes=written.weight_bytes,
             verification=verification,
             warnings=warnings,
         )
+        results = {name: value for name, value in exported.to_json().items() if name != "out"}
+        results["model"] = _stored_model(checkpoint, layout)
+        complete_record(partial, results, before=(checkpoint.folder,), device=compute.device)
+        write_page(partial)
+    return exported
+
+
+def _stored_model(checkpoint: Checkpoint, layout: ExportLayout) -> dict[str, Any]:
+    """The facts of what an export serves, each layer by the format of most of its weights."""
+    architecture, formats = checkpoint.architecture.deployed, dict[int, str]()
+    for layer_idx in range(len(architecture.layers)):
+        elements = {True: 0, False: 0}
+        for tensor in architecture.layer_tensors(layer_idx):
+            elements[layout.is_quantized(module_of(tensor))] += tensor.num_elements
+        formats[layer_idx] = layout.format if elements[True] > elements[False] else PLAIN
+    cache = "fp8" if layout.fp8_kv_cache else "bf16"
+    deployment = replace(deployment_of(checkpoint.folder), weights=layout.format, kv_cache=cache)
+    return model_facts(architecture, deployment, formats)
 
 
 def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:

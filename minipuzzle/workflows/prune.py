@@ -27,12 +27,15 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.outputs import check_target_folder, fingerprint_files, output_file, output_folder
+from minipuzzle.files.records import complete_record
 from minipuzzle.quality.evaluate import documents_within
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates
 from minipuzzle.search.request import SearchRequest
+from minipuzzle.show.page.facts import SCORES_FILE, cut_facts
+from minipuzzle.show.page.page import write_page
 from minipuzzle.show.report import plan_summary
 from minipuzzle.workflows.choosing.compare import Choice, ChoosingSettings, Problem, compare
 from minipuzzle.workflows.choosing.race import CANDIDATES_FILE, FINALISTS_FOLDER, race_finalists
@@ -40,7 +43,6 @@ from minipuzzle.workflows.compensation import CutWriter, compensation_windows
 from minipuzzle.workflows.settings import PruneSettings, named_deployment, paths_of
 from minipuzzle.workflows.verbs import Keywords, Model, open_model, verb
 
-SCORES_FILE = "minipuzzle/scores.safetensors"  # vLLM takes every such file beside config.json for weights
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
 PROVENANCE_FIELDS = ("samples", "sequence_length", "seed", "compensate", "criterion")
 VALIDATION_TOKENS = 1_000_000  # at most, of each file; as published
@@ -155,6 +157,9 @@ def prune_checkpoint(
         if choice.table:
             write_json(folder / CANDIDATES_FILE, choice.table)
         shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
+        results = cut_facts(checkpoint.architecture, choice.plan, request.deployment, scores)
+        complete_record(folder, results, before=(checkpoint.folder,), device=compute.device)
+        write_page(folder)
     return choice
 
 

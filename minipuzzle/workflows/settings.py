@@ -158,6 +158,8 @@ class EvaluateSettings:
     sequence_length: int = option(512, "Tokens of context at most.")
     batch: int = option(4, "Windows run at once.", at_least=1, section=COMPUTING)
     max_tokens: int | None = option(None, "Use about this many tokens of each --data; default: all.", takes="count")
+    out: str | Path | None = option(None, "Also write the figures and a page that shows them here.", takes="path")
+    overwrite: bool = option(False, OVERWRITE_HELP)
     compute: Compute = field(default_factory=Compute)
 
 

@@ -272,7 +272,8 @@ def test_the_source_is_untouched_and_the_export_measures_its_own_cost(source: Ch
 def test_exporting_twice_gives_the_same_bytes(source: Checkpoint, exported: Path, tmp_path: Path) -> None:
     export_fp8(source, TOKEN_IDS, tmp_path / "again")
     for file in exported.iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+        if file.name != "report.html":  # is headed by the folder's name
+            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_shards_hold_the_same_tensors_as_one_file(source: Checkpoint, exported: Path, tmp_path: Path) -> None:

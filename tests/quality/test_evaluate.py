@@ -202,3 +202,34 @@ def test_dry_run_counts_tokens_and_computes_nothing(folder: Path) -> None:
     result = run_cli("evaluate", folder, "--data", folder.parent / "first.txt", "--dry-run")
     assert result.exit_code == 0
     assert result.stdout.strip() == f"first: would predict {len(DOCUMENTS[0])} tokens"
+
+
+def test_intervals_come_from_how_windows_differ(
+    student: torch.nn.Module, teacher: torch.nn.Module, windows: EvaluationWindows
+) -> None:
+    """Against the ratio estimator written out, of losses that transformers' own logits give."""
+    found = evaluate(student, FAMILY, windows, against=teacher, batch=2)
+    counts, labels = windows.labels != IGNORE, windows.labels[windows.labels != IGNORE]
+    window_of_token = counts.nonzero()[:, 0]
+    log_probs = [counted_logits_of(model, windows).log_softmax(-1) for model in (student, teacher)]
+    losses = [-each.gather(-1, labels[:, None])[:, 0] for each in log_probs]
+    kl = (log_probs[1].exp() * (log_probs[1] - log_probs[0])).sum(-1)
+    tokens = counts.sum(1).double()
+    for values, mean, error in (
+        (losses[0], found.loss, found.loss_error),
+        (kl, found.kl, found.kl_error),
+        (losses[0] - losses[1], found.loss_rise, found.loss_rise_error),
+    ):
+        assert mean == pytest.approx(float(values.mean()), rel=1e-4, abs=1e-6)
+        residuals = torch.zeros(len(tokens), dtype=torch.float64).index_add(0, window_of_token, values)
+        residuals -= float(values.mean()) * tokens
+        wanted = math.sqrt(float((residuals**2).sum()) * len(tokens) / (len(tokens) - 1)) / float(tokens.sum())
+        assert error == pytest.approx(wanted, rel=1e-3)
+
+
+def test_intervals_of_independent_texts_add_up_by_squares(student: torch.nn.Module, windows: EvaluationWindows) -> None:
+    part = evaluate(student, FAMILY, windows)
+    together = combine([part, part])
+    assert part.loss_error is not None
+    assert together.loss_error == pytest.approx(part.loss_error / math.sqrt(2))
+    assert together.kl_error is None  # there was no teacher

@@ -14,6 +14,7 @@ from minipuzzle.cut.selection import make_plan
 from minipuzzle.search.engine import find_candidates
 from minipuzzle.search.request import SearchRequest
 from minipuzzle.search.sweep import FrontierPoint
+from minipuzzle.show.bars import ProgressLines
 from minipuzzle.show.frontier import frontier_chart, plot_frontier, write_frontier_csv
 from minipuzzle.show.report import (
     colored_pattern,
@@ -115,3 +116,15 @@ def test_planned_work_says_what_is_a_bound_and_what_is_of_one_process(capsys: py
     assert lines["memory, estimated"] == "0.5000 GiB of 1.00 GiB"
     assert lines["weights to read"] == "1.00 GiB, one layer in memory at a time"
     assert lines["processes"] == "2; the figures are those of one"
+
+
+def test_a_job_without_a_terminal_says_each_half_minute_how_far_it_is() -> None:
+    seconds, said = [0.0], list[str]()
+    lines = ProgressLines("scoring", 1000, done=100, clock=lambda: seconds[0], write=said.append)
+    for now, done in ((10, 50), (31, 50), (40, 100), (62, 100)):
+        seconds[0] = now
+        lines.advance(done, "loss 1.5")
+    assert said == [
+        "scoring: 200 of 1,000, loss 1.5, 3.23 a second, 0:04:08 left",
+        "scoring: 400 of 1,000, loss 1.5, 4.84 a second, 0:02:04 left",
+    ]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from minipuzzle.workflows.choosing.compare import Choice
     from minipuzzle.workflows.demo import Audience, DemoSettings
 
-MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
+MODEL = Path(__file__).parents[3] / "examples" / "tiny_hybrid" / "model"
 PICTURE = "demo.png"
 
 

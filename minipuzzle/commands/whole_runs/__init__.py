@@ -1,0 +1,1 @@
+"""Commands that run or show all steps at once."""
