@@ -34,11 +34,8 @@ OPTION_OF_FIELD = {
     "num_finalists": "finalists",
     "overrides": "override",
 }
-COMMANDS = (
-    *("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities"),
-    *("report", "demo"),
-)
 _WHOLE_RUNS = ("report", "demo")  # which lie in a room of their own
+COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities", *_WHOLE_RUNS)
 
 
 def command_of(name: str) -> click.Command:

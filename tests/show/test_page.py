@@ -99,7 +99,7 @@ def test_every_picture_is_described_and_every_name_is_given_once(page: str) -> N
     assert all(
         of["aria-label"] for tag, of in elements.found if str(of.get("class")).split()[0] == "cell" and "role" in of
     )
-    names = [of["id"] for _, of in elements.found if "id" in of]
+    names = [str(of["id"]) for _, of in elements.found if "id" in of]
     assert sorted(set(names)) == sorted(names)
     pointed_at = {name for _, of in elements.found for name in str(of.get("aria-labelledby") or "").split()}
     pointed_at |= set(re.findall(r"url\(#([^)]+)\)", page))
@@ -171,7 +171,7 @@ def test_races_and_frontiers_are_drawn_with_their_figures() -> None:
     ]
     assert "2: 0.7500 to 0.1250" in race_chart(finalists).alt
     assert "finalist 2 (winner)" in race_chart(finalists).svg
-    points = [
+    points: list[dict[str, float | None]] = [
         {"budget_bytes": 2**30, "memory_bytes": None, "quality": None},
         {"budget_bytes": 2**31, "memory_bytes": 2**31, "quality": 0.5},
     ]
