@@ -1,7 +1,8 @@
 """Text for measuring and training: documents from files, and token windows cut from them.
 
 Formats: ``.txt`` and ``.md`` (one document a file), ``.jsonl`` (one a line) and ``.parquet`` (one a row), and folders
-of these. A record has a ``text``, or a conversation in ``messages``, which the tokenizer's chat template spells out.
+of these. A record has a ``text``, or a conversation in ``messages``, which the tokenizer's chat template spells out,
+with the ``tools`` that stand beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minipuzzle.data.conversations import spelled_out
+from minipuzzle.data.limits import memory_at_most
 from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.files.json_files import parse_json, require_regular_file
 
@@ -21,7 +24,10 @@ RECORD_FIELDS = ("text", "messages")
 _DOCUMENTATION = ("README", "LICENSE", "LICENCE", "NOTICE")  # files that lie beside data
 _NUM_NAMED = 5  # of the files of a folder that are not read
 MAX_LINE_BYTES = 32 * 2**20  # of JSONL; a longer one is another kind of file, and would have to be held whole
-RECORD_HINT = 'a record is {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+_PARQUET_ROWS = 16  # read at a time
+# A part of a column may unpack to so many times its bytes, or to so many; and a few rows to so many.
+_PARQUET_RATIO, _PARQUET_BYTES, _PARQUET_BATCH_BYTES = 200, 64 * 2**20, 2**30
+MAX_TEXT_BYTES = 512 * 2**20  # of a plain text file, which is one document
 
 
 def read_documents(paths: Sequence[Path], tokenizer: Any = None) -> list[str]:
@@ -37,7 +43,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Any = None) -> list[str]:
 
 def iterate_documents(paths: Sequence[Path], tokenizer: Any = None) -> Iterator[str]:
     """The documents of ``read_documents`` one by one; only plain text files are held whole."""
-    for record, where in iterate_records(paths, columns=RECORD_FIELDS):
+    for record, where in iterate_records(paths, columns=(*RECORD_FIELDS, "tools")):
         yield _document(record, tokenizer, where)
 
 
@@ -85,6 +91,9 @@ def _read_file(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[dict
     if path.suffix == PARQUET_SUFFIX:
         yield from _read_parquet(path, columns)
         return
+    if path.suffix in TEXT_SUFFIXES and require_regular_file(path) > MAX_TEXT_BYTES:
+        problem = f"{path} is larger than {MAX_TEXT_BYTES >> 20} MiB, and a text file is one document"
+        raise MinipuzzleError(problem, "give it as JSONL, one document a line")
     try:
         if path.suffix == JSONL_SUFFIX:
             yield from _read_jsonl(path)
@@ -113,42 +122,65 @@ def _read_parquet(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[di
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        names = parquet.read_schema(path).names
+        # A dictionary stays one: rows that repeat a long text would each hold it.
+        with parquet.ParquetFile(path, read_dictionary=["text"] if "text" in names else None) as file:
             columns = names if wanted is None else [name for name in wanted if name in names]
-            if not columns:
+            if not columns or (wanted is not None and not set(columns).intersection(RECORD_FIELDS)):
                 raise MinipuzzleError(f"{path} has no column text or messages", f"its columns: {names}")
+            _check_parquet(path, file.metadata, columns)
+            batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns, use_threads=False)
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
+            while (batch := _next_batch(batches)) is not None:
+                for row_idx in range(batch.num_rows):
                     number += 1
+                    record = {name: _without_nulls(batch.column(name)[row_idx].as_py()) for name in columns}
+                    _check_lengths(record, f"{path}, row {number}")
                     yield record, f"{path}, row {number}"
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise MinipuzzleError(f"{path} is not a readable Parquet file: {error}", "write or copy it again") from None
+
+
+def _check_parquet(path: Path, metadata: Any, columns: Sequence[str]) -> None:
+    """Refuse a file that says of itself that it unpacks to far more than text does.
+
+    Raises: MinipuzzleError with both sizes.
+    """
+    for group_idx in range(metadata.num_row_groups):
+        group = metadata.row_group(group_idx)
+        for chunk in (group.column(column_idx) for column_idx in range(group.num_columns)):
+            packed, unpacked = max(chunk.total_compressed_size, 1), chunk.total_uncompressed_size
+            is_read = chunk.path_in_schema.partition(".")[0] in columns
+            if is_read and unpacked > max(_PARQUET_BYTES, _PARQUET_RATIO * packed):
+                problem = f"{path}: {packed:,} bytes of {chunk.path_in_schema} would unpack to {unpacked:,}"
+                raise MinipuzzleError(problem, "no text is packed so tightly: write the file again from its source")
+
+
+def _next_batch(batches: Iterator[Any]) -> Any:
+    with memory_at_most(_PARQUET_BATCH_BYTES):
+        return next(batches, None)
+
+
+def _check_lengths(record: dict[str, Any], where: str) -> None:
+    for name, value in record.items():
+        if isinstance(value, str) and len(value) > MAX_LINE_BYTES:
+            problem = f"{where} has a {name} of {len(value):,} characters"
+            raise MinipuzzleError(problem, f"give documents of at most {MAX_LINE_BYTES:,}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the fields that are null: Parquet gives every object all fields that any has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _document(record: dict[str, Any], tokenizer: Any, where: str) -> str:
     """The text of a record, or its conversation in the words of the tokenizer's chat template."""
-    text, messages = (record.get(name) for name in RECORD_FIELDS)
-    if isinstance(text, str) and text:
-        return _whole(text, where)
-    if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise MinipuzzleError(f"{where}: no text", RECORD_HINT)
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise MinipuzzleError(
-            f"{where} is a conversation, and the tokenizer has no chat template to write it out",
-            "use a tokenizer with a chat template, or give records with a text",
-        )
-    from jinja2 import TemplateError
-
-    # Parquet gives every message all fields that any message has, empty ones as null.
-    present = [{name: value for name, value in message.items() if value is not None} for message in messages]
-    try:
-        spelled = tokenizer.apply_chat_template(present, tokenize=False)
-    except (TemplateError, TypeError, KeyError, OverflowError) as error:
-        raise MinipuzzleError(f"{where}: the chat template refuses the messages: {error}", RECORD_HINT) from None
-    assert isinstance(spelled, str)
-    return _whole(spelled, where)
+    text = record.get("text")
+    if not isinstance(text, str) or not text:
+        text = spelled_out(tokenizer, record.get("messages"), record.get("tools"), where)
+    return _whole(text, where)
 
 
 def _whole(text: str, where: str) -> str:
