@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
 
 from click.testing import CliRunner
 
+from minipuzzle.errors import ExitCode
 from tests.support.tiny_models import write_family_checkpoint
 
 FAMILIES = ("nemotron_h", "llama", "granitemoehybrid")
@@ -43,7 +42,7 @@ def write_material(folder: Path) -> Path:
     run("search", model, "--scores", folder / "scores.safetensors", *cut, "-o", folder / "plan.json", "--json")
     run("prune", model, "--plan", folder / "plan.json", "-o", folder / "pruned", "--json")
     for name, options in {"fp8": ["--fp8"], "ct": ["--fp8", "--flavour", "compressed-tensors"]}.items():
-        run("export", folder / "pruned", *options, *measured, "-o", folder / name)
+        run("export", folder / "pruned", *options, *measured, "--no-verify", "-o", folder / name)
     run("export", folder / "pruned", "--bf16", "--device", "cpu", "--json", "-o", folder / "bf16")
     interrupt_distillation(folder)
     return folder
@@ -69,18 +68,28 @@ def distill_arguments(folder: Path) -> list[str]:
 
 
 def interrupt_distillation(folder: Path) -> None:
-    """Start the distillation and kill it once two states lie in its folder."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "minipuzzle", *distill_arguments(folder)]
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    state = folder / "out.partial" / "state"
-    while process.poll() is None and len([*state.glob("step-" + "[0-9]" * 8)]) < 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (folder / "out.partial").is_dir(), "the run ended before it could be interrupted"
+    """Start the distillation, and interrupt it once two states lie in its folder."""
+    from minipuzzle.commands.cli import main
+
+    states, is_over = folder / "out.partial" / "state", threading.Event()
+
+    def interrupt() -> None:
+        while len([*states.glob("step-" + "[0-9]" * 8)]) < 2:
+            if is_over.wait(0.005):
+                return
+        _thread.interrupt_main()
+
+    watcher, place = threading.Thread(target=interrupt), Path.cwd()
+    os.chdir(folder)
+    watcher.start()
+    try:
+        result = CliRunner().invoke(main, distill_arguments(folder))
+    finally:
+        os.chdir(place)
+        is_over.set()
+        watcher.join()
+    assert result.exit_code == ExitCode.INTERRUPTED, result.output
+    assert (folder / "out.partial").is_dir()
 
 
 def copy(material: Path, folder: Path, *names: str) -> None:

@@ -1,7 +1,8 @@
-"""Runs commands on damaged inputs in processes of their own and says what became of each.
+"""Runs commands on damaged inputs and says what became of each.
 
-A case runs in a child forked from a process that has imported everything, so that a thousand of them take minutes.
-The child may use two GiB, half a minute, and no standard input; its inputs are fingerprinted before and after.
+A case runs in a child forked from a process that has imported everything, so that a thousand of them take minutes; or,
+for the few that the test suite runs, in this process. It may use two GiB, half a minute, and no standard input; its
+inputs are fingerprinted before and after.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
+from click.testing import CliRunner
+
+from minipuzzle.data.limits import memory_at_most
 from minipuzzle.errors import ExitCode
 
 MEMORY_BYTES = 2 * 2**30
@@ -86,6 +92,44 @@ def run_case(case: Case, folder: Path) -> Outcome:
     text = log.read_text(encoding="utf-8", errors="replace")
     if verdict not in (HANG, MEMORY):
         verdict = _verdict(int(verdict), text)
+    return _judged(case, folder, before, verdict, text, seconds)
+
+
+def run_here(case: Case, folder: Path) -> Outcome:
+    """Prepare and run one case in this process, in its main thread."""
+    from minipuzzle.commands.cli import main
+
+    folder.mkdir(parents=True)
+    arguments = case.prepare(folder)
+    before, started, place = fingerprints(folder, case.may_write), time.monotonic(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with _alarm(TIME_SECONDS), memory_at_most(MEMORY_BYTES):
+            result = CliRunner().invoke(main, arguments)
+    finally:
+        os.chdir(place)
+    error, text = result.exception, result.output
+    if error is not None and not isinstance(error, SystemExit):
+        text += "".join(traceback.format_exception(error))
+    verdict = HANG if isinstance(error, TimeoutError) else _verdict(result.exit_code, text)
+    return _judged(case, folder, before, verdict, text, time.monotonic() - started)
+
+
+@contextmanager
+def _alarm(seconds: int) -> Iterator[None]:
+    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise TimeoutError
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
+def _judged(case: Case, folder: Path, before: dict[str, str], verdict: str, text: str, seconds: float) -> Outcome:
     if (folder / CANARY).exists():
         verdict = EXECUTED
     elif fingerprints(folder, case.may_write) != before:
