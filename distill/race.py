@@ -20,7 +20,8 @@ from minipuzzle.architecture.model import Architecture
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
-from minipuzzle.files.json_files import read_json, write_json
+from minipuzzle.files.digests import checked_record, unchanged_record
+from minipuzzle.files.json_files import read_json, record_of, write_json
 from minipuzzle.files.outputs import write_whole
 from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.quality.record import Quality
@@ -58,7 +59,7 @@ def run_race(
     for student in students:
         settings.require_room(Checkpoint.open(student).architecture, teacher.architecture, compute)
     folder.mkdir(parents=True, exist_ok=True)
-    record = _Record(folder / RACE_FILE, students, settings)
+    record = RaceRecord(folder / RACE_FILE, students, settings)
     active = list(range(len(students)))
     num_tokens = 0
     with compute.progress("racing finalists", settings.total_steps(len(students))) as advance:
@@ -99,7 +100,7 @@ def _measure(request: DistillRequest, validation: EvaluationWindows, num_tokens:
     return RoundResult(tokens=num_tokens, quality=found)
 
 
-class _Record:
+class RaceRecord:
     """Results of finished rounds, kept in a file that is replaced whole."""
 
     def __init__(self, path: Path, students: Sequence[Path], settings: RaceSettings) -> None:
@@ -108,17 +109,17 @@ class _Record:
             "students": [Checkpoint.open(student).fingerprint for student in students],
             "settings": asdict(settings),
         }
-        self.content: dict[str, Any] = read_json(path) if path.is_file() else {"identity": identity, "results": {}}
+        self.content: dict[str, Any] = _read_race(path) if path.is_file() else {"identity": identity, "results": {}}
         if self.content["identity"] != json.loads(json.dumps(identity)):
             raise InputChangedError(f"{path} belongs to a race of other finalists", f"remove {path.parent}")
 
     def add(self, contender: int, round_idx: int, result: RoundResult) -> None:
         self.content["results"][f"{contender}-{round_idx}"] = result.to_json()
         with write_whole(self.path) as path:
-            write_json(path, self.content)
+            write_json(path, checked_record(self.content))
 
     def result(self, contender: int, round_idx: int) -> RoundResult | None:
-        found: Mapping[str, Any] | None = self.content["results"].get(f"{contender}-{round_idx}")
+        found = self.content["results"].get(f"{contender}-{round_idx}")
         return None if found is None else RoundResult.from_json(found)
 
     def loss(self, contender: int, round_idx: int) -> float:
@@ -129,6 +130,32 @@ class _Record:
     def rounds(self, contender: int) -> tuple[RoundResult, ...]:
         found = (self.result(contender, round_idx) for round_idx in range(len(self.content["results"])))
         return tuple(result for result in found if result is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MeasuredRound:
+    tokens: int
+    loss: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RaceContent:
+    identity: Any
+    results: Mapping[str, _MeasuredRound]
+
+
+def _read_race(path: Path) -> dict[str, Any]:
+    """What a race's file holds.
+
+    Raises: MinipuzzleError if it is not what was written, or no record of a race.
+    """
+    content = unchanged_record(read_json(path), str(path))
+    try:
+        record_of(_RaceContent, content, RACE_FILE)
+    except ValueError as error:
+        raise MinipuzzleError(f"{path} is no record of a race: {error}", f"remove {path.parent}") from None
+    return content
 
 
 @dataclass(frozen=True, kw_only=True)

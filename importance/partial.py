@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minipuzzle.errors import InputChangedError
+from minipuzzle.files.digests import CHECKSUM, digest_of_arrays
+from minipuzzle.files.json_files import parse_json
 from minipuzzle.files.outputs import require_same_inputs, write_whole
 
 Arrays = dict[str, NDArray[Any]]
@@ -25,7 +27,8 @@ class PartialSums:
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
         """Read what an interrupted measurement left.
 
-        Raises: InputChangedError naming the field in which that measurement differs.
+        Raises: InputChangedError naming the field in which that measurement differs, or for sums that are no longer
+        what was written.
         """
         self.path = path
         self.identity = dict(identity)
@@ -40,10 +43,15 @@ class PartialSums:
         try:
             with safe_open(self.path, framework="numpy") as file:
                 self._arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                identity = json.loads((file.metadata() or {}).get("identity", "{}"))
+                metadata = dict(file.metadata() or {})
         except SafetensorError as error:
-            raise InputChangedError(f"{self.path} cannot be continued: {error}", f"remove {self.path}") from None
-        return {str(name): str(value) for name, value in identity.items()}
+            raise self._damaged(str(error)) from None
+        if metadata.get(CHECKSUM) != digest_of_arrays(self._arrays, metadata):
+            raise self._damaged("it is not as it was written")
+        return dict(parse_json(metadata["identity"], str(self.path)))
+
+    def _damaged(self, problem: str) -> InputChangedError:
+        return InputChangedError(f"{self.path} cannot be continued: {problem}", f"remove {self.path} to measure afresh")
 
     def stage(self, stage: str) -> Arrays | None:
         """The sums of one stage, if it has begun."""
@@ -57,8 +65,10 @@ class PartialSums:
 
         kept = {name: array for name, array in self._arrays.items() if not name.startswith(f"{stage}/")}
         self._arrays = {**kept, **{f"{stage}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}}
+        metadata = {"identity": json.dumps(self.identity)}
+        metadata[CHECKSUM] = digest_of_arrays(self._arrays, metadata)
         with write_whole(self.path) as path:
-            save_file(self._arrays, path, metadata={"identity": json.dumps(self.identity)})
+            save_file(self._arrays, path, metadata=metadata)
 
     def remove(self) -> None:
         """Forget the sums; the result is complete."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.settings import OnStep, StepRecord, ignore_step
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.errors import MinipuzzleError, warn
+from minipuzzle.files.json_files import parse_json, record_of
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "learning_curve.png"
@@ -29,20 +30,35 @@ def append_metrics(folder: Path, record: StepRecord) -> None:
 
 
 def forget_metrics_after(folder: Path, step: int) -> None:
-    """Remove the lines of steps that will be run again."""
+    """Remove the lines of steps that will be run again, and those that are damaged: aloud, but for half a last line."""
     path = folder / METRICS_FILE
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A killed run may leave half a line at the end.
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]  # a killed run may leave half a line at the end
+    records = [_record(line) for line in whole]
+    if num_damaged := records.count(None):
+        warn(f"{path}: {num_damaged} lines are damaged and left out")
+    kept = (line for line, record in zip(whole, records, strict=True) if record and record["step"] <= step)
+    path.write_bytes(b"".join(kept))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; none if there is no such file."""
+    """The lines of ``metrics.jsonl`` that are whole; none if there is no such file."""
     path = folder / METRICS_FILE
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [record for line in path.read_bytes().splitlines() if (record := _record(line))] if path.exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None unless it is what ``append_metrics`` writes."""
+    try:
+        found = parse_json(line, METRICS_FILE)
+        # What was no number is null.
+        numbers = {n: 0.0 if v is None else v for n, v in found.items()} if isinstance(found, dict) else found
+        record_of(StepRecord, numbers)
+    except (MinipuzzleError, ValueError):
+        return None
+    return dict(found)
 
 
 def draw_learning_curve(folder: Path, *, validation_kl_before: float | None) -> None:

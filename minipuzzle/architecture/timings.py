@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.errors import MinipuzzleError
 
@@ -104,7 +105,7 @@ def read_timings(path: Path) -> Timings:
 
 
 def _timed_layer(row: Mapping[str, str], where: str) -> TimedLayer:
-    widths, seconds = [], row.get("step_seconds")
+    widths, seconds, kind = [], row.get("step_seconds"), row["kind"]
     try:
         for axis, text in row.items():
             if axis not in ("kind", "step_seconds") and text:
@@ -112,6 +113,12 @@ def _timed_layer(row: Mapping[str, str], where: str) -> TimedLayer:
         step_seconds = float(seconds or "")
     except (ValueError, TypeError):
         raise MinipuzzleError(f"{where}: widths or step_seconds are not numbers", "write plain numbers") from None
+    if kind not in (OUTER, *LAYER_KINDS):
+        raise MinipuzzleError(
+            f"{where}: {LAYER_KINDS.unknown(kind).problem}", f"known: {OUTER}, {', '.join(LAYER_KINDS)}"
+        )
+    if any(width < 1 for _, width in widths):
+        raise MinipuzzleError(f"{where}: a width is below 1", "write the number of units")
     if not 0 <= step_seconds < float("inf"):
         raise MinipuzzleError(f"{where}: step_seconds is {step_seconds}", "write seconds, not below 0")
-    return TimedLayer(kind=row["kind"], widths=tuple(widths), nanoseconds=round(step_seconds * 1e9))
+    return TimedLayer(kind=kind, widths=tuple(widths), nanoseconds=round(step_seconds * 1e9))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from minipuzzle.architecture.memory import Deployment, MemoryTerm
+from minipuzzle.files.json_files import record_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,20 @@ class Figures:
     def from_json(cls, record: Mapping[str, Any]) -> Figures:
         """The inverse of ``to_json``.
 
-        Raises: KeyError, TypeError, AttributeError for anything else; MinipuzzleError for a deployment that cannot be.
+        Raises: ValueError naming the field that cannot be; MinipuzzleError for a deployment that cannot be.
         """
-        for name in ("num_parameters", "num_active_parameters", "memory_bytes", "predicted_loss"):
-            if not isinstance(record[name], int | float):
-                raise TypeError(f"{name} is no number")
-        terms = tuple(MemoryTerm(**term) for term in record["memory_terms"])
-        return cls(**{**record, "memory_terms": terms, "deployment": Deployment(**record["deployment"])})
+        return record_of(cls, record, "figures")
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and speeds below zero.
+
+        Raises: ValueError.
+        """
+        sizes = {name: getattr(self, name) for name in ("num_parameters", "num_active_parameters", "memory_bytes")}
+        for name, size in {**sizes, "tokens_per_second": self.tokens_per_second or 0}.items():
+            if size < 0:
+                raise ValueError(f"{name} is {size}")
 
 
-REQUIRED_FIGURES = {field.name for field in fields(Figures)} - {"tokens_per_second"}
+FIGURES = {field.name for field in fields(Figures)}
+REQUIRED_FIGURES = FIGURES - {"tokens_per_second"}

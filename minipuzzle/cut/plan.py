@@ -10,8 +10,9 @@ from typing import Any
 
 from minipuzzle.architecture.kinds import kind_of_axis
 from minipuzzle.architecture.model import Architecture, PlacedTensor
-from minipuzzle.cut.figures import REQUIRED_FIGURES, Figures
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.cut.figures import FIGURES, REQUIRED_FIGURES, Figures
+from minipuzzle.errors import MinipuzzleError, warn
+from minipuzzle.files.digests import checked_record, unchanged_record
 from minipuzzle.files.json_files import read_json
 
 PLAN_FILE = "plan.json"
@@ -35,7 +36,8 @@ class Plan:
     ``kept_layers``: indices in the source model, ascending. ``kept_units``: indices of the units that stay, ascending;
     what is not named stays whole. ``norm_scales``: name of an RMS norm's weight on disk in the source -> one factor for
     each of its groups. ``chosen_units``: for each unit that chooses for itself (each expert) its kept units, as many as
-    ``kept_units`` has there. ``figures``: what it was chosen by. ``notes``: remarks for people, which nothing reads.
+    ``kept_units`` has there. ``figures``: what it was chosen by. ``model_fingerprint``: of the weights whose scores
+    chose, where that is known. ``notes``: remarks for people, which nothing reads.
     """
 
     source_fingerprint: str
@@ -44,6 +46,7 @@ class Plan:
     norm_scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     chosen_units: ChosenUnits = field(default_factory=dict)
     figures: Figures | None = None
+    model_fingerprint: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def units(self, axis: str, layer_idx: int | None) -> Units | None:
@@ -70,14 +73,21 @@ class Plan:
         units = self.units(axis, placed.layer_idx)
         return units is None or unit in units
 
-    def check_against(self, source: Architecture) -> None:
+    def check_against(self, source: Architecture, fingerprint: str | None = None) -> None:
         """Refuse a plan for another architecture, or one with indices that do not exist there.
+
+        ``fingerprint``: of the weights; that scores of others chose is said, for it may be meant.
 
         Raises: MinipuzzleError naming what is wrong.
         """
         hint = "make a plan for this model with `minipuzzle search`"
         if self.source_fingerprint != source.fingerprint():
             raise MinipuzzleError("the plan was made for another architecture", hint)
+        if None not in (fingerprint, self.model_fingerprint) and fingerprint != self.model_fingerprint:
+            warn(
+                f"the plan was chosen by scores of other weights of the same shape: their fingerprint is "
+                f"{self.model_fingerprint}, this model's {fingerprint}"
+            )
         _check_indices("layers", self.kept_layers, len(source.layers), hint)
         for axis, by_layer in self.kept_units.items():
             for layer_idx, units in by_layer.items():
@@ -144,9 +154,10 @@ class Plan:
             "norm_scales": self.norm_scales,
             "chosen_units": _with_names(self.chosen_units),
             **({} if self.figures is None else {"figures": self.figures.to_json()}),
+            **({} if self.model_fingerprint is None else {"model_fingerprint": self.model_fingerprint}),
             "notes": self.notes,
         }
-        return json.dumps(record, allow_nan=False) + "\n"
+        return json.dumps(checked_record(record), allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Plan:
@@ -157,9 +168,10 @@ class Plan:
         if unknown := record.keys() - {"schema_version", *(field.name for field in fields(cls))}:
             raise ValueError(f"it has no {', '.join(sorted(unknown))}")
         if record["schema_version"] == 1 and record["notes"].keys() >= REQUIRED_FIGURES:
-            record = {**record, "figures": record["notes"], "notes": {}}
+            known = {name: value for name, value in record["notes"].items() if name in FIGURES}
+            record = {**record, "figures": known, "notes": {}}
         return cls(
-            source_fingerprint=record["source_fingerprint"],
+            source_fingerprint=_text(record["source_fingerprint"]) or "",
             kept_layers=_indices(record["kept_layers"]),
             kept_units={
                 axis: {_position(key): _indices(units) for key, units in by_layer.items()}
@@ -171,6 +183,7 @@ class Plan:
                 for axis, by_layer in record.get("chosen_units", {}).items()
             },
             figures=Figures.from_json(record["figures"]) if "figures" in record else None,
+            model_fingerprint=_text(record.get("model_fingerprint")),
             notes=record["notes"],
         )
 
@@ -193,9 +206,9 @@ def keep_everything(source: Architecture) -> Plan:
 def read_plan(path: Path) -> Plan:
     """Read a plan file.
 
-    Raises: MinipuzzleError if it is not a plan of this schema.
+    Raises: MinipuzzleError if it is not a plan of this schema, or no longer what was written.
     """
-    record = read_json(path)
+    record = unchanged_record(read_json(path), str(path), may_be_by_hand=True)
     if record.get("schema_version") not in (1, SCHEMA_VERSION):
         raise MinipuzzleError(f"{path} is not a plan of schema {SCHEMA_VERSION}", "make one with `minipuzzle search`")
     try:
@@ -218,6 +231,12 @@ def _with_names(by_axis: Mapping[str, Mapping[int | None, object]]) -> dict[str,
 
 def _position(key: str) -> int | None:
     return None if key == _WHOLE_MODEL else int(key)
+
+
+def _text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]} is no text")
+    return value
 
 
 def _indices(value: object) -> Units:

@@ -12,8 +12,7 @@ come as JSON: ``{"layer": {"mse": [...]}}``.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -26,12 +25,14 @@ from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.json_files import parse_json, require_regular_file
+from minipuzzle.files.digests import CHECKSUM, digest_of_arrays
+from minipuzzle.files.json_files import parse_json, record_of, require_regular_file
 
 SCHEMA_VERSION = "1"
 _JSON_FORM = '{"layer": {"mse": [...]}} is expected, a number for each layer'
 _CONTRIBUTION = "_contribution"  # ends the name of another score of the same units
 _ROUNDING = 1e-4  # a divergence of equal models may come out a little below zero
+_TOKEN_IDS, _PREFIXES = "token_ids", ("layer.", "variant.", "block.", "unit.", "energy.")
 FINAL = "final"  # stands for the layer index of the final norm
 
 
@@ -42,7 +43,7 @@ Array = NDArray[np.floating[Any]]
 class ScoreFacts:
     """How scores were measured. In the file each is a string: numbers, ``removed_layers`` and ``counters`` are JSON."""
 
-    removed_layers: Sequence[int]
+    removed_layers: tuple[int, ...]
     samples: int
     channel_samples: int
     sequence_length: int
@@ -54,14 +55,15 @@ class ScoreFacts:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ScoreFacts | None:
-        """The facts in a file's metadata; None where they are not all there."""
+        """The facts in a file's metadata; None where they are not all there.
+
+        Raises: ValueError naming the one that cannot be; MinipuzzleError for what should be JSON.
+        """
         names = {field.name: field.type == "str" for field in fields(cls)}
         if not metadata.keys() >= names.keys():
             return None
-        values: dict[str, Any] = {
-            name: metadata[name] if is_text else json.loads(metadata[name]) for name, is_text in names.items()
-        }
-        return cls(**values)
+        values = {n: metadata[n] if is_text else parse_json(metadata[n], n) for n, is_text in names.items()}
+        return record_of(cls, values)
 
 
 def unit_key(axis: str, layer_idx: int | None) -> str:
@@ -124,6 +126,11 @@ class Scores:
                 metric = LAYER_METRICS.get(name.partition(".")[0])
                 if array.min(initial=0) < -_ROUNDING and not (metric and metric.may_be_negative):
                     raise MinipuzzleError(f"scores {table}.{name} are negative", "measure again")
+        if (
+            self.token_ids is not None
+            and not 0 <= self.token_ids.min(initial=0) <= self.token_ids.max(initial=0) < architecture.vocabulary
+        ):
+            raise MinipuzzleError("the scores' token_ids lie outside the model's vocabulary", "measure this model")
         measured = self.metadata.get("model_fingerprint")
         if fingerprint is not None and measured is not None and measured != fingerprint:
             raise MinipuzzleError(
@@ -201,14 +208,15 @@ def write_scores(scores: Scores, path: Path) -> None:
     tensors |= {f"unit.{name}": np.asarray(v, np.float32) for name, v in scores.units.items()}
     tensors |= {f"energy.{name}": np.asarray(v, np.float32) for name, v in scores.energies.items()}
     if scores.token_ids is not None:
-        tensors["token_ids"] = np.asarray(scores.token_ids, np.int32)
-    save_file(tensors, path, metadata={"schema_version": SCHEMA_VERSION, **scores.metadata})
+        tensors[_TOKEN_IDS] = np.asarray(scores.token_ids, np.int32)
+    metadata = {"schema_version": SCHEMA_VERSION, **scores.metadata}
+    save_file(tensors, path, metadata={**metadata, CHECKSUM: digest_of_arrays(tensors, metadata)})
 
 
 def read_scores(path: Path) -> Scores:
     """Read a score file, or plain JSON with layer scores.
 
-    Raises: MinipuzzleError for anything unreadable or of another schema.
+    Raises: MinipuzzleError for anything unreadable, of another schema, or no longer what was written.
     """
     require_regular_file(path, "measure with `minipuzzle score`")
     return _read_json_scores(path) if path.suffix == ".json" else _read_safetensors_scores(path)
@@ -239,6 +247,18 @@ def _read_safetensors_scores(path: Path) -> Scores:
         raise MinipuzzleError(f"{path} is not a score file: {error}", "measure with `minipuzzle score`") from None
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise MinipuzzleError(f"{path} has another schema than version {SCHEMA_VERSION}", "measure again")
+    if metadata.pop(CHECKSUM, None) not in (None, digest_of_arrays(tensors, metadata)):
+        raise MinipuzzleError(f"{path} is not as it was written", "measure again, or copy it again from its source")
+    try:
+        ScoreFacts.from_metadata(metadata)
+    except (ValueError, MinipuzzleError) as error:
+        raise MinipuzzleError(f"{path} says how it was measured, but {error}", "measure again") from None
+
+    for name, array in tensors.items():
+        is_tokens = name == _TOKEN_IDS and array.ndim == 2 and np.issubdtype(array.dtype, np.integer)
+        if not is_tokens and not name.startswith(_PREFIXES):
+            problem = f"{path} holds {name} {list(array.shape)} {array.dtype}, which no score file has"
+            raise MinipuzzleError(problem, "measure again")
 
     def under(prefix: str) -> dict[str, Array]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -249,6 +269,6 @@ def _read_safetensors_scores(path: Path) -> Scores:
         variants=under("variant."),
         blocks=under("block."),
         energies=under("energy."),
-        token_ids=tensors.get("token_ids"),
+        token_ids=tensors.get(_TOKEN_IDS),
         metadata=metadata,
     )

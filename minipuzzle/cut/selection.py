@@ -93,6 +93,7 @@ def make_plan(
         kept_units=kept_units,
         chosen_units=chosen_units,
         figures=figures,
+        model_fingerprint=scores.metadata.get("model_fingerprint"),
     )
     return replace(without_scales, norm_scales=norm_scales(source, scores, without_scales))
 

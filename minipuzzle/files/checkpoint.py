@@ -69,6 +69,11 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config" or value is not None}
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether weights lie in a folder, under the names that are read."""
+    return any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write a folder's config.json; numbers that JSON does not have are written as transformers writes them."""
     write_json(folder / "config.json", tagged(config))

@@ -1,15 +1,58 @@
-"""Folders whose files are listed with their SHA-256, so that nothing in them rots unnoticed."""
+"""Digests of what one command writes and another believes, so that nothing in it rots unnoticed.
+
+Folders list the SHA-256 of their files, records hold a checksum of the rest, and arrays have one in their metadata.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.json_files import read_json, write_json
 
 DIGESTS_FILE = "digests.json"
+CHECKSUM = "checksum"  # the field of a record, and of the metadata of arrays, that tells whether the rest is as written
+
+
+def checked_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum of itself."""
+    return {**record, CHECKSUM: _checksum(record)}
+
+
+def unchanged_record(record: Mapping[str, Any], where: str, *, may_be_by_hand: bool = False) -> dict[str, Any]:
+    """The inverse of ``checked_record``; ``may_be_by_hand``: or an object without a checksum, as it is.
+
+    Raises: MinipuzzleError if it is not what was written.
+    """
+    bare = {name: value for name, value in record.items() if name != CHECKSUM}
+    if not may_be_by_hand and CHECKSUM not in record:
+        raise MinipuzzleError(f"{where} has no checksum of what was written", f"remove {where} to start afresh")
+    if CHECKSUM in record and record[CHECKSUM] != _checksum(bare):
+        raise MinipuzzleError(
+            f"{where} is not as it was written: its checksum is {record[CHECKSUM]!r}, not {_checksum(bare)!r}",
+            f"make or copy it again; if you changed it by hand, remove its field {CHECKSUM}",
+        )
+    return bare
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_of_arrays(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
+    """A hash of named arrays with their types and shapes, and of what their metadata say besides it."""
+    said = sorted((name, value) for name, value in metadata.items() if name != CHECKSUM)
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -143,7 +143,7 @@ def prune_checkpoint(
     validation = read_documents(request.validation, tokenizer) if request.validation else []
     plan = read_plan(request.plan) if isinstance(request.plan, Path) else request.plan
     if plan is not None:
-        plan.check_against(checkpoint.architecture)
+        plan.check_against(checkpoint.architecture, checkpoint.fingerprint)
     scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
     with output_folder(out, request.provenance(compute), overwrite=overwrite) as folder:
         if plan is not None:

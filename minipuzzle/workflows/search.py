@@ -14,7 +14,7 @@ from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.cut.plan import Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.checkpoint import Checkpoint, read_config
+from minipuzzle.files.checkpoint import Checkpoint, holds_weights, read_config
 from minipuzzle.files.outputs import check_target_file, output_file
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates, plan_of, predicted_frontier
@@ -81,6 +81,13 @@ def architecture_of(model: Model) -> Architecture:
     return (model if isinstance(model, Checkpoint) else model.checkpoint).architecture
 
 
+def _fingerprint_of(model: Model) -> str | None:
+    """Of the weights, where there are any beside config.json."""
+    if not isinstance(model, str | Path):
+        return (model if isinstance(model, Checkpoint) else model.checkpoint).fingerprint
+    return Checkpoint.open(Path(model)).fingerprint if holds_weights(Path(model)) else None
+
+
 def scores_of(scores: Scores | str | Path) -> Scores:
     """Scores from a file, or as they are.
 
@@ -101,6 +108,8 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
         raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
     _check_targets(model, scores, settings)
     source, scores = architecture_of(model), scores_of(scores)
+    if (fingerprint := _fingerprint_of(model)) is not None:
+        scores.check_against(source, fingerprint)
     if settings.sweep is not None:
         budgets = parse_sweep(settings.sweep, memory_breakdown(source, deployment).total_bytes)
         points = predicted_frontier(source, scores, request, deployment, budgets)

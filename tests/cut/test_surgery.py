@@ -226,6 +226,7 @@ def test_a_plan_survives_its_file(tiny_checkpoint: Checkpoint, tmp_path: Path) -
 def test_a_plan_of_the_first_version_is_read_with_its_figures(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = replace(narrow_plan(tiny_checkpoint), figures=figures_with("M-*", 0.5))
     record = json.loads(plan.to_json())
+    del record["checksum"]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({**record, "schema_version": 1, "notes": record.pop("figures")}))
     assert read_plan(path) == plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minipuzzle.files.digests import CHECKSUM
 from tests.damage.config_cases import broken_json
 from tests.damage.material import copy
 from tests.damage.runner import DONE, EITHER, REFUSED, Case
-from tests.damage.ways import GONE, Record, holding, setting
+from tests.damage.ways import GONE, Record, flipped, holding, setting
 
 SCORES = "scores.safetensors"
+NO_FINGERPRINT = [("model_fingerprint", "text"), ("model_fingerprint", "null")]  # of other weights, and of none known
 SEARCH = ["search", "nemotron_h/config.json", "--keep", "mlp=2", "--granularity", "16", "--json", "-o", "out.json"]
 
 
@@ -32,6 +35,7 @@ def _planned(material: Path, damage: Callable[[Path], object]) -> Callable[[Path
 def _changed(change: Callable[[Record], object]) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         record = json.loads(path.read_text(encoding="utf-8"))
+        del record[CHECKSUM]  # as someone would who changes it by hand
         change(record)
         path.write_text(json.dumps(record), encoding="utf-8")
 
@@ -95,15 +99,15 @@ def _plan_cases(material: Path) -> Iterator[Case]:
     }
     for name, value in scales.items():
         yield Case(name=f"plan/scales-{name}", prepare=_planned(material, _changed(setting("norm_scales", value))))
-    for field in whole:
-        expected = EITHER if field in ("notes", "figures", "chosen_units") else REFUSED
+    for field in (name for name in whole if name != CHECKSUM):
+        expected = EITHER if field in ("notes", "figures", "chosen_units", "model_fingerprint") else REFUSED
         yield Case(
             name=f"plan/{field}-missing",
             prepare=_planned(material, _changed(setting(field, GONE))),
             expected=expected,
         )
         for name, value in {"number": 7, "text": "x", "null": None}.items():
-            kind = EITHER if field in ("notes",) else REFUSED
+            kind = EITHER if field == "notes" or (field, name) in NO_FINGERPRINT else REFUSED
             yield Case(
                 name=f"plan/{field}-{name}",
                 prepare=_planned(material, _changed(setting(field, value))),
@@ -113,6 +117,10 @@ def _plan_cases(material: Path) -> Iterator[Case]:
     yield Case(
         name="plan/other-model", prepare=_planned(material, _changed(lambda r: r.update(source_fingerprint="0" * 16)))
     )
+    for number, position in enumerate(sorted(random.Random(4).random() for _ in range(24))):
+        content = flipped((material / "plan.json").read_bytes(), [position], bit=number % 8)
+        # A number may be written in two ways.
+        yield Case(name=f"plan/flip-{number}", prepare=_planned(material, holding(content)), expected=EITHER)
     yield Case(name="plan/whole", prepare=_planned(material, lambda path: None), expected=DONE)
     for name, content in broken_json((material / "plan.json").read_bytes()).items():
         yield Case(name=f"plan/json-{name}", prepare=_planned(material, holding(content)))
@@ -132,6 +140,7 @@ def _with_scores(change: Callable[[dict[str, torch.Tensor], dict[str, str]], obj
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata())
+        del metadata[CHECKSUM]
         change(tensors, metadata)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 
@@ -146,6 +155,7 @@ def _score_cases(material: Path) -> Iterator[Case]:
     tensors = load_file(material / SCORES)
     with safe_open(material / SCORES, "pt") as file:
         metadata = dict(file.metadata())
+    del metadata[CHECKSUM]
     for name, tensor in sorted(tensors.items()):
         if name == "token_ids" or not tensor.is_floating_point():
             continue
@@ -179,6 +189,9 @@ def _score_cases(material: Path) -> Iterator[Case]:
         )
     unknown = _with_scores(lambda t, m: t.update({"unit.colour.0": torch.ones(3)}))
     yield Case(name="scores/unknown-axis", prepare=_scored(material, unknown))
+    for number, position in enumerate(sorted(random.Random(5).random() for _ in range(24))):
+        content = flipped((material / SCORES).read_bytes(), [position], bit=number % 8)
+        yield Case(name=f"scores/flip-{number}", prepare=_scored(material, holding(content)))
     yield Case(name="scores/whole", prepare=_scored(material, lambda path: None), expected=DONE)
     for what, text in {
         "plain": '{"layer": {"mse": [1, 2, 3, 4, 5, 6, 7]}}',
@@ -217,6 +230,7 @@ def _timing_cases(material: Path) -> Iterator[Case]:
         "infinite": good.replace("1e-5", "inf"),
         "text": good.replace("1e-5", "fast"),
         "unknown-kind": good + "colour,1e-5\n",
+        "width-zero": "kind,ffn,step_seconds\nmlp,0,1e-5\n",
         "unknown-column": good.replace("kind,step_seconds", "kind,step_seconds,beauty").replace("\n", ",1\n"),
         "ragged": good.replace("mamba,1e-5", "mamba"),
         "nul": "\0" * 100,
@@ -229,7 +243,7 @@ def _timing_cases(material: Path) -> Iterator[Case]:
             (folder / "timings.csv").write_text(text, encoding="utf-8")
             return [*SEARCH, "--scores", SCORES, "--latency", "100", "--timings", "timings.csv"]
 
-        expected = {"whole": DONE, "zero": EITHER, "unknown-kind": EITHER}.get(name, REFUSED)
+        expected = {"whole": DONE, "zero": EITHER}.get(name, REFUSED)
         yield Case(name=f"timings/{name}", prepare=prepare, expected=expected)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from distill.race import finalist_table, run_race
 from minipuzzle.cut.plan import PLAN_FILE, read_plan
 from minipuzzle.data.windows import EvaluationWindows
+from minipuzzle.files.digests import checked_record, unchanged_record
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, output_file
 from minipuzzle.workflows.choosing.compare import Choice, ChoosingSettings, Problem, compare
@@ -40,8 +41,8 @@ def race_finalists(
             writer.write(item.plan, work / str(number))
         finalists = [{**item.figures.to_json(), "before": item.measured()} for item in found.finalists]
         with output_file(table_file) as path:
-            write_json(path, {**found.to_json(), "finalists": finalists})
-    table = read_json(table_file)
+            write_json(path, checked_record({**found.to_json(), "finalists": finalists}))
+    table = unchanged_record(read_json(table_file), str(table_file))
     folders = [work / str(number) for number in range(len(table["finalists"]))]
     assert choosing.race is not None
     result = run_race(
