@@ -40,6 +40,7 @@ from minipuzzle.runtime.narrowed_layers import LayerCut, NarrowedLayers, layer_c
 
 HELD_OUT_EVERY = 4  # of the windows, one
 RIDGE_OF_REMOVAL = 0.1
+_ROWS_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -50,34 +51,55 @@ def compensate(
     *,
     may_choose: bool = True,
     unfinished: Path | None = None,
-    watched: EvaluationWindows | None = None,
 ) -> Compensation:
     """Refit what a plan leaves of the stack's model. Each of several processes takes a share of the windows.
 
     ``may_choose``: a layer may keep other neurons or key-value groups than planned, equally many, if held-out tokens
     gain. Then the choice is that of Optimal Brain Surgeon (``cheapest_to_keep``) on the student's own activations.
-    ``unfinished``: a folder that keeps each finished layer, so that an interrupted run continues with the same result.
-    ``watched``: other text, on which the mended model is compared with its source.
+    ``unfinished``: a folder that keeps each finished layer, so that an interrupted run continues with the same result;
+    the new weights are then read from there, and are in memory no longer than a layer is.
 
     Shapes: ``token_ids_BT`` ``[windows, tokens]``.
     Raises: MinipuzzleError for fewer than two windows, or values that are not finite.
     """
     walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
-    if watched is not None:
-        walk.watch(watched)
     if unfinished is not None:
         walk.finished = MendedLayers.of(unfinished, plan, token_ids_BT, may_choose=may_choose)
+    if walk.finished is None or not walk.processes.is_first:
+        walk.weights = {}
     with stack.compute.progress("compensating", stack.num_layers) as advance:
         for layer_idx in range(stack.num_layers):
             walk.take(layer_idx)
             advance(1)
+    weights: Mapping[str, torch.Tensor] | None = walk.weights
+    if weights is None and walk.finished is not None:
+        weights = walk.finished.weights(walk.new_names)
     return Compensation(
         plan=replace(plan, kept_units=walk.kept_units),
         num_tokens=token_ids_BT.numel(),
-        weights=walk.weights,
+        weights=weights or {},
         layers=walk.layers,
-        quality=None if watched is None else walk.quality(),
     )
+
+
+@torch.no_grad()
+def mended_quality(
+    stack: LayerStack,
+    plan: Plan,
+    token_ids_BT: torch.Tensor,
+    windows: EvaluationWindows,
+    *,
+    may_choose: bool = True,
+) -> Quality:
+    """What a plan is like on other text once it is mended as ``compensate`` does. No weights are kept.
+
+    Raises: as ``compensate``.
+    """
+    walk = _Walk(stack, plan, token_ids_BT, may_choose=may_choose)
+    walk.watch(windows)
+    for layer_idx in range(stack.num_layers):
+        walk.take(layer_idx)
+    return walk.quality()
 
 
 @torch.no_grad()
@@ -109,7 +131,10 @@ class _Walk:
         self.stack, self.plan, self.may_choose, self.processes = stack, plan, may_choose, stack.compute.processes
         self.kept_units = {axis: dict(by_layer) for axis, by_layer in plan.kept_units.items()}
         self.narrowed, self.target = NarrowedLayers(stack), plan.apply(stack.architecture)
-        self.weights: dict[str, torch.Tensor] = {}
+        self.new_names: dict[
+            int, dict[str, str]
+        ] = {}  # by layer: of new weights in its module, by those in the cut model
+        self.weights: dict[str, torch.Tensor] | None = None
         self.layers: list[LayerRefit] = []
         self.finished: MendedLayers | None = None
         every = min(HELD_OUT_EVERY, len(token_ids_BT))
@@ -274,7 +299,9 @@ class _Walk:
             raise MinipuzzleError(f"layer {layer_idx} computes values that are not finite", "use ‹dtype› float32")
         self.layers.append(mended.record)
         disk_names = self._disk_names(layer_cut(self.stack.architecture, self.plan, layer_idx))
-        self.weights |= {disk_names[name]: weight for name, weight in mended.weights.items()}
+        self.new_names[layer_idx] = {disk_names[name]: name for name in mended.weights}
+        if self.weights is not None:
+            self.weights |= {disk_names[name]: weight for name, weight in mended.weights.items()}
 
     def _disk_names(self, cut: LayerCut) -> dict[str, str]:
         """Names in the cut checkpoint by those in the module of a cut layer."""
@@ -294,12 +321,15 @@ class _Walk:
             self.stack.parameter_name(placed): torch_dtype(entries[placed.name].dtype)
             for placed in self.stack.architecture.layer_tensors(cut.layer_idx)
         }
-        return {
-            (weight := f"{name}.weight"): (module.get_parameter(weight).double() + change_HI)
-            .to("cpu", stored[weight])  # the device has one layer
-            .contiguous()
-            for name, change_HI in changes.items()
-        }
+        found = {}
+        for name, change_HI in changes.items():
+            plain_HI = module.get_parameter(weight := f"{name}.weight")
+            # The device has one layer; and the rows go by parts, because they may be all that there is room for.
+            found[weight] = torch.empty(plain_HI.shape, dtype=stored[weight])
+            parts = zip(*(rows.split(_ROWS_AT_ONCE) for rows in (found[weight], plain_HI, change_HI)), strict=True)
+            for new_RI, plain_RI, change_RI in parts:
+                new_RI.copy_(plain_RI.double() + change_RI)
+        return found
 
     def _linears(self, layer_idx: int, module: nn.Module) -> dict[str, nn.Module]:
         """The output projections of a layer as they run, by name."""

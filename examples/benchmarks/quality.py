@@ -29,7 +29,7 @@ import torch
 from recovery import BUDGETS, DEPLOYMENT, EXAMPLE, METRIC, Setting, block_influence, minitron_plan, random_plan
 
 from importance.candidates import rank_plans
-from importance.compensate import compensate
+from importance.compensate import mended_quality
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import read_scores
 from minipuzzle.cut.selection import make_plan
@@ -131,8 +131,8 @@ class Bench:
 
     def kl(self, plan: Plan, windows: EvaluationWindows) -> float:
         """Of a mended cut."""
-        found = compensate(LayerStack(self.setting.teacher), plan, self.token_ids, watched=windows).quality
-        assert found is not None and found.kl is not None
+        found = mended_quality(LayerStack(self.setting.teacher), plan, self.token_ids, windows)
+        assert found.kl is not None
         return found.kl
 
     def mended(self, plan: Plan) -> dict[str, float]:

@@ -7,7 +7,7 @@ layers again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 
 from minipuzzle.cut.plan import Plan, Units
 from minipuzzle.files.outputs import write_whole
-from minipuzzle.quality.record import Quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +54,12 @@ class MendedLayer:
 @dataclass(frozen=True, kw_only=True)
 class Compensation:
     """The plan with the units that were chosen, new weights by their names in the cut checkpoint and in its precision,
-    what was done to each layer, and the mended model's quality on watched text, if any was."""
+    and what was done to each layer."""
 
     plan: Plan
     num_tokens: int
     weights: Mapping[str, torch.Tensor]
     layers: Sequence[LayerRefit]
-    quality: Quality | None = None
 
     @property
     def num_refitted(self) -> int:
@@ -121,3 +119,28 @@ class MendedLayers:
         record = {"identity": self.identity, "record": asdict(mended.record), "kept_units": mended.kept_units}
         with write_whole(self._file(mended.record.layer_idx)) as path:
             save_file(dict(mended.weights), path, metadata={"mended": json.dumps(record)})
+
+    def weights(self, new_names: Mapping[int, Mapping[str, str]]) -> Mapping[str, torch.Tensor]:
+        """The new weights of finished layers, each read when it is asked for. ``new_names``: by layer, names in the cut
+        model -> names in the layer's module."""
+        files = {new: (self._file(idx), own) for idx, names in new_names.items() for new, own in names.items()}
+        return _StoredWeights(files)
+
+
+class _StoredWeights(Mapping[str, torch.Tensor]):
+    def __init__(self, files: Mapping[str, tuple[Path, str]]) -> None:
+        self.files = files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        path, own = self.files[name]
+        with safe_open(path, framework="pt") as file:
+            weight: torch.Tensor = file.get_tensor(own)
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

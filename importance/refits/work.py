@@ -49,12 +49,12 @@ def open_stack(checkpoint: Checkpoint, num_windows: int, num_tokens: int, comput
 
 
 def sums_bytes(architecture: Architecture, num_tokens: int) -> int:
-    """Memory for the sums of the widest layer, or of one of the widest experts."""
+    """Memory for the sums of the widest layer and the change of its weights, or for one of the widest experts."""
     indices = [layer_idx for layer_idx, _times in architecture.distinct_layers()]
     widest = max(num_inputs(architecture, layer_idx) for layer_idx in indices)
     experts = (placed.shape[1] for layer_idx in indices for placed in expert_projections(architecture, layer_idx))
     return max(
-        8 * _SUMS_AT_ONCE * widest * min(widest, num_tokens),
+        8 * widest * (_SUMS_AT_ONCE * min(widest, num_tokens) + architecture.hidden),
         max((expert_bytes(width, architecture.hidden) for width in experts), default=0),
     )
 

@@ -75,6 +75,10 @@ class RefitSums:
             return float(self.energy)
         return float(self.energy + ((self.gram @ change_HI.T - 2 * self.cross) * change_HI.T).sum())
 
+    def loss_with(self, fitted: RefitSums, ridge: float) -> float:
+        """The loss after the change that other tokens ask for."""
+        return self.loss(fitted.change(ridge))
+
     def keeping(self, kept_inputs: Sequence[int], weight_HI: torch.Tensor) -> RefitSums:
         """The sums of the same tokens once only some inputs are left: what the others added is missing, too."""
         kept = torch.as_tensor(kept_inputs, device=self.gram.device)
@@ -111,11 +115,21 @@ class RefitRows:
 
     def change(self, ridge: float) -> torch.Tensor:
         """``dW`` ``[H, I]``, as ``RefitSums.change`` gives it for the same tokens."""
+        scaled_IN, shares_NH = self._dual(ridge)
+        return (scaled_IN @ shares_NH).T
+
+    def _dual(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two factors of the change, neither of which is as large."""
         inputs_NI = self.inputs
         scaled_IN = inputs_NI.T / ridge_of(inputs_NI.square().sum(0), ridge)[:, None]
         regular_NN = inputs_NI @ scaled_IN
         regular_NN.diagonal().add_(1.0)
-        return (scaled_IN @ torch.cholesky_solve(self.missing, torch.linalg.cholesky(regular_NN))).T
+        return scaled_IN, torch.cholesky_solve(self.missing, torch.linalg.cholesky(regular_NN))
+
+    def loss_with(self, fitted: RefitRows, ridge: float) -> float:
+        """The loss after the change that other tokens ask for, without that change itself."""
+        scaled_IN, shares_NH = fitted._dual(ridge)
+        return float((self.missing - (self.inputs @ scaled_IN) @ shares_NH).square().sum())
 
     def loss(self, change_HI: torch.Tensor | None = None) -> float:
         """The weighted sum of squares of what is missing, after a change if one is given."""
@@ -147,7 +161,7 @@ class Refit:
 
 def refit(fitted: Tokens, held_out: Tokens, ridges: Sequence[float] = RIDGES) -> Refit:
     """Choose the ridge by tokens that were not fitted, and fit all tokens with it."""
-    losses = {ridge: held_out.loss(fitted.change(ridge)) for ridge in ridges}
+    losses = {ridge: held_out.loss_with(fitted, ridge) for ridge in ridges}
     best, before = min(losses, key=lambda ridge: losses[ridge]), held_out.loss()
     change = (fitted + held_out).change(best) if losses[best] < before else None
     return Refit(change=change, ridge=best, loss_before=before, loss_after=losses[best])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from distill.scale.gpus import GPUS, Hardware
-from importance.compensate import compensate
+from importance.compensate import compensate, mended_quality
 from importance.refits.results import Compensation
 from importance.refits.work import open_stack, predict_flops
 from minipuzzle.cut.folder import write_pruned
@@ -117,9 +117,7 @@ class CutWriter:
 
         def measure(plan: Plan) -> Quality:
             stack, token_ids_BT = windows_that_fit(self.checkpoint, token_ids, self.compute, watched)
-            found = compensate(stack, plan, token_ids_BT, may_choose=self.may_choose, watched=watched)
-            assert found.quality is not None
-            return found.quality
+            return mended_quality(stack, plan, token_ids_BT, watched, may_choose=self.may_choose)
 
         return measure
 

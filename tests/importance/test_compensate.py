@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from importance.alterations import LayerRequest
-from importance.compensate import compensate
+from importance.compensate import compensate, mended_quality
 from importance.layers import removal_plans
 from importance.measure import measure
 from importance.metrics import next_token_labels
@@ -155,14 +155,12 @@ def test_watched_text_says_what_the_written_model_is_like(
     plan = plan_with(tiny_checkpoint, hidden=20, ffn=24) if hidden else half_cut(tiny_checkpoint)
     other = torch.randint(3, 259, (5, 16), generator=torch.Generator().manual_seed(9))
     watched = EvaluationWindows(token_ids=other, labels=other.roll(-1, 1), num_bytes=80)
-    found = compensate(LayerStack(tiny_checkpoint), plan, some_tokens(), watched=watched)
-    unwatched = compensate(LayerStack(tiny_checkpoint), plan, some_tokens())
-    assert all(found.weights[name].equal(weight) for name, weight in unwatched.weights.items())
+    quality = mended_quality(LayerStack(tiny_checkpoint), plan, some_tokens(), watched)
+    found = compensate(LayerStack(tiny_checkpoint), plan, some_tokens())
     student = load_model(written(tiny_checkpoint, tmp_path / "healed", found))
     expected = evaluate(student, tiny_checkpoint.family, watched, against=load_model(tiny_checkpoint))
-    assert found.quality is not None and unwatched.quality is None
-    assert found.quality.kl == pytest.approx(expected.kl, rel=1e-4)
-    assert found.quality.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert quality.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert quality.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_compensated_scores_are_those_of_written_models(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -176,11 +174,10 @@ def test_compensated_scores_are_those_of_written_models(tiny_checkpoint: Checkpo
         token_ids=token_ids[is_compared], labels=next_token_labels(token_ids[is_compared]), num_bytes=1
     )
     plan = plan_without(tiny_checkpoint.architecture, removed)
-    found = compensate(LayerStack(tiny_checkpoint), plan, token_ids[~is_compared], may_choose=False, watched=watched)
-    assert found.quality is not None
+    quality = mended_quality(LayerStack(tiny_checkpoint), plan, token_ids[~is_compared], watched, may_choose=False)
     # Scores count the last token of a window, too, which predicts nothing that could be checked: the losses do not.
     full = evaluate(load_model(tiny_checkpoint), tiny_checkpoint.family, watched)
-    assert scores.layer["delta_loss"][removed[0]] == pytest.approx(found.quality.loss - full.loss, rel=1e-3)
+    assert scores.layer["delta_loss"][removed[0]] == pytest.approx(quality.loss - full.loss, rel=1e-3)
 
 
 def test_the_work_of_compensated_scores_is_counted_exactly(tiny_checkpoint: Checkpoint) -> None:
