@@ -308,7 +308,7 @@ def test_every_command_has_help_json_and_a_page_in_the_docs(command: str) -> Non
     assert f"## minipuzzle {command}\n" in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["score", "prune", "distill", "export", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["score", "prune", "distill", "export", "evaluate", "run", "demo"])
 def test_long_commands_have_a_dry_run(command: str) -> None:
     assert "--dry-run" in run_cli(command, "--help").output
 

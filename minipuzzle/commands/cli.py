@@ -34,7 +34,7 @@ OPTION_OF_FIELD = {
     "num_finalists": "finalists",
     "overrides": "override",
 }
-_WHOLE_RUNS = ("report", "demo")  # which lie in a room of their own
+_WHOLE_RUNS = ("run", "report", "demo")  # which lie in a room of their own
 COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities", *_WHOLE_RUNS)
 
 

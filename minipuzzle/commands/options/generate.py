@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from minipuzzle.architecture.quantities import parse_bytes
+from minipuzzle.commands.options.as_recipe import STEP_NAMES, as_recipe
 from minipuzzle.commands.options.shared import COUNT, FOLDER_OR_FILE, Function, PathType
 from minipuzzle.devices import Device, checked_device
 from minipuzzle.option import KEY, Option
@@ -83,7 +84,27 @@ class SectionOption(click.Option):
 
 
 class SectionedCommand(click.Command):
-    """A command whose help puts first what most people need, and the rest under headings."""
+    """A command whose help puts first what most people need, and the rest under headings; it can be a recipe's step."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        if name in STEP_NAMES:
+            self.params.append(
+                click.Option(
+                    ["--print-recipe"],
+                    is_flag=True,
+                    expose_value=False,
+                    callback=lambda ctx, _param, wanted: ctx.meta.update(prints_recipe=wanted),
+                    help="Print these options as a recipe for `minipuzzle run`, and stop.",
+                )
+            )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, or print what it was asked for."""
+        if ctx.meta.pop("prints_recipe", False):
+            click.echo(as_recipe(ctx), nl=False)
+            return None
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section in the order of their first options."""
