@@ -12,6 +12,16 @@ from minipuzzle.commands.cli import COMMANDS, main
 
 PAGE = Path(__file__).parent / "commands.md"
 HELP_COLUMNS = 100
+COMPLETION = """## Completion in a shell
+
+Options, commands and choices complete with the tabulator key once this line is in the shell's start file:
+
+```
+eval "$(_MINIPUZZLE_COMPLETE=bash_source minipuzzle)"                # ~/.bashrc
+eval "$(_MINIPUZZLE_COMPLETE=zsh_source minipuzzle)"                 # ~/.zshrc
+_MINIPUZZLE_COMPLETE=fish_source minipuzzle | source                 # ~/.config/fish/config.fish
+```
+"""
 
 
 def render() -> str:
@@ -24,7 +34,7 @@ def render() -> str:
             main, [*arguments, "--help"], prog_name="minipuzzle", catch_exceptions=False, terminal_width=HELP_COLUMNS
         )
         sections += [f"## {title}", "", "```", result.output.rstrip(), "```", ""]
-    return "\n".join(sections)
+    return "\n".join([*sections, COMPLETION])
 
 
 if __name__ == "__main__":
