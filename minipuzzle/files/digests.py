@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.json_files import read_json, write_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 DIGESTS_FILE = "digests.json"
 CHECKSUM = "checksum"  # the field of a record, and of the metadata of arrays, that tells whether the rest is as written
