@@ -45,6 +45,7 @@ setup(
     extras_require={
         "fp8": ["torchao>=0.15"],
         "tensorboard": TENSORBOARD,
+        "eval": ["lm-eval>=0.4.9"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -60,5 +61,10 @@ setup(
             *COMPRESSED_TENSORS,
         ],
     },
-    entry_points={"console_scripts": ["minipuzzle = minipuzzle.commands.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "minipuzzle = minipuzzle.commands.cli:main",
+            "minipuzzle-lm-eval = minipuzzle.workflows.abilities.harness:main",
+        ]
+    },
 )

@@ -5,6 +5,7 @@ Shape suffixes: B rows of a batch, T tokens of a row, C tokens of a continuation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -28,27 +29,36 @@ class LocalModel:
     """A transformers model in evaluation mode, whatever its folder holds: plain weights or an emulated export."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, family: Family, compute: Compute = Compute()) -> None:
-        self._model, self._tokenizer, self._compute = model, tokenizer, compute
+        self._model, self.tokenizer, self._compute = model, tokenizer, compute
         self._parts = parts_of(model, family)
 
-    @torch.inference_mode()
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[float]:
         """log p(continuation | prompt) of each pair, in nats, summed over the continuation's tokens.
 
         Raises: MinipuzzleError if one is not a finite number.
         """
-        encoded = [encode_pair(self._tokenizer, prompt, continuation) for prompt, continuation in pairs]
-        found = [0.0] * len(pairs)
+        return [
+            likelihood for likelihood, _ in self.score_tokens([encode_pair(self.tokenizer, *pair) for pair in pairs])
+        ]
+
+    @torch.inference_mode()
+    def score_tokens(self, encoded: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Of tokens and the number of those that are given, at least 1: log-likelihood of the others in nats, and
+        whether each of them is the most likely one.
+
+        Raises: MinipuzzleError if a log-likelihood is not a finite number.
+        """
+        found = [(0.0, False)] * len(encoded)
         for batch in _batches([len(tokens) for tokens, _ in encoded]):
-            for row, value in zip(batch, self._batch_log_likelihoods([encoded[row] for row in batch]), strict=True):
+            for row, value in zip(batch, self._score_batch([encoded[row] for row in batch]), strict=True):
                 found[row] = value
-        if not all(map(torch.isfinite, map(torch.tensor, found))):
+        if not all(math.isfinite(likelihood) for likelihood, _ in found):
             raise MinipuzzleError(
                 "the model gives text a probability that is no number", "check the weights, or try ‹dtype› float32"
             )
         return found
 
-    def _batch_log_likelihoods(self, batch: Sequence[tuple[list[int], int]]) -> list[float]:
+    def _score_batch(self, batch: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """Padding stands behind the text, where causal layers do not see it."""
         device = self._compute.torch_device
         token_ids_BT = torch.zeros(len(batch), max(len(tokens) for tokens, _ in batch), dtype=torch.long)
@@ -58,8 +68,9 @@ class LocalModel:
         found = []
         for row, (tokens, num_prompt) in enumerate(batch):
             logits_CV = self._parts.head(hidden_BTH[row, num_prompt - 1 : len(tokens) - 1]).float()
-            next_C1 = torch.tensor(tokens[num_prompt:], device=device)[:, None]
-            found.append(float(logits_CV.log_softmax(-1).gather(-1, next_C1).double().sum()))
+            next_C = torch.tensor(tokens[num_prompt:], device=device)
+            likelihood_C1 = logits_CV.log_softmax(-1).gather(-1, next_C[:, None])
+            found.append((float(likelihood_C1.cpu().double().sum()), bool((logits_CV.argmax(-1) == next_C).all())))
         return found
 
     @torch.inference_mode()
@@ -76,7 +87,7 @@ class LocalModel:
 
         ``temperature`` 0: always the most likely token.
         """
-        encoded = [document_tokens(self._tokenizer, prompt) for prompt in prompts]
+        encoded = [document_tokens(self.tokenizer, prompt) for prompt in prompts]
         answers = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
         # Rows of one length need no padding, which Mamba layers would take for text.
@@ -95,27 +106,27 @@ class LocalModel:
         self, token_ids: list[list[int]], max_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> list[str]:
         token_ids_BT = torch.tensor(token_ids, device=self._compute.torch_device)
-        end = self._tokenizer.eos_token_id
+        end = self.tokenizer.eos_token_id
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
         generate: Any = self._model.generate
         out_BT = generate(
             token_ids_BT,
             attention_mask=torch.ones_like(token_ids_BT),
             max_new_tokens=max_tokens,
-            pad_token_id=end if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id,
+            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             eos_token_id=end,
-            stopping_criteria=[_Stops(self._tokenizer, stop)] if stop else None,
+            stopping_criteria=[_Stops(self.tokenizer, stop)] if stop else None,
             **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling),
         )
-        texts = self._tokenizer.batch_decode(out_BT[:, token_ids_BT.shape[1] :], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(out_BT[:, token_ids_BT.shape[1] :], skip_special_tokens=True)
         return [until_stop(text, stop) for text in texts]
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> str:
         """The answer to a conversation, spelled out by the tokenizer's chat template, or plainly where it has none."""
-        if self._tokenizer.chat_template:
-            prompt = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if self.tokenizer.chat_template:
+            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return self.complete([prompt], max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
         prompt = plain_conversation(messages)
         return self.complete([prompt], max_tokens=max_tokens, stop=("\nuser:",), temperature=temperature, seed=seed)[0]

@@ -29,8 +29,10 @@ def evaluate(model: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
 
     With --against also the KL divergence from a teacher and how often both find the same token most likely. MODEL
     may be an FP8 export; its rounding is computed as serving engines do. Several --data give a row each and a total.
+
+    --tasks runs tasks of lm-eval (EleutherAI's harness) instead; `minipuzzle-lm-eval` is all of its command line.
     """
-    from minipuzzle.show.quality import print_quality
+    from minipuzzle.show.quality import print_quality, print_tasks
     from minipuzzle.workflows.evaluate import plan_evaluate, run_evaluate
 
     compute = compute_of(options, is_quiet=as_json)
@@ -47,6 +49,6 @@ def evaluate(model: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     if as_json:
         echo_json(found.to_json())
         return
-    print_quality(found.rows)
+    print_tasks(found.tasks) if found.tasks else print_quality(found.rows)
     if settings.out is not None:
         click.echo(f"written to {settings.out}; its report.html shows the run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 
@@ -22,4 +23,16 @@ def print_quality(rows: Mapping[str, Quality]) -> None:
     for figure, (label, shown_as) in LABELS.items():
         if all(row[figure] is not None for row in found.values()):
             table.add_row(label, *(with_interval(found[name], figure, shown_as) for name in rows))
+    Console().print(table)
+
+
+def print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what lm-eval measured: a row for each figure of a task, with its standard error."""
+    table = figures_table("task", "figure", "value", "standard error", num_names=2)
+    for task, figures in tasks.items():
+        for name, value in figures.items():
+            figure, _, of = name.partition(",")
+            if isinstance(value, int | float) and of and not figure.endswith("_stderr"):
+                error = figures.get(f"{figure}_stderr,{of}")
+                table.add_row(task, figure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
     Console().print(table)

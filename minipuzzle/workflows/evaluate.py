@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from minipuzzle.quality.record import Quality
 from minipuzzle.quality.vocabulary import check_same_vocabulary, shared_vocabulary
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.show.page.page import write_page
+from minipuzzle.workflows.abilities.harness import require_lm_eval, run_harness
 from minipuzzle.workflows.settings import EvaluateSettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, verb
 
@@ -30,9 +31,13 @@ QUALITY_FILE = "quality.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """The quality of a model on each text by its name, and over all of them where there are several."""
+    """The quality of a model on each text by its name, and over all of them where there are several.
+
+    ``tasks``: instead, what lm-eval measured, task by task.
+    """
 
     rows: Mapping[str, Quality]
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def total(self) -> Quality:
@@ -41,7 +46,7 @@ class EvaluatedModel:
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name, text by text."""
-        return {name: row.to_json() for name, row in self.rows.items()}
+        return {"tasks": self.tasks} if self.tasks else {name: row.to_json() for name, row in self.rows.items()}
 
 
 def run_evaluate(model: Model, settings: EvaluateSettings) -> EvaluatedModel:
@@ -51,6 +56,8 @@ def run_evaluate(model: Model, settings: EvaluateSettings) -> EvaluatedModel:
 
     Raises: MinipuzzleError for models that cannot be read or compared, or text that does not do.
     """
+    if settings.tasks:
+        return EvaluatedModel(rows={}, tasks=_harness(model, settings))
     student, teacher = _opened(model, settings)
     out = None if settings.out is None else Path(settings.out)
     inputs = [checkpoint.folder for checkpoint in (student, teacher) if checkpoint is not None]
@@ -104,8 +111,18 @@ def plan_evaluate(model: Model, settings: EvaluateSettings) -> dict[str, int]:
 
     Raises: as ``run_evaluate``.
     """
+    if settings.tasks:
+        require_lm_eval()
+        check_readable(open_model(model))
+        return {}
     student, _ = _opened(model, settings)
     return {name: part.num_predictions for name, part in _windows_by_name(student, settings).items()}
+
+
+def _harness(model: Model, settings: EvaluateSettings) -> Mapping[str, Mapping[str, Any]]:
+    names = [name.strip() for name in (settings.tasks or "").split(",") if name.strip()]
+    folder = str(open_model(model).folder)
+    return run_harness(folder, names, limit=settings.limit, folder=settings.task_folder, compute=settings.compute)
 
 
 def _opened(model: Model, settings: EvaluateSettings) -> tuple[Checkpoint, Checkpoint | None]:

@@ -137,6 +137,17 @@ def test_mistakes_are_named(tiny_folder: Path, arguments: tuple[str, ...], words
     assert words in result.output and "hint:" in result.output and "Traceback" not in result.output
 
 
+def test_tasks_of_lm_eval_need_lm_eval(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minipuzzle.workflows.abilities.harness.find_spec", lambda _name: None)
+    for arguments in (("--tasks", "piqa"), ("--tasks", "piqa", "--dry-run")):
+        result = run_cli("evaluate", tiny_folder, *arguments)
+        assert result.exit_code == 1 and "minipuzzle[eval]" in result.output
+    both = ("--tasks", "piqa", "--data", "x.txt")
+    assert "give either --data or --tasks" in run_cli("evaluate", tiny_folder).output
+    assert "give either --data or --tasks" in run_cli("evaluate", tiny_folder, *both).output
+    assert "lm-eval measures one model" in run_cli("evaluate", tiny_folder, *both[:2], "--against", "x").output
+
+
 def test_the_table_holds_the_text_of_tasks_literally(tiny_folder: Path, tmp_path: Path) -> None:
     """What files and folders are called cannot put markup into what is printed."""
     task = tmp_path / "[bold red]x.jsonl"

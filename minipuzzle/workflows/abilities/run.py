@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minipuzzle.abilities.decisions import Answers, Journal, Row, chunks, compare, decide
 from minipuzzle.abilities.items import Item, Sampling, Task, check_items
-from minipuzzle.abilities.local import LocalModel
 from minipuzzle.abilities.own_tasks import find_task
 from minipuzzle.abilities.served import ServedModel, served_models
 from minipuzzle.abilities.statistics import what_items_show
 from minipuzzle.data.windows import document_tokens
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.reader import check_readable, load_any_model
+from minipuzzle.export.reader import check_readable
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder, write_whole
 from minipuzzle.progress import Advance
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
+from minipuzzle.workflows.abilities.harness import open_local
 from minipuzzle.workflows.abilities.settings import AbilitiesSettings
 from minipuzzle.workflows.verbs import Model, open_model, verb
 
@@ -170,12 +171,8 @@ def _asked_model(model: Model) -> _Asked:
         return _served(model)
     checkpoint = open_model(model)
     check_readable(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.folder)
-
-    def load(compute: Compute) -> LocalModel:
-        return LocalModel(load_any_model(checkpoint, compute), tokenizer, checkpoint.family, compute)
-
-    label = checkpoint.folder.resolve().name
+    load_tokenizer(checkpoint.folder)  # refused now, not after other models were asked
+    label, load = checkpoint.folder.resolve().name, partial(open_local, checkpoint)
     return _Asked(label=label, identity=checkpoint.fingerprint, open=load, checkpoint=checkpoint)
 
 
