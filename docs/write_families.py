@@ -73,8 +73,10 @@ def _blocks(family: Family) -> str:
 
 
 def _axes(family: Family) -> list[str]:
-    kinds = {layer.kind for architecture in _architectures(family) for layer in architecture.layers}
-    return [*(axis for kind in LAYER_KINDS.values() if kind.name in kinds for axis in kind.prunable_axes), "hidden"]
+    layers = [layer for architecture in _architectures(family) for layer in architecture.layers]
+    having = {(layer.kind, axis) for layer in layers for axis in layer.sizes}
+    axes = ((kind.name, axis) for kind in LAYER_KINDS.values() for axis in kind.prunable_axes)
+    return [*(axis for kind, axis in axes if (kind, axis) in having), "hidden"]
 
 
 def _caches(kind: str) -> list[str]:

@@ -19,6 +19,7 @@ from torch import nn
 from importance.layers import not_finite, share_of_samples
 from importance.observers import OBSERVERS
 from importance.observers.base import Observe, Sums, mean_size, mean_square
+from minipuzzle.cut.expert_criteria import EXPERT, EXPERT_CRITERIA, ExpertSums, criterion_axis
 from minipuzzle.cut.scores import FINAL
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.runtime.layer_stack import LayerStack, WorkingSet
@@ -28,8 +29,7 @@ UNIT_DEFINITIONS: Mapping[str, str] = {
     "ffn_contribution": "mean over all tokens of |a|, times the norm of the neuron's column of down_proj",
     "shared_ffn": "of the shared expert: as ffn",
     "shared_ffn_contribution": "of the shared expert: as ffn_contribution",
-    "expert": "norm of the expert's output (before a latent projection back) times its routing weight: mean over all "
-    "tokens, zero for those it is not given",
+    **{criterion_axis(name): criterion.definition for name, criterion in EXPERT_CRITERIA.items()},
     "expert_ffn": "[experts, neurons] input of the expert's down_proj: mean over all tokens of |a|, zero likewise",
     "ssm_head": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and channels",
     "ssm_head_channel": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and heads",
@@ -98,8 +98,23 @@ def _units(sums: Sums, num_samples: int) -> dict[str, Array]:
     return {
         **{key: _float32(norm) for key, norm in norms.items() if not key.startswith("hidden.")},
         **{key: _float32(total / num_samples) for key, total in sums.means.items()},
+        **dict(_experts(sums.totals)),
         "hidden": _float32(hidden),
     }
+
+
+def _experts(totals: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Array]]:
+    for key, total in totals.items():
+        axis, _, layer_idx = key.partition(".")
+        num_tokens = float(totals[f"expert_tokens.{layer_idx}"])
+        if axis == "expert_ffn":
+            yield key, _float32(total / num_tokens)
+        elif axis == EXPERT:
+            names = ("routed", "norms", "squared_norms", "gated_norms", "weighted_norms")
+            columns = dict(zip(names, total.numpy().T, strict=True))
+            expert_sums = ExpertSums(num_tokens=num_tokens, **columns)
+            for name, criterion in EXPERT_CRITERIA.items():
+                yield f"{criterion_axis(name)}.{layer_idx}", criterion.of(expert_sums).astype(np.float32)
 
 
 def _float32(values: torch.Tensor) -> Array:

@@ -58,10 +58,15 @@ def load(
     """
     from minipuzzle.export.reader import load_any_model
     from minipuzzle.runtime.compute import Compute
+    from minipuzzle.runtime.experts import join_experts
     from minipuzzle.workflows.verbs import open_model
 
     compute = Compute(device=device, dtype=str(dtype or "float32").removeprefix("torch."))
-    return load_any_model(open_model(model), compute, rounds_activations=rounds_activations)
+    checkpoint = open_model(model)
+    loaded = load_any_model(checkpoint, compute, rounds_activations=rounds_activations)
+    if not checkpoint.is_quantized:
+        join_experts(loaded)
+    return loaded
 
 
 def __getattr__(name: str) -> Any:

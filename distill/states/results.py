@@ -14,6 +14,7 @@ from distill.scale.parallel import whole
 from distill.states.stored import STATE_FOLDER, weight_reader
 from minipuzzle.errors import InputChangedError, MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, output_folder
 from minipuzzle.files.safetensors_files import ShardWriter, torch_dtype
@@ -77,9 +78,14 @@ def _write_student(read: ReadWeight, student: Checkpoint, folder: Path) -> None:
     architecture = student.architecture.deployed
     save_config(folder, student.family.write(student.config, architecture))
     copy_companions(student.folder, folder)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for tensor in architecture.tensors():
+            stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
+            weight = read(student.family.modules.module_name(tensor.name), tensor.shape)
+            yield tensor.name, weight.to("cpu", torch_dtype(stored.dtype))
+
     writer = ShardWriter(folder)
-    for tensor in architecture.tensors():
-        stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
-        weight = read(student.family.modules.module_name(tensor.name), tensor.shape)
-        writer.add(tensor.name, weight.to("cpu", torch_dtype(stored.dtype)))
+    for name, tensor in as_stored(architecture, tensors(), is_fused=student.is_fused):
+        writer.add(name, tensor)
     writer.finish()

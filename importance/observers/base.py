@@ -26,10 +26,12 @@ class Sums:
     """Running float64 sums over samples, under the keys of the score file (``hidden`` still by norm).
 
     ``squares``: of the means over each sequence. ``means``, ``energies``: of such means and mean squares themselves.
+    ``totals``: over the tokens that experts are given, and of tokens.
     """
 
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
+    totals: dict[str, torch.Tensor] = field(default_factory=dict)
     energies: dict[str, torch.Tensor] = field(default_factory=dict)
     num_samples: int = 0
 
@@ -48,7 +50,7 @@ class Sums:
 
     def to_arrays(self) -> dict[str, NDArray[np.float64]]:
         """The sums, exactly, for a file."""
-        tables = {"squares": self.squares, "means": self.means, "energies": self.energies}
+        tables = {"squares": self.squares, "means": self.means, "totals": self.totals, "energies": self.energies}
         arrays = {f"{table}/{key}": total.numpy() for table, sums in tables.items() for key, total in sums.items()}
         return {**arrays, "num_samples": np.array([float(self.num_samples)])}
 

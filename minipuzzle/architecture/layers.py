@@ -197,6 +197,11 @@ class LayerKind:
                     specs += role.tensors(layer, module, unit_idx)
         return tuple(specs)
 
+    def unit_modules(self, layer: LayerSpec, names: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Modules of which each unit, such as an expert, has its own, by role, with ``{unit}`` in their names."""
+        roles = (role for role in self.roles if role.each and role.is_in(layer))
+        return {role.name: (names or {}).get(role.name, role.module) for role in roles}
+
 
 def dimension_length(dimension: Dimension, sizes: Mapping[str, int]) -> int:
     """Elements along one dimension."""

@@ -17,12 +17,29 @@ UNIFORM, PER_LAYER = "uniform", "per-layer"
 
 
 @dataclass(frozen=True, kw_only=True)
+class FusedExperts:
+    """How one tensor of a decoder block holds weights of all its experts, by the roles they have in each.
+
+    ``name``: of the tensor in its block. ``tensor``: of what it holds in the module of a role. Rows of several roles
+    lie one after the other, or in turns if ``is_interleaved``; ``is_transposed``: inputs first, then outputs.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    tensor: str = "weight"
+    is_interleaved: bool = False
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorNames:
     """How a family names its tensors, and how its layers share decoder blocks.
 
     ``mixers`` maps a layer kind to (mixer prefix, norm name), ``roles`` to the names of modules within, by role, where
-    they are not the kind's own. ``slots`` maps kinds to their place in a decoder block,
-    where one holds several layers: a layer joins the block before it if its place there is still to come.
+    they are not the kind's own; a mixer of several modules of the block, whose outputs are summed, has no prefix.
+    ``slots`` maps kinds to their place in a decoder block, where one holds several layers: a layer joins the block
+    before it if its place there is still to come. ``fused``: tensors that hold all experts of a block, in files that
+    have them; ``is_always_fused``: no other files do.
     ``ties_head``: whether engines read a head that is tied to the embeddings.
     """
 
@@ -34,6 +51,8 @@ class TensorNames:
     norm: NormSpec = field(default_factory=NormSpec)
     slots: Mapping[str, int] = field(default_factory=dict)
     roles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fused: tuple[FusedExperts, ...] = ()
+    is_always_fused: bool = False
     ties_head: bool = True
 
     @property
@@ -72,6 +91,25 @@ class PlacedTensor:
         if not self.spec.routed:
             return self.num_elements
         return self.num_elements * self.sizes["experts_per_token"] // self.sizes["expert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a file: one of the model's, or one that holds those of all experts of a block, expert by expert."""
+
+    name: str
+    parts: tuple[PlacedTensor, ...]
+    form: FusedExperts | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each dimension."""
+        shape = self.parts[0].shape
+        if self.form is None:
+            return shape
+        num_rows, rest = shape[0] * len(self.form.roles), shape[1:]
+        one = (*rest, num_rows) if self.form.is_transposed else (num_rows, *rest)
+        return (len(self.parts) // len(self.form.roles), *one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +238,27 @@ class Architecture:
         for layer_idx in range(len(self.layers)):
             yield from self.layer_tensors(layer_idx)
         yield from self.outer_tensors()
+
+    def stored_tensors(self, *, is_fused: bool) -> Iterator[StoredTensor]:
+        """Every tensor as it lies in files; ``is_fused``: those of experts in one for all of them."""
+        for layer_idx in range(len(self.layers)):
+            fused: dict[FusedExperts, list[PlacedTensor]] = {}
+            for placed in self.layer_tensors(layer_idx):
+                form = self._form_of(placed) if is_fused else None
+                if form is None:
+                    yield StoredTensor(name=placed.name, parts=(placed,))
+                else:
+                    fused.setdefault(form, []).append(placed)
+            prefix = self.names.block(self.block_of(layer_idx))
+            for form, parts in fused.items():
+                yield StoredTensor(name=prefix + form.name, parts=tuple(parts), form=form)
+        yield from (StoredTensor(name=placed.name, parts=(placed,)) for placed in self.outer_tensors())
+
+    def _form_of(self, placed: PlacedTensor) -> FusedExperts | None:
+        if placed.spec.unit is None:
+            return None
+        tensor = placed.name.rpartition(".")[2]
+        return next((f for f in self.names.fused if placed.spec.role in f.roles and f.tensor == tensor), None)
 
     @property
     def num_parameters(self) -> int:

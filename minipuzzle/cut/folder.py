@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from minipuzzle.architecture.configs.per_layer import write_config
 from minipuzzle.cut.plan import PLAN_FILE, Plan
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.safetensors_files import ShardWriter
 from minipuzzle.progress import Advance, no_progress
 
@@ -32,12 +33,17 @@ def write_pruned(
 
     Raises: MinipuzzleError for a plan of another model or broken weights.
     """
-    writer = ShardWriter(folder)
-    for name, tensor in cut_tensors(checkpoint, plan):
-        writer.add(name, new_weights.get(name, tensor))
-        advance(1)
+    writer, target = ShardWriter(folder), plan.apply(checkpoint.architecture)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in cut_tensors(checkpoint, plan):
+            yield name, new_weights.get(name, tensor)
+            advance(1)
+
+    for name, tensor in as_stored(target.deployed, tensors(), is_fused=checkpoint.is_fused):
+        writer.add(name, tensor)
     writer.finish()
-    config = write_config(checkpoint.family, checkpoint.config, plan.apply(checkpoint.architecture))
+    config = write_config(checkpoint.family, checkpoint.config, target)
     save_config(folder, config)
     copy_companions(checkpoint.folder, folder)
     (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")

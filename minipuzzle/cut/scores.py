@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
 from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.expert_criteria import EXPERT, EXPERT_CRITERIA, criterion_axis
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.digests import CHECKSUM, digest_of_arrays
@@ -31,6 +32,7 @@ from minipuzzle.files.json_files import parse_json, record_of, require_regular_f
 SCHEMA_VERSION = "1"
 _JSON_FORM = '{"layer": {"mse": [...]}} is expected, a number for each layer'
 _CONTRIBUTION = "_contribution"  # ends the name of another score of the same units
+_EXPERT_SCORES = frozenset(map(criterion_axis, EXPERT_CRITERIA))
 _ROUNDING = 1e-4  # a divergence of equal models may come out a little below zero
 _TOKEN_IDS, _PREFIXES = "token_ids", ("layer.", "variant.", "block.", "unit.", "energy.")
 FINAL = "final"  # stands for the layer index of the final norm
@@ -180,7 +182,7 @@ def _wanted_shape(table: str, name: str, architecture: Architecture) -> tuple[in
     if table == "energy" and axis != TRUNK.inner_norm_energy:
         inner = [t.shape for t in architecture.layer_tensors(layer_idx or 0) if t.spec.rms_groups]
         return (prod(inner[-1]),) if inner and layer_idx is not None else None
-    axis = axis.removesuffix(_CONTRIBUTION)
+    axis = EXPERT if axis in _EXPERT_SCORES else axis.removesuffix(_CONTRIBUTION)
     sizes = architecture.sizes(None if axis == "hidden" else layer_idx)
     if axis not in sizes:
         return None

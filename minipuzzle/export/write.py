@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from minipuzzle.architecture.configs.puzzle import CONFIG_MODULE, write_puzzle_config
-from minipuzzle.architecture.model import Architecture, PlacedTensor
+from minipuzzle.architecture.model import Architecture, PlacedTensor, StoredTensor
 from minipuzzle.export.calibration import ActivationAmax
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.fused_experts import assembled
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype
 from minipuzzle.formats.e4m3 import scale_of
@@ -142,9 +143,27 @@ class ExportTensors:
         pieces = piece_rows(tensor.shape, self._piece_elements)
         return max(self.checkpoint.rows_and_amax(name, first, end)[1] for first, end in pieces)
 
-    def write(self, shard: Shard, tensor: PlacedTensor) -> None:
-        """Write what is stored for one tensor of the model."""
-        for name, first, values in self.stored(tensor):
+    def files(self) -> tuple[StoredTensor, ...]:
+        """The tensors as the files will hold them: experts in one tensor where the source has them so, unless they are
+        quantised, each with a scale of its own."""
+        are_fused = self.checkpoint.is_fused and not any(
+            self.layout.is_quantized(module_of(tensor)) for tensor in self.tensors if tensor.spec.routed
+        )
+        return tuple(self.checkpoint.architecture.deployed.stored_tensors(is_fused=are_fused))
+
+    def headers_of_file(self, stored: StoredTensor) -> list[TensorHeader]:
+        """What is stored for one tensor of ``files``."""
+        if stored.form is not None:
+            return [TensorHeader(name=stored.name, dtype="BF16", shape=stored.shape)]
+        return self.headers(stored.parts[0])
+
+    def write(self, shard: Shard, stored: StoredTensor) -> None:
+        """Write what is stored for one tensor of ``files``."""
+        if stored.form is not None:
+            fused = assembled(stored, lambda name: self.checkpoint.tensor(name).to(torch.bfloat16))
+            shard.write(stored.name, fused)
+            return
+        for name, first, values in self.stored(stored.parts[0]):
             shard.write(name, values, first_row=first)
 
     def stored(self, tensor: PlacedTensor, *, with_measured: bool = True) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -222,17 +241,19 @@ def write_export(
             write_json(folder / name, content)
     save_config(folder, config)
     copy_companions(checkpoint.folder, folder)
-    shards = plan_shards(folder, [tensors.headers(tensor) for tensor in tensors.tensors], max_shard_bytes)
+    files = tensors.files()
+    headers = [tensors.headers_of_file(stored) for stored in files]
+    shards = plan_shards(folder, headers, max_shard_bytes)
     shard_of = {name: shard for shard in shards for name in shard.headers}
-    members: dict[Path, list[PlacedTensor]] = {shard.path: [] for shard in shards}
-    for tensor in tensors.tensors:
-        members[shard_of[tensors.headers(tensor)[0].name].path].append(tensor)
+    members: dict[Path, list[StoredTensor]] = {shard.path: [] for shard in shards}
+    for stored, of_file in zip(files, headers, strict=True):
+        members[shard_of[of_file[0].name].path].append(stored)
     for shard in shards:
-        if shard.is_complete:
-            advance(len(members[shard.path]))
-            continue
-        with shard.open():
-            for tensor in members[shard.path]:
-                tensors.write(shard, tensor)
-                advance(1)
+        if not shard.is_complete:
+            with shard.open():
+                for stored in members[shard.path]:
+                    tensors.write(shard, stored)
+                    advance(len(stored.parts))
+        else:
+            advance(sum(len(stored.parts) for stored in members[shard.path]))
     write_index(folder, shards)

@@ -11,8 +11,10 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from io import FileIO
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,13 @@ from minipuzzle.architecture.configs.puzzle import without_blocks
 from minipuzzle.architecture.families import Family, family_of
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError, warn
+from minipuzzle.files.fused_experts import split_entries
 from minipuzzle.files.json_files import read_json, tagged, untagged, write_json
 from minipuzzle.files.safetensors_files import (
     INDEX_FILE,
     PLAIN_DTYPES,
     SINGLE_FILE,
+    Slab,
     TensorEntry,
     read_safetensors_header,
     torch_dtype,
@@ -80,14 +84,21 @@ def save_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 class Checkpoint:
-    """A checkpoint folder: its configuration, its architecture and, on demand, its tensors."""
+    """A checkpoint folder: its configuration, its architecture and, on demand, its tensors.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> None:
+    ``is_fused``: whether its files hold the experts of a block in one tensor, which the entries take apart.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], *, is_fused: bool = False
+    ) -> None:
         self.folder = folder
         self.config = config
         self.entries = entries
         self.family: Family = family_of(config)
         self.architecture: Architecture = self.family.read(config)
+        self.is_fused = is_fused or self.architecture.names.is_always_fused
+        self._slab: tuple[object, torch.Tensor] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -101,10 +112,14 @@ class Checkpoint:
                 hint += f"; if this is a name on the Hub: hf download {folder} --local-dir {folder.name}"
             raise MinipuzzleError(f"{folder} is not a folder", hint)
         config = dict(read_config(folder))
-        entries = _known_entries(folder, family_of(config), _read_entries(folder))
-        checkpoint = cls(folder, MappingProxyType(config), MappingProxyType(entries))
+        family = family_of(config)
+        known = _known_entries(folder, family, config, _read_entries(folder))
+        entries, is_fused = split_entries(family.read(config), known)
+        checkpoint = cls(folder, MappingProxyType(config), MappingProxyType(entries), is_fused=is_fused)
         changes = _stored_dtype(checkpoint) | _tie_as_stored(checkpoint, entries)
-        return cls(folder, MappingProxyType(config | changes), MappingProxyType(entries)) if changes else checkpoint
+        if changes:
+            return cls(folder, MappingProxyType(config | changes), checkpoint.entries, is_fused=is_fused)
+        return checkpoint
 
     @property
     def is_quantized(self) -> bool:
@@ -173,16 +188,19 @@ class Checkpoint:
 
         The bytes are read, not mapped: pages of a mapped file would stay counted as this process's memory.
         """
-        import torch
-
         entry = self.entries[name]
-        num_rows = entry.shape[0] if entry.shape else 1
-        start, stop, _ = slice(start, stop).indices(num_rows)
-        row_bytes = entry.num_bytes // max(num_rows, 1)
-        content = torch.empty(max(stop - start, 0) * row_bytes, dtype=torch.uint8)
-        _read_into(entry.shard, entry.offset + start * row_bytes, content.numpy())
-        shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
-        return content.view(torch_dtype(entry.dtype)).view(shape)
+        if entry.slab is None:
+            return _read_rows(entry, start, stop)
+        return self._scattered(entry, entry.slab)[start:stop].contiguous()
+
+    def _scattered(self, entry: TensorEntry, slab: Slab) -> torch.Tensor:
+        """A tensor that is scattered over a slab, which stays until the next: tensors are read a few rows at a time."""
+        key = entry.shard, entry.offset
+        if self._slab is None or self._slab[0] != key:
+            num_bytes = entry.num_bytes // prod(entry.shape) * prod(slab.shape)
+            self._slab = key, _read_rows(replace(entry, shape=slab.shape, num_bytes=num_bytes), 0, None)
+        matrix = self._slab[1].T if slab.is_transposed else self._slab[1]
+        return matrix[slab.start :: slab.step][: entry.shape[0]]
 
     @property
     def weight_bytes(self) -> int:
@@ -199,6 +217,18 @@ class Checkpoint:
         for shard in sorted({entry.shard for entry in self.entries.values()}):
             _hash_sampled_blocks(shard, digest)
         return digest.hexdigest()[:16]
+
+
+def _read_rows(entry: TensorEntry, start: int, stop: int | None) -> torch.Tensor:
+    import torch
+
+    num_rows = entry.shape[0] if entry.shape else 1
+    start, stop, _ = slice(start, stop).indices(num_rows)
+    row_bytes = entry.num_bytes // max(num_rows, 1)
+    content = torch.empty(max(stop - start, 0) * row_bytes, dtype=torch.uint8)
+    _read_into(entry.shard, entry.offset + start * row_bytes, content.numpy())
+    shape = (max(stop - start, 0), *entry.shape[1:]) if entry.shape else ()
+    return content.view(torch_dtype(entry.dtype)).view(shape)
 
 
 def _read_into(path: Path, offset: int, buffer: Any) -> None:
@@ -265,13 +295,16 @@ def _require_weights(folder: Path) -> None:
             raise MinipuzzleError(problem + (f" and {len(names) - 3} more" if len(names) > 3 else ""), hint)
 
 
-def _known_entries(folder: Path, family: Family, found: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _known_entries(
+    folder: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry]:
     """Entries under our names, without what every reader computes or leaves aside."""
+    ignored = family.modules.ignored.format_map(config)
     entries: dict[str, TensorEntry] = {}
     num_ignored = 0
     for name, entry in found.items():
         ours = family.modules.disk_name(name)
-        if family.modules.ignored and name.startswith(family.modules.ignored):
+        if ignored and name.startswith(ignored):
             num_ignored += 1
         elif ours in entries:
             raise MinipuzzleError(f"{folder}: {ours} is stored twice, under two names", "restore the checkpoint")
@@ -279,7 +312,7 @@ def _known_entries(folder: Path, family: Family, found: Mapping[str, TensorEntry
             entries[ours] = entry
     if num_ignored:
         warn(
-            f"{folder}: {num_ignored} tensors named {family.modules.ignored}* are left aside: they predict several "
+            f"{folder}: {num_ignored} tensors named {ignored}* are left aside: they predict several "
             "tokens at once, and nothing here measures, cuts or writes them"
         )
     return entries

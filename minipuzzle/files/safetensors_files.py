@@ -22,14 +22,26 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slab:
+    """A matrix, or vector, of which a tensor is every ``step``-th row from ``start`` on; of its transpose if it is
+    transposed."""
+
+    shape: tuple[int, ...]
+    start: int
+    step: int
+    is_transposed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies on disk."""
+    """Where one tensor lies on disk; ``slab``: what is there, if the tensor is scattered over it."""
 
     shard: Path
     dtype: str  # safetensors' name of it, e.g. BF16
     shape: tuple[int, ...]
     num_bytes: int
-    offset: int  # of its first byte in the file
+    offset: int  # of its first byte in the file, or of the first of its slab
+    slab: Slab | None = None
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:

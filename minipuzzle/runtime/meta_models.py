@@ -10,6 +10,7 @@ from torch import nn
 
 from minipuzzle.architecture.configs.per_layer import base_config
 from minipuzzle.architecture.families import family_of, read_architecture
+from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.runtime.experts import SplitExperts
 from minipuzzle.runtime.mamba_scan import fast_mamba2
@@ -44,6 +45,8 @@ def uniform_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
     hf_config = transformers_config(config)
     family = family_of(config)
+    if dtype == torch.float64:
+        hf_config._experts_implementation = "eager"  # joint products of experts know no float64
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
@@ -62,10 +65,12 @@ def prepare_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
     for layer_idx, layer in enumerate(architecture.layers):
         prefix = architecture.names.block(architecture.block_of(layer_idx)) + architecture.names.mixers[layer.kind][0]
         path = modules.module_name(prefix).rstrip(".")
-        mixer = model.get_submodule(path)
         if layer.kind == "mamba":
             # transformers clamps Nemotron-H's dt at time_step_min, which serves initialisation; no engine and no kernel
             # does.
-            model.set_submodule(path, fast_mamba2(mixer, time_step_limit=(0.0, float("inf"))))
+            model.set_submodule(path, fast_mamba2(model.get_submodule(path), time_step_limit=(0.0, float("inf"))))
         elif layer.kind == "moe":
-            model.set_submodule(f"{path}.experts", SplitExperts(mixer.get_submodule("experts")))
+            roles = LAYER_KINDS["moe"].unit_modules(layer, architecture.names.roles.get("moe"))
+            experts = modules.module_name(prefix + roles["expert_down"]).partition(".{unit}")[0]
+            names = {role: name.rpartition(".")[2] for role, name in roles.items()}
+            model.set_submodule(experts, SplitExperts(model.get_submodule(experts), names))

@@ -183,7 +183,8 @@ def prefix_axes(layer: LayerSpec) -> tuple[str, ...]:
     return tuple(
         axis
         for axis in kind.prunable_axes
-        if axis not in (*kind.unit_groups, *kind.chosen_by_unit)
+        if axis in layer.sizes
+        and axis not in (*kind.unit_groups, *kind.chosen_by_unit)
         and all(
             spec.rms_groups == 0 and len(dimension) == 1 and dimension[0][0] == axis
             for spec in specs

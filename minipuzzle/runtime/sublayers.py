@@ -19,13 +19,14 @@ from minipuzzle.architecture.families import Family
 
 
 class Branch(nn.Module):
-    """``hidden + residual_scale * mixer(norm(hidden))`` with a norm and a mixer of a decoder block."""
+    """``hidden + residual_scale * mixer(norm(hidden))`` with a norm and a mixer of a decoder block; of several mixers
+    the sum."""
 
-    def __init__(self, block: nn.Module, norm: str, mixer: str, *, residual_scale: float = 1.0) -> None:
+    def __init__(self, block: nn.Module, norm: str, *mixers: str, residual_scale: float = 1.0) -> None:
         super().__init__()
-        self.norm_name, self.mixer_name, self.residual_scale = norm, mixer, residual_scale
-        self.add_module(norm, block.get_submodule(norm))
-        self.add_module(mixer, block.get_submodule(mixer))
+        self.norm_name, self.mixer_names, self.residual_scale = norm, mixers, residual_scale
+        for name in (norm, *mixers):
+            self.add_module(name, block.get_submodule(name))
 
     def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Hidden states after this layer."""
@@ -34,7 +35,10 @@ class Branch(nn.Module):
 
     def mix(self, normed_BTH: torch.Tensor) -> torch.Tensor:
         """What the mixer adds, before scaling."""
-        added_BTH: torch.Tensor = self.get_submodule(self.mixer_name)(normed_BTH)
+        found = (self.get_submodule(name)(normed_BTH) for name in self.mixer_names)
+        # gpt-oss returns the router's weights beside the sum.
+        first_BTH, *others = (added[0] if isinstance(added, tuple) else added for added in found)
+        added_BTH: torch.Tensor = sum(others, start=first_BTH)
         return added_BTH
 
 
@@ -58,11 +62,13 @@ class Positions:
 
     def mask(self, hidden_BTH: torch.Tensor, window: int | None) -> torch.Tensor | None:
         """What a token may not see; None: whatever comes later, which attention kernels know without a mask."""
-        if window is None or hidden_BTH.shape[1] <= window:
+        slides = window is not None and hidden_BTH.shape[1] > window
+        if not slides and self.config._attn_implementation != "eager":
             return None
-        from transformers.masking_utils import create_sliding_window_causal_mask
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-        mask: torch.Tensor = create_sliding_window_causal_mask(
+        make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
+        mask: torch.Tensor = make_mask(
             config=self.config, inputs_embeds=hidden_BTH, attention_mask=None, past_key_values=None
         )
         return mask
@@ -82,7 +88,7 @@ class AttentionBranch(Branch):
 
     def mix(self, normed_BTH: torch.Tensor) -> torch.Tensor:
         """What attention adds, before scaling."""
-        added_BTH: torch.Tensor = self.get_submodule(self.mixer_name)(
+        added_BTH: torch.Tensor = self.get_submodule(self.mixer_names[0])(
             hidden_states=normed_BTH,
             position_embeddings=self.positions.embeddings(normed_BTH),
             attention_mask=self.positions.mask(normed_BTH, self.window),
@@ -137,12 +143,16 @@ def runnable_layers(model: nn.Module, family: Family) -> list[nn.Module]:
 
 def _branches(block: nn.Module, family: Family, positions: Positions, scale: float) -> Iterator[Branch]:
     """What is there of a decoder block, in the order of its slots."""
-    for kind in sorted(family.names.slots, key=family.names.slots.__getitem__):
-        mixer, norm = (name.removesuffix(".weight").rstrip(".") for name in family.names.mixers[kind])
-        module = getattr(block, mixer, None)
-        if module is None or isinstance(module, NoLayer):
-            continue
+    names = family.names
+    found: dict[int, str] = {}
+    # Several kinds may have one slot; a mixer of several modules is recognised by having all of them.
+    for kind in sorted(names.slots, key=lambda kind: (names.slots[kind], -len(family.mixer_modules(kind)))):
+        modules = [getattr(block, name, None) for name in family.mixer_modules(kind)]
+        if all(module is not None and not isinstance(module, NoLayer) for module in modules):
+            found.setdefault(names.slots[kind], kind)
+    for kind in found.values():
+        mixers, norm = family.mixer_modules(kind), names.mixers[kind][1].removesuffix(".weight")
         if kind == "attention":
-            yield AttentionBranch(block, norm, mixer, positions, residual_scale=scale)
+            yield AttentionBranch(block, norm, mixers[0], positions, residual_scale=scale)
         else:
-            yield Branch(block, norm, mixer, residual_scale=scale)
+            yield Branch(block, norm, *mixers, residual_scale=scale)

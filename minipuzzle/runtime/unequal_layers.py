@@ -25,18 +25,20 @@ def narrow_on_meta(model: nn.Module, config: Mapping[str, Any], dtype: torch.dty
     donors: dict[tuple[object, ...], nn.Module] = {}
     for position, layer in enumerate(whole.layers):
         block_idx, wanted = whole.block_of(position), kept.get((whole.block_of(position), layer.kind))
-        mixer, norm = (name.removesuffix(".weight").rstrip(".") for name in whole.names.mixers[layer.kind])
+        mixers, norm = base.mixer_modules(layer.kind), whole.names.mixers[layer.kind][1].removesuffix(".weight")
         path = f"{base.modules.layers}.{block_idx}"
         block = model.get_submodule(path)
         if wanted is None:
-            block.set_submodule(mixer, NoLayer(is_attention=layer.kind == "attention"))
+            for mixer in mixers:
+                block.set_submodule(mixer, NoLayer(is_attention=layer.kind == "attention"))
             block.set_submodule(norm, nn.Identity())
             _generate_without_cache(model)
         elif wanted.sizes != layer.sizes:
             key = (layer.kind, *wanted.sizes.items(), wanted.options)
             if key not in donors:
                 donors[key] = _model_of_widths(config, whole, wanted, dtype)
-            block.set_submodule(mixer, donors[key].get_submodule(f"{path}.{mixer}"))
+            for mixer in mixers:
+                block.set_submodule(mixer, donors[key].get_submodule(f"{path}.{mixer}"))
 
 
 def _model_of_widths(

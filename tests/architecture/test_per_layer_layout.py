@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import minipuzzle
 from minipuzzle.architecture.kinds import LAYER_KINDS
@@ -30,7 +29,7 @@ from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cuts import half_of_the_units, plan_keeping
 from tests.support.oracles import exact_logits_of, silence
 from tests.support.text import random_tokens
-from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, write_family_checkpoint
+from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, save_tensors, write_family_checkpoint
 
 PAIRED = [name for name in EVERY_CONFIG if "nemotron_h" not in name]
 
@@ -40,11 +39,18 @@ def cut_into(source: Checkpoint, plan: Plan, folder: Path) -> None:
     write_pruned(source, plan, folder)
 
 
+def last_axis(source: Architecture, layer_idx: int) -> str:
+    """The last of those that a layer can be cut on."""
+    kind = LAYER_KINDS[source.layers[layer_idx].kind]
+    return [axis for axis in kind.prunable_axes if axis in source.layers[layer_idx].sizes][-1]
+
+
 def uneven_plan(source: Architecture) -> Plan:
     """A plan that narrows the last layer of each kind on its last axis, and drops the second layer."""
     plan = keep_everything(source)
     for kind in source.layer_counts:
-        axis, layer_idx = LAYER_KINDS[kind].prunable_axes[-1], source.layer_indices(kind)[-1]
+        layer_idx = source.layer_indices(kind)[-1]
+        axis = last_axis(source, layer_idx)
         cut = plan_keeping(source, axis, half_of_the_units(source, axis))
         names = {placed.name for placed in source.layer_tensors(layer_idx)}
         scales = {name: factors for name, factors in cut.norm_scales.items() if name in names}
@@ -58,16 +64,17 @@ def silenced(folder: Path, name: str) -> Checkpoint:
     """A random model in which everything that ``uneven_plan`` drops is silent."""
     epsilons: dict[str, Any] = {field: 1e-30 for field in NORM_EPSILONS if field in TINY_CONFIGS[name]}
     write_family_checkpoint(folder, name, dtype="float64", **epsilons)
-    source = Checkpoint.open(folder).architecture
-    tensors = load_file(folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    source, tensors = checkpoint.architecture, {name: checkpoint.tensor(name) for name in checkpoint.entries}
     for placed in source.layer_tensors(1):
         if placed.spec.dims[0] == HIDDEN and not placed.spec.rms_groups:
             tensors[placed.name].zero_()
     for kind in source.layer_counts:
-        axis, layer_idx = LAYER_KINDS[kind].prunable_axes[-1], source.layer_indices(kind)[-1]
+        layer_idx = source.layer_indices(kind)[-1]
+        axis = last_axis(source, layer_idx)
         for placed in source.layer_tensors(layer_idx):
             silence(tensors[placed.name], placed, axis, half_of_the_units(source, axis), to_mean=False)
-    save_file(tensors, folder / "model.safetensors")
+    save_tensors(folder, dict(checkpoint.config), tensors)
     return Checkpoint.open(folder)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minipuzzle
+from minipuzzle.architecture.families import read_architecture
 from minipuzzle.export.digests import DIGESTS_FILE
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
@@ -28,7 +29,7 @@ from minipuzzle.runtime.rounded_linear import RoundedLinear
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cli import run_cli
 from tests.support.text import random_tokens
-from tests.support.tiny_models import EVERY_CONFIG, change_tensors, write_family_checkpoint
+from tests.support.tiny_models import EVERY_CONFIG, TINY_CONFIGS, change_tensors, write_family_checkpoint
 
 TOKEN_IDS = random_tokens(4, 24, first=3)
 # Experts of whole blocks, so that NVFP4 can hold them.
@@ -75,8 +76,11 @@ def read_by_transformers(source: Checkpoint, folder: Path) -> nn.Module:
 def test_plain_transformers_computes_what_our_emulation_computes(
     name: str, scheme: str, tied: bool, tmp_path: Path
 ) -> None:
-    if (name, scheme) == ("nemotron_h-moe", "nvfp4"):
+    architecture = read_architecture(TINY_CONFIGS[name])
+    if "moe" in architecture.layer_counts and scheme == "nvfp4":
         pytest.skip("transformers 5.23 forgets the scale of whole tensors in experts; the model card says so")
+    if "moe" in architecture.layer_counts and architecture.names.is_always_fused:
+        pytest.skip("transformers reads no tensors of single experts of this family, and one for all has one scale")
     source, folder = export(tmp_path, name, tied=tied, scheme=scheme, flavour="compressed-tensors")
     theirs, ours = read_by_transformers(source, folder), minipuzzle.load(folder)
     for path, module in list(ours.named_modules()):

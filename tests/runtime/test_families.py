@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import minipuzzle
 from minipuzzle.architecture.families import FAMILIES, Config, Family, family_of, read_architecture
@@ -32,10 +31,10 @@ from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cuts import half_of_the_units, owners_of, plan_keeping
-from tests.support.oracles import caches_of, exact_logits_of, silence
+from tests.support.oracles import caches_of, exact_logits_of, never_route, silence
 from tests.support.scoring import score_layers
 from tests.support.text import random_tokens
-from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, write_family_checkpoint
+from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, save_tensors, write_family_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 EVERY_AXIS = [
@@ -174,16 +173,18 @@ def silenced(tmp_path: Path) -> Any:
         # An epsilon in the norm would not scale along; 1e-30 leaves the exact statement.
         epsilons: dict[str, Any] = {field: 1e-30 for field in NORM_EPSILONS if field in TINY_CONFIGS[name]}
         folder = write_family_checkpoint(tmp_path / "source", name, dtype="float64", **epsilons)
-        source = Checkpoint.open(folder).architecture
-        kept = half_of_the_units(source, axis)
-        tensors = load_file(folder / "model.safetensors")
+        checkpoint = Checkpoint.open(folder)
+        source, kept = checkpoint.architecture, half_of_the_units(checkpoint.architecture, axis)
+        tensors = {name: checkpoint.tensor(name) for name in checkpoint.entries}
         # A LayerNorm subtracts the mean of all units, so the one that equals it is silent.
         to_mean = axis == "hidden" and source.names.norm.is_centered
         norms = {placed.name.removesuffix("weight") for placed in source.tensors() if placed.spec.rms_groups}
         for placed in source.tensors():
             is_in_stream = placed.name.removesuffix("bias") not in norms
             silence(tensors[placed.name], placed, axis, kept, to_mean=to_mean and is_in_stream)
-        save_file(tensors, folder / "model.safetensors")
+        if axis == "expert":
+            never_route(tensors, source, kept)
+        save_tensors(folder, dict(checkpoint.config), tensors)
         return Checkpoint.open(folder), kept
 
     return make
@@ -323,7 +324,7 @@ def test_a_quantised_checkpoint_is_refused_with_the_field_named(folders: dict[st
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("mistral", {"head_dim": 0}, "head_dim"),
-        ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts"),
         ("granitemoehybrid", {"layer_types": ["mamba", "rwkv"]}, r"layer_types\[1\]"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
         ("nemotron_h", {"attention_bias": True}, "attention_bias"),

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+import minipuzzle
 from importance.channels import UNIT_DEFINITIONS, score_channels
 from minipuzzle.architecture.families import read_architecture
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import Plan, keep_everything, read_plan
+from minipuzzle.cut.plan import KeptUnits, Plan, keep_everything, read_plan
 from minipuzzle.cut.scores import Scores
 from minipuzzle.cut.selection import make_plan
 from minipuzzle.cut.surgery import cut_tensors
@@ -27,11 +28,14 @@ from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from minipuzzle.runtime.narrowed_layers import NarrowedLayers, layer_cut
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
+from tests.support.oracles import logits_of
+from tests.support.published import PUBLISHED, published_config
 from tests.support.text import random_tokens
-from tests.support.tiny_models import TINY_CONFIGS, write_family_checkpoint
+from tests.support.tiny_models import EVERY_CONFIG, TINY_CONFIGS, save_tensors, write_family_checkpoint
 
 MOE_LAYERS = (1, 3)  # of the pattern ME*E-
 EXPERTS, NEURONS = 8, 24
+EXPERT_CONFIGS = [name for name in EVERY_CONFIG if "moe" in read_architecture(TINY_CONFIGS[name]).layer_counts]
 
 
 TOKEN_IDS = random_tokens(3, 19, seed=1)
@@ -72,6 +76,78 @@ def test_nemotron_3_nano_has_its_published_counts() -> None:
     assert architecture.layer_counts == {"mamba": 23, "attention": 6, "moe": 23}
     assert architecture.num_parameters == pytest.approx(31.6e9, rel=2e-3)
     assert architecture.num_active_parameters == pytest.approx(3.6e9, rel=2e-2)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_counts(name: str) -> None:
+    architecture = read_architecture(published_config(name))
+    assert (architecture.num_parameters, architecture.num_active_parameters) == PUBLISHED[name][2:]
+
+
+@pytest.fixture(params=EXPERT_CONFIGS)
+def any_checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    return Checkpoint.open(write_family_checkpoint(tmp_path / "model", request.param))
+
+
+def test_experts_are_scored_by_every_criterion_as_its_formula_says(any_checkpoint: Checkpoint) -> None:
+    """From transformers' own module of all experts, which is asked what each expert makes of every token."""
+    units, _ = score_channels(LayerStack(any_checkpoint), TOKEN_IDS, slice_samples=2)
+    model = minipuzzle.load(any_checkpoint)
+    paths = [path for path, module in model.named_modules() if path.endswith(".experts")]
+    calls: dict[str, tuple[torch.Tensor, ...]] = {}
+    for path in paths:
+        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: calls.update({path: args}))
+    logits_of(model, TOKEN_IDS)
+    captured = dict(calls)
+    source = any_checkpoint.architecture
+    for path, layer_idx in zip(paths, source.layer_indices("moe"), strict=True):
+        tokens_NH, experts_NK, weights_NK = captured[path]
+        shares_NK = (weights_NK / weights_NK.sum(1, keepdim=True)).double()
+        for expert_idx in range(source.layers[layer_idx].sizes["expert"]):
+            chosen = torch.full((len(tokens_NH), 1), expert_idx)
+            with torch.no_grad():
+                output_NH = model.get_submodule(path)(tokens_NH, chosen, torch.ones(chosen.shape))
+            given_NK = experts_NK == expert_idx
+            given_N, norms_N = given_NK.any(1), output_NH.norm(dim=1).double()
+            num_given = max(1, int(given_N.sum()))
+            wanted = {
+                "expert": float((norms_N * (weights_NK * given_NK).sum(1)).mean()),
+                "expert_reap": float((norms_N * (shares_NK * given_NK).sum(1)).sum() / num_given),
+                "expert_man": float((norms_N * given_N).sum() / num_given),
+                "expert_msan": float((norms_N.square() * given_N).sum() / num_given),
+                "expert_frequency": float(given_N.double().mean()),
+            }
+            found = {axis: units[f"{axis}.{layer_idx}"][expert_idx] for axis in wanted}
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-12), (path, expert_idx)
+    assert wanted.keys() <= set(UNIT_DEFINITIONS)
+
+
+def test_files_with_all_experts_of_a_block_in_one_tensor_are_read_and_written_as_such(tmp_path: Path) -> None:
+    apart = Checkpoint.open(write_family_checkpoint(tmp_path / "apart", "qwen3_moe"))
+    tensors = {name: apart.tensor(name) for name in apart.entries}
+    folder = write_family_checkpoint(tmp_path / "together", "qwen3_moe")
+    save_tensors(folder, dict(apart.config), tensors, is_fused=True)
+    together = Checkpoint.open(folder)
+    assert together.is_fused and not apart.is_fused
+    together.require_plain_weights()
+    assert all(torch.equal(together.tensor(name), tensor) for name, tensor in tensors.items())
+    everything = keep_everything(together.architecture)
+    for source, plan in ((together, everything), (apart, everything)):
+        out = tmp_path / f"cut-{source.folder.name}"
+        out.mkdir()
+        write_pruned(source, plan, out)
+        assert (out / "model.safetensors").read_bytes() == (source.folder / "model.safetensors").read_bytes()
+    kept: KeptUnits = {"expert": {1: (0, 1, 2, 5)}, "expert_ffn": {1: tuple(range(0, NEURONS, 2))}}
+    cut = [dict(cut_tensors(source, replace(everything, kept_units=kept))) for source in (apart, together)]
+    assert all(torch.equal(tensor, cut[1][name]) for name, tensor in cut[0].items())
+    exported = export_checkpoint(
+        together, tmp_path / "bf16", ExportRequest(scheme="bf16"), calibration_token_ids=TOKEN_IDS
+    )
+    assert exported.verification is not None and Checkpoint.open(tmp_path / "bf16").is_fused
+    damaged = {**load_file(folder / "model.safetensors"), "model.layers.0.mlp.experts.down_proj": torch.ones(8, 3)}
+    save_file(damaged, folder / "model.safetensors")
+    with pytest.raises(MinipuzzleError, match=r"experts\.down_proj has shape"):
+        Checkpoint.open(folder)
 
 
 def inputs_of_moe_layers(checkpoint: Checkpoint, token_ids_BT: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from minipuzzle.architecture.kinds import LAYER_KINDS
-from minipuzzle.architecture.layers import CacheSpec
+from minipuzzle.architecture.layers import HIDDEN, CacheSpec
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.surgery import kept_positions
@@ -47,9 +47,6 @@ def silence(tensor: torch.Tensor, placed: PlacedTensor, axis: str, kept: tuple[i
     if placed.spec.rms_groups:
         return
     writes = 1 if placed.part == "embeddings" else 0
-    if axis == "expert" and placed.spec.dims == ((("expert",),),):  # what the router adds before it picks the best
-        tensor.index_fill_(0, torch.from_numpy(np.setdiff1d(np.arange(len(tensor)), kept)), -1e4)
-        return
     positions = kept_positions(placed.spec.dims[writes], placed.sizes, {axis: kept})
     if positions is not None:
         silent = np.setdiff1d(np.arange(tensor.shape[writes]), positions)
@@ -57,6 +54,24 @@ def silence(tensor: torch.Tensor, placed: PlacedTensor, axis: str, kept: tuple[i
         quiet = others.mean(writes, keepdim=True) if to_mean else torch.zeros_like(others.narrow(writes, 0, 1))
         shape = [len(silent) if dim_idx == writes else length for dim_idx, length in enumerate(tensor.shape)]
         tensor.index_copy_(writes, torch.from_numpy(silent), quiet.expand(shape).contiguous())
+
+
+def never_route(tensors: dict[str, torch.Tensor], source: Architecture, kept: tuple[int, ...]) -> None:
+    """Let routers give no token to other experts than those kept: by what they add before they pick the best, or else
+    by a channel that has the same sign for every token, because no layer writes into it."""
+    for placed in source.tensors():
+        tensor = tensors[placed.name]
+        if ("expert",) in placed.spec.dims[0]:
+            gone = [expert for expert in range(len(tensor)) if expert not in kept]
+            tensor[gone] = -1e4
+            if tensor.ndim > 1:
+                tensor[gone, 1:] = 0
+        elif placed.part == "embeddings":
+            tensor[:, 0] = 0.1
+        elif placed.spec.rms_groups and placed.spec.dims == (HIDDEN,):
+            tensor[0] = 1
+        elif placed.spec.dims[0] == HIDDEN:
+            tensor[0] = 0
 
 
 Scores = dict[str, NDArray[np.float64]]

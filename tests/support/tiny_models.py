@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.architecture.families import FAMILIES, read_architecture
+from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.runtime.meta_models import prepare_layers
@@ -42,11 +43,20 @@ def write_tiny_checkpoint(folder: Path, *, pattern: str = "M-M*-M-", seed: int =
 def _write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    tensors = random_tensors(config, seed)
     stored_dtype = getattr(torch, config["dtype"])
-    save_file({n: t.to(stored_dtype) for n, t in tensors.items()}, folder / SINGLE_FILE, metadata={"format": "pt"})
+    save_tensors(folder, config, {name: t.to(stored_dtype) for name, t in random_tensors(config, seed).items()})
     write_byte_tokenizer(folder)
     return folder
+
+
+def save_tensors(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], *, is_fused: bool = False
+) -> None:
+    """Write a model's tensors as its family stores them; ``is_fused``: experts together where it can be so."""
+    architecture = read_architecture(config)
+    stored = as_stored(architecture, tensors.items(), is_fused=is_fused or architecture.names.is_always_fused)
+    contiguous = {name: tensor.contiguous() for name, tensor in stored}
+    save_file(contiguous, folder / SINGLE_FILE, metadata={"format": "pt"})
 
 
 TINY_CONFIGS = {name: config for family in FAMILIES.values() for name, config in family.tiny_configs.items()}
@@ -74,7 +84,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
 
     settings = {key: value for key, value in config.items() if key != "model_type"}
     family = FAMILIES[config["model_type"]]
-    modules = family.modules
+    disk_names = {family.modules.module_name(placed.name): placed.name for placed in family.read(config).tensors()}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         hf_config = AutoConfig.for_model(config["model_type"], **settings)
@@ -87,8 +97,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
                 parameter += 0.2 * torch.randn_like(parameter)
             else:
                 parameter *= 4  # transformers' initial layers are close to the identity
-            disk_name = name.replace(modules.module_prefix, modules.disk_prefix, 1)
-            tensors[disk_name] = parameter.detach().clone()
+            tensors[disk_names.get(name, name)] = parameter.detach().clone()
     if config["tie_word_embeddings"]:
         tensors.pop("lm_head.weight", None)
     return tensors

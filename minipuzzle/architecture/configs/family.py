@@ -24,8 +24,8 @@ class ModulePaths:
     """Where transformers keeps the parts of a model in memory, and how tensor names on disk map there.
 
     ``layers`` is the list of decoder blocks. ``rotary``: the module of position embeddings, if there is one.
-    ``other_prefixes``: beginnings of names that other programs write, and ours. ``ignored``: the beginning of names
-    that transformers leaves aside.
+    ``other_prefixes``: beginnings of names that other programs write, and ours. ``inner``: parts of names on disk that
+    are others in memory. ``ignored``: the beginning of names that transformers leaves aside; may hold config's fields.
     """
 
     layers: str
@@ -36,6 +36,7 @@ class ModulePaths:
     module_prefix: str
     rotary: str = ""
     other_prefixes: Mapping[str, str] = field(default_factory=dict)
+    inner: Mapping[str, str] = field(default_factory=dict)
     ignored: str = ""
 
     def disk_name(self, name: str) -> str:
@@ -52,6 +53,8 @@ class ModulePaths:
 
     def module_name(self, disk_name: str) -> str:
         """The parameter name in memory of a tensor on disk."""
+        for on_disk, in_memory in self.inner.items():
+            disk_name = disk_name.replace(on_disk, in_memory)
         if disk_name.startswith(self.disk_prefix):
             return self.module_prefix + disk_name.removeprefix(self.disk_prefix)
         return disk_name
@@ -112,6 +115,12 @@ class Family:
         variants = {f"{self.model_type}-{name}": config for name, config in self.tiny_variants.items()}
         return {self.model_type: self.tiny_config, **variants}
 
+    def mixer_modules(self, kind: str) -> tuple[str, ...]:
+        """The modules of transformers' decoder block that make the mixer of a layer."""
+        prefix = self.names.mixers[kind][0]
+        paths = [prefix] if prefix else self.names.roles[kind].values()
+        return tuple(dict.fromkeys(self.modules.module_name(path).partition(".")[0] for path in paths))
+
     def read(self, config: Config) -> Architecture:
         """The architecture that a config.json describes.
 
@@ -161,7 +170,11 @@ class Family:
         config[self.fields["trunk"]["hidden"]] = architecture.hidden
         for kind in architecture.layer_counts:
             sizes = uniform_sizes(architecture, kind)
-            config |= {self.fields[kind][axis]: sizes[axis] for axis in LAYER_KINDS[kind].prunable_axes}
+            config |= {
+                self.fields[kind][axis]: sizes[axis] for axis in LAYER_KINDS[kind].prunable_axes if axis in sizes
+            }
+            if "experts_per_token" in sizes:
+                _check_routing(sizes, source)
             if kind == "attention":
                 queries = sizes["kv_group"] * sizes["queries_per_group"]
                 config["num_attention_heads"] = queries
@@ -170,6 +183,21 @@ class Family:
         dtype = source.get("dtype") or source.get("torch_dtype") or "bfloat16"
         # Engines differ in which of the two names they read.
         return self.finish({**config, "dtype": dtype, "torch_dtype": dtype}, source, architecture)
+
+
+def _check_routing(moe: Mapping[str, int], source: Config) -> None:
+    """A router may pick the best groups by their two best experts, then experts within those.
+
+    Raises: MinipuzzleError where too few are left to be picked.
+    """
+    per_group = moe["expert"] // moe["expert_group"]
+    within_reach = per_group * (source.get("topk_group") or 1)
+    if per_group < 2 or moe["experts_per_token"] > within_reach:
+        raise MinipuzzleError(
+            f"{moe['expert']} experts in {moe['expert_group']} groups are too few for a router that picks "
+            f"{moe['experts_per_token']} a token",
+            "keep more experts",
+        )
 
 
 def require(config: Config, field: str) -> int:

@@ -68,13 +68,15 @@ def complete(architecture: Architecture, source: Architecture) -> Architecture:
     largest = {kind: _largest(architecture, source, kind) for kind in source.layer_counts}
     slots = architecture.names.slots
     layers: list[LayerSpec] = []
+    kind_in = {slots.get(kind, 0): kind for kind in reversed(source.layer_counts)}  # of the nearest block that has one
     for block in architecture.blocks:
         in_slot = {slots.get(architecture.layers[idx].kind, 0): architecture.layers[idx] for idx in block}
         for slot in range(architecture.names.layers_per_block):
             if slot in in_slot:
-                layers.append(in_slot[slot].resized(**largest[in_slot[slot].kind]))
+                kind_in[slot] = in_slot[slot].kind
+                layers.append(in_slot[slot].resized(**largest[kind_in[slot]]))
             else:
-                kind = next(kind for kind in source.layer_counts if slots.get(kind, 0) == slot)
+                kind = kind_in[slot]
                 model = source.layers[source.layer_indices(kind)[0]]
                 layers.append(model.resized(hidden=architecture.hidden, **largest[kind]))
     return replace(architecture, layers=tuple(layers))
@@ -83,11 +85,11 @@ def complete(architecture: Architecture, source: Architecture) -> Architecture:
 def _largest(architecture: Architecture, source: Architecture, kind: str) -> dict[str, int]:
     layers = [layer for layer in architecture.layers if layer.kind == kind]
     layers = layers or [source.layers[source.layer_indices(kind)[0]]]
-    return {axis: max(layer.sizes[axis] for layer in layers) for axis in LAYER_KINDS[kind].prunable_axes}
+    return {axis: max(layer.sizes[axis] for layer in layers) for axis in _widths(layers[0])}
 
 
 def _widths(layer: LayerSpec) -> dict[str, int]:
-    return {axis: layer.sizes[axis] for axis in LAYER_KINDS[layer.kind].prunable_axes}
+    return {axis: layer.sizes[axis] for axis in LAYER_KINDS[layer.kind].prunable_axes if axis in layer.sizes}
 
 
 @dataclass(frozen=True, kw_only=True)

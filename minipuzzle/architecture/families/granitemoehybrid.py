@@ -1,4 +1,4 @@
-"""granitemoehybrid: Granite 4, whose blocks pair Mamba-2 or attention with a gated MLP, without routed experts.
+"""granitemoehybrid: Granite 4, whose blocks pair Mamba-2 or attention with a gated MLP, to which routed experts add.
 
 Granite multiplies embeddings, residual branches, attention scores and logits by constants of its config.json.
 """
@@ -8,27 +8,45 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from minipuzzle.architecture.configs.experts import ROUTED_AXES
 from minipuzzle.architecture.configs.family import Config, Family, divide, require, require_names, require_one_of
 from minipuzzle.architecture.configs.paired import (
     ATTENTION_NORM,
     MLP_NORM,
+    PAIRED,
     PAIRED_MODULES,
     PAIRED_NAMES,
     STALE_KEYS,
     TINY_CONFIG,
 )
-from minipuzzle.architecture.model import Architecture
+from minipuzzle.architecture.model import Architecture, FusedExperts
 from minipuzzle.errors import MinipuzzleError
 
 _NAMES = replace(
     PAIRED_NAMES,
     mixers={
+        **PAIRED_NAMES.mixers,
         "mamba": ("mamba.", f"{ATTENTION_NORM}.weight"),
-        "attention": ("self_attn.", f"{ATTENTION_NORM}.weight"),
         "mlp": ("shared_mlp.", f"{MLP_NORM}.weight"),
+        "moe": ("", f"{MLP_NORM}.weight"),
     },
-    slots={"mamba": 0, "attention": 0, "mlp": 1},
-    roles={"mlp": {"gate_up": "input_linear", "down": "output_linear"}},
+    slots={**PAIRED_NAMES.slots, "mamba": 0, "moe": 1},
+    roles={
+        "mlp": {"gate_up": "input_linear", "down": "output_linear"},
+        "moe": {
+            "router": "block_sparse_moe.router.layer",
+            "expert_gate": "block_sparse_moe.experts.{unit}.gate_proj",
+            "expert_up": "block_sparse_moe.experts.{unit}.up_proj",
+            "expert_down": "block_sparse_moe.experts.{unit}.down_proj",
+            "shared_gate_up": "shared_mlp.input_linear",
+            "shared_down": "shared_mlp.output_linear",
+        },
+    },
+    fused=(
+        FusedExperts(name="block_sparse_moe.input_linear.weight", roles=("expert_gate", "expert_up")),
+        FusedExperts(name="block_sparse_moe.output_linear.weight", roles=("expert_down",)),
+    ),
+    is_always_fused=True,
 )
 _KIND_OF_LAYER_TYPE = {
     "mamba": "mamba",
@@ -49,11 +67,6 @@ def _layer_types(config: Config) -> list[str]:
 
 
 def _complete(config: Config) -> Config:
-    if config.get("num_local_experts"):
-        problem = (
-            f"config.json: num_local_experts is {config['num_local_experts']}; routed experts are not supported here"
-        )
-        raise MinipuzzleError(problem, "use a Granite 4 model without experts, such as h-micro")
     if "mamba" not in _kinds(config) or config["mamba_d_head"] != "auto":
         return config
     inner = require(config, "hidden_size") * require(config, "mamba_expand")
@@ -62,7 +75,8 @@ def _complete(config: Config) -> Config:
 
 
 def _kinds(config: Config) -> list[str]:
-    return [kind for name in _layer_types(config) for kind in (_KIND_OF_LAYER_TYPE[name], "mlp")]
+    second = "moe" if config["num_local_experts"] else "mlp"
+    return [kind for name in _layer_types(config) for kind in (_KIND_OF_LAYER_TYPE[name], second)]
 
 
 def _finish(config: dict[str, Any], source: Config, architecture: Architecture) -> dict[str, Any]:
@@ -117,10 +131,10 @@ FAMILIES = (
     Family(
         model_type="granitemoehybrid",
         names=_NAMES,
-        modules=PAIRED_MODULES,
+        modules=replace(PAIRED_MODULES, inner={"router.layer": "router"}),
         kinds=_kinds,
         fields={
-            "trunk": {"hidden": "hidden_size"},
+            **PAIRED.fields,
             "mamba": {
                 "ssm_head": "mamba_n_heads",
                 "ssm_head_channel": "mamba_d_head",
@@ -128,15 +142,28 @@ FAMILIES = (
                 "ssm_state": "mamba_d_state",
                 "conv_kernel": "mamba_d_conv",
             },
-            "attention": {"kv_group": "num_key_value_heads"},
             "mlp": {"ffn": "shared_intermediate_size"},
+            "moe": {
+                "expert_ffn": "intermediate_size",
+                "expert": "num_local_experts",
+                "shared_ffn": "shared_intermediate_size",
+                **ROUTED_AXES,
+            },
         },
         options={
             "mamba": {"bias": "mamba_proj_bias", "conv_bias": "mamba_conv_bias"},
             "attention": {"bias": "attention_bias"},
             "mlp": {"gated": True, "fused_gate": True},
+            "moe": {"gated": True, "softmax_router": True, "fused_shared": True},
         },
-        defaults={"mamba_d_head": "auto", "mamba_expand": 2, "mamba_conv_bias": True},
+        defaults={
+            "mamba_d_head": "auto",
+            "mamba_expand": 2,
+            "mamba_conv_bias": True,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+        },
         only={"hidden_act": "silu"},
         drops=(*STALE_KEYS, "layers_block_type"),
         embedding_scale="embedding_multiplier",
@@ -153,7 +180,15 @@ FAMILIES = (
                 "num_hidden_layers": 3,
                 "position_embedding_type": "nope",
                 "mamba_n_groups": 1,
-            }
+            },
+            "moe": {
+                **_TINY_CONFIG,
+                "layer_types": ["mamba", "attention", "mamba"],
+                "num_hidden_layers": 3,
+                "intermediate_size": 32,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
         },
     ),
 )

@@ -1,15 +1,24 @@
 """llama, and what is built alike: rotary attention and a gated MLP in every block (arXiv 2302.13971).
 
 Mistral's attention may slide over a window (arXiv 2310.06825), in some layers only where ``layer_types`` says so; the
-class that computes that is transformers' ``ministral``.
+class that computes that is transformers' ``ministral``. Mixtral has experts in the place of MLPs (arXiv 2401.04088).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from minipuzzle.architecture.configs.paired import PAIRED, one_window_or_by_type, tiny
+from minipuzzle.architecture.configs.experts import FUSED, ROUTED_AXES, WITH_EXPERTS, tiny_experts
+from minipuzzle.architecture.configs.paired import (
+    MLP_NORM,
+    PAIRED,
+    PAIRED_MODULES,
+    one_window,
+    one_window_or_by_type,
+    tiny,
+)
 
+_EXPERT_MODULES = {"expert_gate": "w1", "expert_up": "w3", "expert_down": "w2"}
 FAMILIES = (
     replace(
         PAIRED,
@@ -24,5 +33,22 @@ FAMILIES = (
         runs_as=lambda config: "mistral" if config.get("layer_types") is None else "ministral",
         adjust=one_window_or_by_type,
         tiny_config=tiny("mistral", "MistralForCausalLM", sliding_window=9),
+    ),
+    replace(
+        WITH_EXPERTS,
+        model_type="mixtral",
+        names=replace(
+            WITH_EXPERTS.names,
+            mixers={**WITH_EXPERTS.names.mixers, "moe": ("block_sparse_moe.", f"{MLP_NORM}.weight")},
+            roles={"moe": {role: f"experts.{{unit}}.{name}" for role, name in _EXPERT_MODULES.items()}},
+            fused=tuple(replace(form, name=form.name.replace("mlp", "block_sparse_moe")) for form in FUSED),
+        ),
+        modules=replace(PAIRED_MODULES, inner={"block_sparse_moe": "mlp"}),
+        fields={
+            **PAIRED.fields,
+            "moe": {"expert_ffn": "intermediate_size", "expert": "num_local_experts", **ROUTED_AXES},
+        },
+        adjust=one_window,
+        tiny_config=tiny_experts("mixtral", "MixtralForCausalLM", intermediate_size=32, num_local_experts=8),
     ),
 )
