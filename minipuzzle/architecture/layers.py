@@ -159,7 +159,9 @@ class Role:
         )
         yield weight
         if self.biases & layer.options:
-            yield TensorSpec(name=f"{name}.bias", dims=self.dims[:1], role=self.name, unit=weight.unit)
+            yield TensorSpec(
+                name=f"{name}.bias", dims=self.dims[:1], role=self.name, routed=weight.routed, unit=weight.unit
+            )
 
 
 def no_caches(_layer: LayerSpec) -> tuple[CacheSpec, ...]:

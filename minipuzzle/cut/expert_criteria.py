@@ -46,7 +46,7 @@ class ExpertCriterion:
 DEFAULT_CRITERION = "weighted"
 EXPERT_CRITERIA = Table(
     "expert criterion",
-    "expert criteria",
+    "expert_criteria",
     entries={
         "weighted": ExpertCriterion(
             definition="norm of the expert's output (before a latent projection back) times its routing weight: mean "

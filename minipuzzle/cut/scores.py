@@ -13,7 +13,7 @@ come as JSON: ``{"layer": {"mse": [...]}}``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,20 @@ class Scores:
                 "measure with `minipuzzle score`, or leave that axis uncut",
             )
         return self.units[key]
+
+    def ranking_experts_by(self, criterion: str) -> Scores:
+        """These scores with experts ranked by a criterion in the place of the default.
+
+        Raises: MinipuzzleError if that was not measured.
+        """
+        axis = criterion_axis(criterion)
+        named = ((key.partition("."), values) for key, values in self.units.items())
+        chosen = {f"{EXPERT}.{place}": values for (name, _, place), values in named if name == axis}
+        if axis != EXPERT and not chosen and any(key.startswith(f"{EXPERT}.") for key in self.units):
+            raise MinipuzzleError(
+                f"the scores hold nothing of experts by {criterion}", "measure with `minipuzzle score`"
+            )
+        return replace(self, units={**self.units, **chosen})
 
     def energy(self, norm: str) -> Array:
         """Mean squares under one RMS norm: ``ssm.<layer_idx>``, ``hidden.<layer_idx>`` or ``hidden.final``."""

@@ -49,7 +49,9 @@ def uniform_on_meta(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         hf_config._experts_implementation = "eager"  # joint products of experts know no float64
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, attn_implementation=family.attention
+            )
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _refused(error) from error
     prepare_layers(model, base_config(config))

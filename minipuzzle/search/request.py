@@ -11,6 +11,7 @@ from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_budget_bytes, parse_share_or_count
 from minipuzzle.architecture.timings import Timings, read_timings
+from minipuzzle.cut.expert_criteria import DEFAULT_CRITERION, EXPERT_CRITERIA
 from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.option import option
@@ -51,6 +52,9 @@ class SearchTargets:
     )
     width: Mapping[str, int] = option(
         {}, "Cut an axis (ffn, ssm_head, ...) to N. Repeatable.", takes="numbers", metavar="AXIS=N", section=_LIMITS
+    )
+    experts: str | None = option(
+        None, "Keep so many routed experts in each layer: 96, or a share such as 75%.", metavar="N", section=_LIMITS
     )
     minimum: Mapping[str, int] = option(
         {}, "Keep at least N of a kind. Repeatable.", name="min", takes="numbers", metavar="KIND=N", section=_BOUNDS
@@ -93,12 +97,20 @@ class SearchTargets:
         choices=LAYOUTS,
         section=_BOUNDS,
     )
+    expert_criterion: str = option(
+        DEFAULT_CRITERION, "Score by which experts are ranked.", choices=EXPERT_CRITERIA, section=_BOUNDS
+    )
     diversity: int = option(1, "Layers in which candidates differ.", at_least=1, section=_BOUNDS)
 
     @property
     def is_targeted(self) -> bool:
         """Whether a budget or fixed numbers are asked for, beside which that of a named deployment does not count."""
-        return self.memory is not None or bool(self.keep) or bool(self.width)
+        return self.memory is not None or self.is_fixed
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether numbers of layers or widths are asked for."""
+        return bool(self.keep or self.width or self.experts)
 
     def request(self, budget: str | None = None, sweep: str | None = None) -> SearchRequest | None:
         """What is asked for, None if nothing is.
@@ -115,7 +127,7 @@ class SearchTargets:
             asked["memory"] = sweep.split(":")[1] if sweep.count(":") == 2 else sweep
         elif not self.is_targeted:
             asked["memory"] = budget
-        if not self.keep and not self.width and all(asked[name] is None for name in LIMITS):
+        if not self.is_fixed and all(asked[name] is None for name in LIMITS):
             return None
         if isinstance(self.timings, str | Path):
             asked["timings"] = read_timings(Path(self.timings))
@@ -132,7 +144,7 @@ class SearchRequest(SearchTargets):
     timings: Timings | None = None
 
     def __post_init__(self) -> None:
-        if not self.is_limited and not self.keep and not self.width:
+        if not self.is_limited and not self.is_fixed:
             raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
         if self.layout not in LAYOUTS:
             raise MinipuzzleError(f"unknown layout {self.layout!r}", f"use one of {', '.join(LAYOUTS)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_share_or_count
+from minipuzzle.cut.expert_criteria import EXPERT
 from minipuzzle.errors import MinipuzzleError
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, t
     for axis, size in request.width.items():
         _check_width(source, axis, size)
         widths[axis] = (size,)
+    if request.experts is not None:
+        if EXPERT in widths:
+            raise MinipuzzleError("both ‹width› and ‹experts› speak of expert", "give one of them")
+        widths[EXPERT] = (num_experts(source, request.experts),)
     for axis, text in request.widths.items():
         if axis in widths:
             raise MinipuzzleError(f"both ‹width› and ‹widths› speak of {axis}", "give one of them")
@@ -120,6 +125,20 @@ def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, t
         if request.layout == PER_LAYER and len(widths.get(axis, ())) > 1:
             raise MinipuzzleError(f"all layers share one {axis} width", f"fix it with ‹width› {axis}=N")
     return widths
+
+
+def num_experts(source: Architecture, text: str) -> int:
+    """A number of experts, or a share of them, rounded up to as many in each group.
+
+    Raises: MinipuzzleError where the model has no experts, or the router needs more.
+    """
+    full = source.width(EXPERT)
+    if full is None:
+        raise MinipuzzleError("the model has no routed experts of one number", "see `minipuzzle inspect`")
+    step = default_step(source, EXPERT, 1)
+    number = -(-parse_share_or_count(text, full) // step) * step
+    _check_width(source, EXPERT, number)
+    return number
 
 
 def _default_widths(source: Architecture, request: SearchRequest) -> dict[str, tuple[int, ...]]:

@@ -277,6 +277,7 @@ def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder
     assert request.target is not None
     checkpoint, choosing = request.checkpoint, request.choosing
     scores.check_against(checkpoint.architecture, checkpoint.fingerprint)
+    scores = scores.ranking_experts_by(request.target.expert_criterion)
     problem = Problem(checkpoint=checkpoint, scores=scores, target=request.target, deployment=request.deployment)
     windows = comparison_windows(request, scores, validation)
     if choosing.race is not None:

@@ -107,7 +107,7 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     if request is None:
         raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
     _check_targets(model, scores, settings)
-    source, scores = architecture_of(model), scores_of(scores)
+    source, scores = architecture_of(model), scores_of(scores).ranking_experts_by(settings.expert_criterion)
     if (fingerprint := _fingerprint_of(model)) is not None:
         scores.check_against(source, fingerprint)
     if settings.sweep is not None:

@@ -24,6 +24,16 @@ _GRANITE = {
     "mamba_d_state": 128,
     "mamba_n_groups": 1,
 }
+_GLM = {
+    "vocab_size": 151552,
+    "head_dim": 128,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "use_qk_norm": False,
+}
+_GPT_OSS = {"vocab_size": 201088, "head_dim": 64, "num_experts_per_tok": 4, "sliding_window": 128}
 # name: (model type, fields, all parameters, active ones)
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "Qwen3-30B-A3B": (
@@ -71,6 +81,39 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int]] = {
         },
         32_207_337_984,
         8_803_115_904,
+    ),
+    # Files of both hold a layer more, which predicts a second token: 110,468,824,832 and 358,337,791,296 in all.
+    "GLM-4.5-Air": (
+        "glm4_moe",
+        {**_GLM, **_sizes(46, 4096, 10944, 96, 8), "moe_intermediate_size": 1408},
+        106_852_251_264,
+        13_424_129_664,
+    ),
+    "GLM-4.5": (
+        "glm4_moe",
+        {
+            **_GLM,
+            **_sizes(92, 5120, 12288, 96, 8),
+            "moe_intermediate_size": 1536,
+            "n_routed_experts": 160,
+            "first_k_dense_replace": 3,
+            "use_qk_norm": True,
+        },
+        352_797_829_024,
+        33_632_266_144,
+    ),
+    # The model card counts 3.61 B and 5.13 B active ones, which leave out the 0.58 B of the embeddings.
+    "gpt-oss-20b": (
+        "gpt_oss",
+        {**_GPT_OSS, **_sizes(24, 2880, 2880, 64, 8), "num_local_experts": 32},
+        20_914_757_184,
+        4_187_440_704,
+    ),
+    "gpt-oss-120b": (
+        "gpt_oss",
+        {**_GPT_OSS, **_sizes(36, 2880, 2880, 64, 8), "num_local_experts": 128},
+        116_829_156_672,
+        5_711_982_912,
     ),
 }
 

@@ -84,7 +84,8 @@ class Family:
 
     ``complete`` fills what is silent, or refuses what is not supported; ``adjust`` says in what layers differ;
     ``finish`` turns the fields of a cut model, written from the data, into its config.json. ``runs_as``: the model type
-    of the transformers class that computes what engines compute, where that is another.
+    of the transformers class that computes what engines compute, where that is another. ``attention``: transformers'
+    name of the implementation that it runs in.
 
     ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
     They stand here so that a family is one file, tests included.
@@ -107,6 +108,7 @@ class Family:
     adjust: Callable[[Config, Architecture], Architecture] = _alike
     finish: Callable[[dict[str, Any], Config, Architecture], dict[str, Any]] = _nothing_else
     runs_as: Callable[[Config], str] | None = None
+    attention: str = "sdpa"
     tiny_variants: Mapping[str, Config] = field(default_factory=dict)
 
     @property

@@ -5,6 +5,7 @@ Granite multiplies embeddings, residual branches, attention scores and logits by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,9 @@ _NAMES = replace(
     ),
     is_always_fused=True,
 )
+_EXPERT_OPTIONS: Mapping[str, Mapping[str, bool]] = {
+    "moe": {"gated": True, "softmax_router": True, "fused_shared": True}
+}
 _KIND_OF_LAYER_TYPE = {
     "mamba": "mamba",
     "linear_attention": "mamba",
@@ -154,7 +158,7 @@ FAMILIES = (
             "mamba": {"bias": "mamba_proj_bias", "conv_bias": "mamba_conv_bias"},
             "attention": {"bias": "attention_bias"},
             "mlp": {"gated": True, "fused_gate": True},
-            "moe": {"gated": True, "softmax_router": True, "fused_shared": True},
+            **_EXPERT_OPTIONS,
         },
         defaults={
             "mamba_d_head": "auto",

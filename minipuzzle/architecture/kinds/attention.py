@@ -1,4 +1,5 @@
-"""Grouped-query attention; "window" among the sizes makes it slide."""
+"""Grouped-query attention; "window" among the sizes makes it slide. With the option ``sinks``, each query head can look
+at nothing, by a learned weight."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from minipuzzle.architecture.layers import HIDDEN, CacheSpec, Dimension, LayerKi
 
 _QUERY: Segment = ("kv_group", "queries_per_group", "head_dim")
 _KEY: Segment = ("kv_group", "head_dim")
+_HEADS: Dimension = (("kv_group", "queries_per_group"),)
 _CHANNELS: Dimension = (("head_dim",),)  # of one head; not cut
 _BIASES = frozenset({"bias", "qkv_bias"})
 _FUSED, _NORMED = frozenset({"fused_qkv"}), frozenset({"qk_norm"})
@@ -47,6 +49,7 @@ ATTENTION = LayerKind(
             quantized=True,
         ),
         Role(name="o", module="o_proj", dims=(HIDDEN, (_QUERY,)), biases=frozenset({"bias"}), quantized=True),
+        Role(name="sinks", module="sinks", dims=(_HEADS,), needs=frozenset({"sinks"}), is_bare=True),
         Role(name="q_norm", module="q_norm", dims=(_CHANNELS,), needs=_NORMED),
         Role(name="k_norm", module="k_norm", dims=(_CHANNELS,), needs=_NORMED),
     ),
