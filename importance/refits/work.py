@@ -26,7 +26,9 @@ def expert_projections(architecture: Architecture, layer_idx: int) -> tuple[Plac
 
 
 def _into_the_stream(architecture: Architecture, layer_idx: int) -> tuple[PlacedTensor, ...]:
-    tensors = architecture.layer_tensors(layer_idx)
+    # What a shared expert adds may still be weighed, token by token; then its projection is not the last step.
+    weighed = {"shared_down"} if "shared_gate" in architecture.layers[layer_idx].options else set()
+    tensors = (placed for placed in architecture.layer_tensors(layer_idx) if placed.spec.role not in weighed)
     return tuple(placed for placed in tensors if len(placed.spec.dims) == 2 and placed.spec.dims[0] == HIDDEN)
 
 

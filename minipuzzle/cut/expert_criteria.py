@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from minipuzzle.table import Table
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
 EXPERT = "expert"  # the axis
 
 
@@ -32,7 +35,8 @@ class ExpertSums:
 
     def mean(self, total: Array) -> Array:
         """A sum by the tokens that an expert was given; zero for one that was given none."""
-        return total / np.maximum(self.routed, 1)
+        found: Array = total / self.routed.clip(1)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
