@@ -24,6 +24,7 @@ from distill.states.results import shared_output_folder, write_result
 from distill.states.stored import STATE_FOLDER, Progress
 from distill.training.data import TrainingText, blend_of, read_training_text
 from distill.training.loop import distill_pair
+from minipuzzle.cut.budget import inherited
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
@@ -349,6 +350,7 @@ def provenance_of(request: DistillRequest) -> dict[str, Any]:
         "teacher_fingerprint": request.teacher.fingerprint,
         "data_fingerprint": fingerprint_files(read_files(request.data)),
         "validation_fingerprint": fingerprint_files(list(request.validation)) if request.validation else None,
+        **inherited(request.student.folder),
         "settings": request.settings.shaping(),
         **request.engine.shaping(),
     }

@@ -24,6 +24,7 @@ from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import Plan, plan_without
 from minipuzzle.cut.scores import Scores
 from minipuzzle.data.windows import check_token_ids
+from minipuzzle.errors import InputChangedError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
@@ -57,18 +58,20 @@ def measure(
     layer_samples: int | None = None,
     channel_samples: int | None = None,
     partial_file: Path | None = None,
+    starts_afresh: bool = False,
 ) -> Scores:
     """Scores of layers, channels and heads of a checkpoint on some windows of tokens.
 
     ``request``: which layers, narrower forms and removals (default: leaving out each layer). ``layer_samples`` and
     ``channel_samples``: how many of the windows, from the first, each measurement takes (default: all).
     ``partial_file``: keeps the sums of finished slices, so that an interrupted measurement continues (each process
-    but the first has its own beside it). The processes of a torchrun job share the samples and all get all scores.
+    but the first has its own beside it); with ``starts_afresh`` sums of another measurement there are dropped. The
+    processes of a torchrun job share the samples and all get all scores.
     The metadata hold what is needed to repeat the measurement, and its counters.
 
     Shapes: ``token_ids_BT`` ``[samples, sequence_length]`` of token ids, as from ``sample_windows``.
     Raises: MinipuzzleError if ids lie outside the vocabulary, the memory is too small, or a value is not finite;
-    InputChangedError if ``partial_file`` belongs to another measurement.
+    InputChangedError if ``partial_file`` belongs to another measurement, unless ``starts_afresh``.
     """
     check_token_ids(token_ids_BT, checkpoint.architecture.vocabulary)
     request, processes = request or LayerRequest(), compute.processes
@@ -78,7 +81,7 @@ def measure(
     metadata = _metadata(checkpoint, token_ids_BT, len(layer_ids), len(channel_ids), compute.dtype)
     metadata |= {**request.to_metadata(), "scan": scan_path(stack.device)}
     identity = {key: metadata[key] for key in (*_IDENTITY, *request.to_metadata())}
-    partial = None if partial_file is None else _open_partial(partial_file, identity, processes)
+    partial = None if partial_file is None else _open_partial(partial_file, identity, processes, starts_afresh)
     run = _Measurement(stack=stack, partial=partial)
     units, energies = channels.score_channels(
         stack,
@@ -107,9 +110,16 @@ def measure(
     )
 
 
-def _open_partial(path: Path, identity: dict[str, str], processes: Processes) -> PartialSums:
+def _open_partial(path: Path, identity: dict[str, str], processes: Processes, starts_afresh: bool) -> PartialSums:
     path = path if processes.is_first else path.with_name(f"{path.name}.{processes.rank}")
-    return PartialSums(path, {**identity, "processes": str(processes.world_size)})
+    identity = {**identity, "processes": str(processes.world_size)}
+    try:
+        return PartialSums(path, identity)
+    except InputChangedError:
+        if not starts_afresh:
+            raise
+        path.unlink()
+        return PartialSums(path, identity)
 
 
 @dataclass(kw_only=True)

@@ -45,7 +45,7 @@ def warn(message: str) -> None:
 
 
 class InfeasibleBudgetError(MinipuzzleError):
-    """No architecture within the search bounds fits the budget."""
+    """Nothing within the bounds of a search fits the budget, or what is to be written does not."""
 
     exit_code = ExitCode.INFEASIBLE
 

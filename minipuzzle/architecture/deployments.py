@@ -56,13 +56,10 @@ def _gpu(name: str, mib: int, **serving: Any) -> NamedDeployment:
 _TABLE = (
     NamedDeployment(
         name="rtx5090-fp4-1M",
-        deployment=Deployment(
-            context_tokens=1_000_000, weights="nvfp4", embeddings="nvfp4", head="nvfp4", kv_cache="nvfp4"
-        ),
+        deployment=Deployment(context_tokens=1_000_000, weights="nvfp4", kv_cache="fp8"),
         memory="31.7GiB",
         source="budget of Nemotron-H 47B: FP4 inference on 1 million tokens (arXiv 2504.03624, section 3); the report "
-        "gives no precision for single terms, so weights, embeddings, head and KV cache are all NVFP4 here; "
-        "`export` writes the last three in BF16, or the cache in FP8, and then the published cut takes 37.64 GiB",
+        "gives no precision for single terms, so they are as `export --nvfp4 --kv-cache fp8` writes them",
     ),
     NamedDeployment(
         name="a10g-bf16-128k",

@@ -166,9 +166,10 @@ def layer_bytes(architecture: Architecture, layer_idx: int, deployment: Deployme
 
 
 def outer_bytes(architecture: Architecture, deployment: Deployment) -> Counter[str]:
-    """Bytes by term of embeddings, final norm and LM head; a head tied to the embeddings is counted once."""
+    """Bytes by term of embeddings, final norm and LM head; a head tied to the embeddings is counted once, unless
+    engines want one of its own, which exports then write."""
     total: Counter[str] = Counter()
-    for tensor in architecture.outer_tensors():
+    for tensor in architecture.deployed.outer_tensors():
         _add_tensor(total, tensor, architecture, deployment)
     return total
 

@@ -47,19 +47,28 @@ def export(model: Path, format_name: str | None, dry_run: bool, as_json: bool, *
 
     --fp8 and --nvfp4 measure activations on --data, write codes and their scales, load the result and compare what it
     computes with MODEL rounded the same way. Memory stays bounded: nothing needs the whole model at once.
+    Without a format, a model that was cut for one is written in that one; what takes more than the model was cut for is
+    refused (--over-budget).
     """
-    if format_name is None:
-        raise click.UsageError("say which format: " + ", ".join(f"--{name}" for name in FORMATS))
-    _check_usage(format_name, options)
-
+    from minipuzzle.cut.budget import read_serving_budget
+    from minipuzzle.export.budget import format_of_budget
     from minipuzzle.workflows.export import export_request, plan_export, run_export
     from minipuzzle.workflows.verbs import open_model
+
+    checkpoint = open_model(model)
+    if format_name is None:
+        made_for = read_serving_budget(checkpoint.folder)
+        if made_for is None:
+            raise click.UsageError("say which format: " + ", ".join(f"--{name}" for name in FORMATS))
+        format_name = format_of_budget(made_for)
+        click.echo(f"in {FORMATS[format_name].title}, which {model} was cut for", err=True)
+    _check_usage(format_name, options)
 
     compute = compute_of(options, is_quiet=as_json)
     command = shlex.join(["minipuzzle", *sys.argv[1:]])
     settings = from_options(ExportSettings, options, compute=compute, command=command)
-    request, checkpoint = export_request(format_name, settings), open_model(model)
     checkpoint.require_plain_weights()
+    request = export_request(checkpoint, format_name, settings)
     if not settings.data and request.layout(checkpoint).needs_calibration:
         raise click.UsageError(f"--{format_name} needs --data: text like what the model will see")
     if dry_run:

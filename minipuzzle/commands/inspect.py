@@ -24,9 +24,11 @@ def inspect(model: Path, named_deployment: NamedDeployment, as_json: bool) -> No
     from minipuzzle.architecture.memory import memory_breakdown
     from minipuzzle.architecture.quantities import format_gib, parse_bytes
     from minipuzzle.files.checkpoint import read_config
+    from minipuzzle.formats.choices import warn_of_terms_not_exported
     from minipuzzle.show.report import architecture_summary, print_architecture
 
     architecture, deployment = read_architecture(read_config(model)), named_deployment.deployment
+    warn_of_terms_not_exported(architecture, deployment)
     needed_bytes = memory_breakdown(architecture, deployment).total_bytes
     budget_bytes = parse_bytes(named_deployment.memory) if named_deployment.memory else None
     if as_json:

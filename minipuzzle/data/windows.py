@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.errors import MinipuzzleError, warn
 
 PIECE_CHARACTERS = 2**20
 _PROBE = "a"  # to see what a tokenizer's own rule adds to a text
@@ -89,6 +89,34 @@ def sample_windows(
     starts = sorted(shuffler.sample(range(num_windows), num_samples))
     windows = [stream[start * sequence_length : (start + 1) * sequence_length] for start in starts]
     return torch.tensor(windows, dtype=torch.int64)
+
+
+def wanted_windows(
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    samples: int | None,
+    default_samples: int,
+    sequence_length: int,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Random windows as above: as many as somebody asked for, else by default, or all there are, which is said.
+
+    Raises: MinipuzzleError if the text is shorter than asked for.
+    """
+    token_ids = sample_windows(
+        tokenizer,
+        documents,
+        num_samples=default_samples if samples is None else samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        may_be_fewer=samples is None,
+    )
+    if samples is None and len(token_ids) < default_samples:
+        warn(
+            f"the text holds {len(token_ids)} samples of {sequence_length} tokens, not {default_samples}: all are used"
+        )
+    return token_ids
 
 
 @dataclass(frozen=True, kw_only=True)

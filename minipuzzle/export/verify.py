@@ -62,6 +62,18 @@ class Verification:
     before: Quality | None = None
     relative_difference: float | None = None
 
+    def to_json(self) -> dict[str, float | None]:
+        """All figures by name; only where the source is known."""
+        assert self.before is not None
+        return {
+            "relative_difference": self.relative_difference,
+            "kl_from_source": self.after.kl,
+            "agreement_with_source": self.after.agreement,
+            "source_loss": self.before.loss,
+            "loss": self.after.loss,
+            "num_tokens": self.after.num_tokens,
+        }
+
 
 def verification_slice(token_ids_BT: torch.Tensor) -> torch.Tensor:
     """The first windows of some tokens, a few thousand tokens together."""

@@ -7,6 +7,7 @@ records what was asked and the fingerprints of all inputs; the same command run 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -133,14 +134,22 @@ def _check_writable(folder: Path, target: Path) -> None:
 def output_folder(target: Path, provenance: Provenance, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield ``<target>.partial/`` to write into; rename it to ``target`` once the block ends without an error.
 
-    A partial folder of an interrupted run with the same provenance is yielded as it was left. A run that ends with a
-    MinipuzzleError takes the partial folder that it began with it: its inputs must change before it can succeed.
+    A partial folder of an interrupted run with the same provenance is yielded as it was left; one with another is begun
+    anew if ``overwrite``. A run that ends with a MinipuzzleError takes the partial folder that it began with it: its
+    inputs must change before it can succeed.
 
-    Raises: InputChangedError naming the field, if the interrupted run had other inputs or settings.
+    Raises: InputChangedError naming the fields, if the interrupted run had other inputs or settings.
     """
     check_target_folder(target, overwrite=overwrite)
     partial = target.with_name(target.name + ".partial")
-    is_fresh = _open_partial(partial, output_record(provenance))
+    try:
+        is_fresh = _open_partial(partial, output_record(provenance))
+    except InputChangedError:
+        if not overwrite:
+            raise
+        with only_writer(partial, lock=partial / _WRITER_FILE):
+            shutil.rmtree(partial)
+        is_fresh = _open_partial(partial, output_record(provenance))
     with only_writer(partial, lock=partial / _WRITER_FILE):
         try:
             yield partial
@@ -209,15 +218,17 @@ def _open_partial(partial: Path, record: dict[str, Any]) -> bool:
 def require_same_inputs(unfinished: Path, earlier: Provenance, wanted: Provenance) -> None:
     """Refuse to continue a run that began with other inputs or settings.
 
-    Raises: InputChangedError naming the first field that differs.
+    Raises: InputChangedError naming the fields that differ.
     """
-    for field in sorted((earlier.keys() | wanted.keys()) - set(ADDED_FIELDS)):
-        if earlier.get(field) != wanted.get(field):
-            raise InputChangedError(
-                f"{unfinished} holds an interrupted run with another {field}: "
-                + "; ".join(_differences(earlier.get(field), wanted.get(field))),
-                f"restore it to continue that run, or remove {unfinished} to start afresh",
-            )
+    names = sorted((earlier.keys() | wanted.keys()) - set(ADDED_FIELDS))
+    if differing := [name for name in names if earlier.get(name) != wanted.get(name)]:
+        is_one = len(differing) == 1
+        found = (_differences(earlier.get(name), wanted.get(name), "" if is_one else name) for name in differing)
+        raise InputChangedError(
+            f"{unfinished} holds an interrupted run with another {' and '.join(differing)}: "
+            + "; ".join(itertools.chain.from_iterable(found)),
+            "restore that to continue the run, or pass ‹overwrite› to start afresh",
+        )
 
 
 def _differences(earlier: Any, wanted: Any, name: str = "") -> Iterator[str]:

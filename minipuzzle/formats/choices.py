@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from minipuzzle.architecture.families import FAMILIES
+from minipuzzle.architecture.memory import TERMS, Deployment
+from minipuzzle.errors import warn
 from minipuzzle.table import Table
 
 if TYPE_CHECKING:
+    from minipuzzle.architecture.model import Architecture
     from minipuzzle.formats.schemes import Scheme
 
 PLAIN = "bf16"
@@ -58,6 +62,21 @@ FORMATS = Table(
 def format_of(scheme: str) -> str:
     """The name of the format that a scheme belongs to."""
     return next(name for name, form in FORMATS.items() if scheme in (name, *form.schemes.values()))
+
+
+def warn_of_terms_not_exported(architecture: Architecture, deployment: Deployment) -> None:
+    """Say what a deployment counts in a precision that no export of a model writes."""
+    caches = ("bf16",) if FAMILIES[architecture.model_type].modules.rotary else ("bf16", "fp8")
+    written = {
+        "weights": FORMATS.names(),
+        "embeddings": (PLAIN,),
+        "head": (PLAIN, deployment.weights),
+        "other": (PLAIN,),
+        "kv_cache": caches,
+    }
+    counted = {term: getattr(deployment, term) for term in written}
+    if found := [f"{TERMS[term]} in {name}" for term, name in counted.items() if name not in written[term]]:
+        warn(f"memory is counted with {', '.join(found)}, which `minipuzzle export` does not write for this model")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,8 +102,8 @@ def export_layout(
     if scheme == PLAIN:
         return ExportLayout(ignored=tuple(module_of(t) for t in _matrices(architecture)))
     chosen_scheme, chosen_flavour, chosen_recipe = SCHEMES[scheme], FLAVOURS[flavour], RECIPES[recipe]
-    if fp8_kv_cache:
-        _check_cache(architecture, chosen_flavour)
+    if fp8_kv_cache and (obstacle := cache_scales_obstacle(architecture, chosen_flavour)) is not None:
+        raise MinipuzzleError(*obstacle)
     is_quantized = {
         module_of(tensor): chosen_recipe.takes(tensor.part, is_linear=tensor.spec.quantized)
         for tensor in _matrices(architecture)
@@ -163,20 +163,22 @@ def _check_widths(architecture: Architecture, is_quantized: Mapping[str, bool], 
             )
 
 
-def _check_cache(architecture: Architecture, flavour: Flavour) -> None:
+def cache_scales_obstacle(architecture: Architecture, flavour: Flavour) -> tuple[str, str] | None:
+    """Why no scales of an FP8 cache can be stored, and what to do; None where they can."""
     if FAMILIES[architecture.model_type].modules.rotary:
         # Engines cache keys after their rotation (and after a norm, where there is one), which is not measured here.
-        raise MinipuzzleError(
+        return (
             f"scales of an FP8 KV cache are not measured for {architecture.model_type}, whose keys are rotated",
             "leave out ‹kv_cache› fp8",
         )
     if not _cache_scales(architecture):
-        raise MinipuzzleError("the model has no attention layer, so no KV cache", "leave out ‹kv_cache› fp8")
+        return "the model has no attention layer, so no KV cache", "leave out ‹kv_cache› fp8"
     if not flavour.has_cache_scales:
-        raise MinipuzzleError(
+        return (
             f"the {flavour.name} layout has no place for cache scales that engines read in hybrid models",
             "use ‹flavour› modelopt, or leave out ‹kv_cache› fp8",
         )
+    return None
 
 
 def _matrices(architecture: Architecture) -> Iterator[PlacedTensor]:

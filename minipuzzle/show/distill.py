@@ -14,6 +14,7 @@ from rich.table import Table
 
 from distill.settings import DOCUMENTS, LARGEST_KL, OnStep, StepRecord, ignore_step
 from minipuzzle.architecture.quantities import format_count, format_gib
+from minipuzzle.cut.budget import read_serving_budget
 from minipuzzle.show.bars import ProgressLines, steps_bar
 from minipuzzle.show.tables import figures_table
 
@@ -106,7 +107,8 @@ def print_result(result: DistillResult) -> None:
         print(f"written are the weights after step {result.best_step:,}, the best by the KL on held-out text")
     print(f"written to {result.out}")
     if result.problem is None:
-        print(f"next: minipuzzle export {result.out} --fp8 -o ...")
+        chosen = " --fp8" if read_serving_budget(result.out) is None else ""  # else what it was cut for
+        print(f"next: minipuzzle export {result.out}{chosen} -o ...")
 
 
 def print_estimates(facts: Mapping[str, float], runs: Sequence[RunEstimate]) -> None:

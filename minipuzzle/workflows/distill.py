@@ -14,10 +14,12 @@ from distill.scale.hardware import hardware_of
 from distill.settings import OnNote, OnStep, StepRecord, ignore_note
 from distill.states.records import is_tensorboard_log, tensorboard_log
 from minipuzzle.architecture.families import read_architecture
+from minipuzzle.architecture.memory import memory_breakdown
 from minipuzzle.architecture.model import Architecture
+from minipuzzle.cut.budget import read_serving_budget
 from minipuzzle.cut.plan import read_plan
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.checkpoint import read_config
+from minipuzzle.files.checkpoint import Checkpoint, read_config
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import check_target_folder
 from minipuzzle.files.records import complete_record
@@ -37,6 +39,8 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
     teacher = find_teacher(checkpoint.folder) if options.teacher is None else options.teacher
     if options.tensorboard is not None:
         check_target_folder(options.tensorboard, overwrite=True, is_ours=is_tensorboard_log)
+    if not options.over_budget:
+        _require_budget(checkpoint, options)
     settings = replace(options.training, dtype=options.compute.dtype)
     request = DistillRequest(
         student=checkpoint,
@@ -50,6 +54,16 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
         overwrite=options.overwrite,
     )
     return prepare_run(request, options.compute)
+
+
+def _require_budget(student: Checkpoint, options: DistillOptions) -> None:
+    made_for = read_serving_budget(student.folder)
+    if made_for is None:
+        return
+    weights = made_for.deployment.weights if options.engine.qat == "none" else options.engine.qat
+    served = memory_breakdown(student.architecture, replace(made_for.deployment, weights=weights))
+    what = f"{student.folder} with {weights} weights"
+    made_for.require(served.total_bytes, what, "train what `minipuzzle prune` wrote, for the format it was cut for")
 
 
 def finish_distill(

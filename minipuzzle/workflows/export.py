@@ -6,96 +6,48 @@ by layer where the memory holds no more.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minipuzzle.architecture.quantities import parse_bytes
+from minipuzzle.cut.budget import read_serving_budget
 from minipuzzle.data.windows import check_token_ids
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import CalibrationMethod
+from minipuzzle.export.budget import (
+    FP8_CACHE,
+    asks_for_fp8_cache,
+    format_of_budget,
+    recipe_of_budget,
+    require_budget,
+)
 from minipuzzle.export.calibration import ActivationAmax, calibration_bytes, measure_amax, open_stack
 from minipuzzle.export.digests import record_digests
 from minipuzzle.export.model_card import CardFacts, PrecisionFacts, write_model_card
+from minipuzzle.export.request import ExportRequest as ExportRequest
 from minipuzzle.export.verify import Verification, expected_states, verification_slice, verify_against, verify_plain
-from minipuzzle.export.write import ExportTensors, export_headers, portable_config, write_export
+from minipuzzle.export.write import ExportTensors, export_headers, write_export
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder, write_whole
 from minipuzzle.files.records import complete_record
-from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES
 from minipuzzle.formats.choices import FORMATS, PLAIN, RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
-from minipuzzle.formats.layout import ExportLayout, export_layout, module_of
+from minipuzzle.formats.layout import ExportLayout, module_of
 from minipuzzle.progress import Advance
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_bytes
 from minipuzzle.show.page.facts import deployment_of, model_facts
 from minipuzzle.show.page.page import write_page
-from minipuzzle.workflows.settings import ExportSettings, QualityFile, paths_of
-from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
+from minipuzzle.workflows.settings import EXPORT_SAMPLES, ExportSettings, QualityFile, paths_of
+from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb_with
 from minipuzzle.workflows.verify import random_tokens
 
 CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What to write and how.
-
-    ``scheme``: ``bf16`` or a name in SCHEMES; ``overrides``: (pattern of module names, the scheme or ``bf16``).
-    ``is_puzzle``: config.json with ``block_configs``, for a model whose layers differ in width.
-    ``base_model``, ``quality`` (data name -> metric -> value) and ``command`` go into the model card.
-    """
-
-    scheme: str = PLAIN
-    flavour: str = "modelopt"
-    recipe: str = "default"
-    overrides: tuple[tuple[str, str], ...] = ()
-    fp8_kv_cache: bool = False
-    is_puzzle: bool = False
-    method: CalibrationMethod = field(default_factory=CalibrationMethod)
-    verifies: bool = True
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    base_model: str | None = None
-    quality: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    command: str | None = None
-
-    def layout(self, checkpoint: Checkpoint) -> ExportLayout:
-        """What of a checkpoint is stored how.
-
-        Raises: MinipuzzleError for an unknown recipe, overrides that fit nothing, widths the format cannot hold, or a
-        model that ``block_configs`` cannot describe.
-        """
-        portable_config(checkpoint, is_puzzle=self.is_puzzle)
-        return export_layout(
-            checkpoint.architecture.deployed,
-            scheme=self.scheme,
-            flavour=self.flavour,
-            recipe=self.recipe,
-            overrides=self.overrides,
-            fp8_kv_cache=self.fp8_kv_cache,
-        )
-
-    def provenance(self, checkpoint: Checkpoint, token_ids: torch.Tensor | None) -> dict[str, Any]:
-        """Everything that the written tensors depend on."""
-        return {
-            "command": "export",
-            "format": self.scheme,
-            "source_fingerprint": checkpoint.fingerprint,
-            "flavour": self.flavour,
-            "recipe": self.recipe,
-            "overrides": [list(override) for override in self.overrides],
-            "fp8_kv_cache": self.fp8_kv_cache,
-            "is_puzzle": self.is_puzzle,
-            "method": asdict(self.method),
-            "max_shard_bytes": self.max_shard_bytes,
-            "calibration": None if token_ids is None else tokens_fingerprint(token_ids),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,26 +71,9 @@ class ExportedFolder:
             "out": str(self.folder),
             "num_tensors": self.num_tensors,
             "weight_bytes": self.weight_bytes,
-            "verification": _figures(self.verification) if self.verification else None,
+            "verification": self.verification.to_json() if self.verification else None,
             "warnings": list(self.warnings),
         }
-
-
-def _figures(found: Verification) -> dict[str, Any]:
-    assert found.before is not None
-    return {
-        "relative_difference": found.relative_difference,
-        "kl_from_source": found.after.kl,
-        "agreement_with_source": found.after.agreement,
-        "source_loss": found.before.loss,
-        "loss": found.after.loss,
-        "num_tokens": found.after.num_tokens,
-    }
-
-
-def tokens_fingerprint(token_ids: torch.Tensor) -> str:
-    """A short hash of tokens."""
-    return hashlib.sha256(f"{list(token_ids.shape)}".encode() + token_ids.numpy().tobytes()).hexdigest()[:16]
 
 
 def export_checkpoint(
@@ -214,11 +149,18 @@ def _stored_model(checkpoint: Checkpoint, layout: ExportLayout) -> dict[str, Any
     return model_facts(architecture, deployment, formats)
 
 
-def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
-    """What settings ask for in a format.
+def export_request(checkpoint: Checkpoint, format_name: str | None, settings: ExportSettings) -> ExportRequest:
+    """What settings ask for in a format; what they leave open is as the model was cut for.
 
-    Raises: MinipuzzleError for an unknown format or flavour, or activations that the format does not have.
+    Raises: MinipuzzleError for an unknown format or flavour, none at all where the model was cut for none, or
+    activations that the format does not have; InfeasibleBudgetError for what the model was not cut for.
     """
+    made_for = read_serving_budget(checkpoint.folder)
+    format_name = format_name or format_of_budget(made_for)
+    FORMATS.check(format_name)
+    fp8_kv_cache = settings.kv_cache == FP8_CACHE
+    if settings.kv_cache is None and format_name != PLAIN:
+        fp8_kv_cache = asks_for_fp8_cache(made_for, checkpoint.architecture, settings.flavour)
     activations = settings.activations or FLAVOURS[settings.flavour].default_activations
     schemes = FORMATS[format_name].schemes
     if settings.activations and schemes and settings.activations not in schemes:
@@ -226,14 +168,14 @@ def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
             f"{format_name} has no {settings.activations} activations", f"there are {', '.join(schemes)}"
         )
     scheme = schemes.get(activations, format_name)
-    return ExportRequest(
+    request = ExportRequest(
         scheme=scheme,
         flavour=settings.flavour,
-        recipe=settings.recipe,
+        recipe=settings.recipe or recipe_of_budget(made_for, format_name),
         overrides=tuple(
             (pattern, scheme if wanted == format_name else wanted) for pattern, wanted in settings.overrides
         ),
-        fp8_kv_cache=settings.kv_cache == "fp8",
+        fp8_kv_cache=fp8_kv_cache,
         is_puzzle=settings.puzzle,
         method=CalibrationMethod(algorithm=settings.calibration, percentile=settings.percentile),
         verifies=not settings.no_verify,
@@ -242,6 +184,9 @@ def export_request(format_name: str, settings: ExportSettings) -> ExportRequest:
         quality=_quality(settings.quality),
         command=settings.command,
     )
+    if not settings.over_budget:
+        require_budget(checkpoint.architecture, request.layout(checkpoint), made_for)
+    return request
 
 
 def _quality(quality: QualityFile) -> Mapping[str, Mapping[str, float | None]]:
@@ -251,8 +196,10 @@ def _quality(quality: QualityFile) -> Mapping[str, Mapping[str, float | None]]:
     return rows
 
 
-def run_export(model: Model, format_name: str, settings: ExportSettings) -> ExportedFolder:
+def run_export(model: Model, format_name: str | None, settings: ExportSettings) -> ExportedFolder:
     """Write a model as a folder for deployment in a format (bf16, fp8, nvfp4), and check it by reading it back.
+
+    Without a format it is the one that the model was cut for.
 
     Raises: as ``export_checkpoint``.
     """
@@ -267,10 +214,11 @@ def run_export(model: Model, format_name: str, settings: ExportSettings) -> Expo
     )
 
 
-export = verb(ExportSettings, run_export)
+# The format may be left out, for a model that was cut for one.
+export = verb_with(ExportSettings, run_export)
 
 
-def plan_export(model: Model, format_name: str, settings: ExportSettings) -> dict[str, int]:
+def plan_export(model: Model, format_name: str | None, settings: ExportSettings) -> dict[str, int]:
     """What an export will hold and take, after all checks that need no weights.
 
     Raises: as ``export_checkpoint``.
@@ -297,20 +245,27 @@ def plan_export(model: Model, format_name: str, settings: ExportSettings) -> dic
 
 
 def _prepared(
-    model: Model, format_name: str, settings: ExportSettings
+    model: Model, format_name: str | None, settings: ExportSettings
 ) -> tuple[Checkpoint, ExportRequest, torch.Tensor | None]:
     """A checkpoint that can be exported so, and the tokens to calibrate on where there is text."""
-    request, checkpoint, data = export_request(format_name, settings), open_model(model), paths_of(settings.data)
+    checkpoint, data = open_model(model), paths_of(settings.data)
     checkpoint.require_plain_weights()
+    request = export_request(checkpoint, format_name, settings)
     if request.layout(checkpoint).needs_calibration and not data:
         raise MinipuzzleError(
-            f"{format_name} needs text to calibrate on", "give ‹data›: text like what the model will see"
+            f"{request.scheme} needs text to calibrate on", "give ‹data›: text like what the model will see"
         )
     inputs = [checkpoint.folder, *data, *([Path(settings.quality)] if isinstance(settings.quality, str | Path) else ())]
     check_target_folder(Path(settings.out), overwrite=settings.overwrite, inputs=inputs)
     if not data:
         return checkpoint, request, None
-    token_ids = sample_text(checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length)
+    token_ids = sample_text(
+        checkpoint,
+        data,
+        samples=settings.samples,
+        default_samples=EXPORT_SAMPLES,
+        sequence_length=settings.sequence_length,
+    )
     return checkpoint, request, token_ids
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import update_wrapper
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +18,17 @@ from importance.work import open_stack, predict_work
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.architecture.quantities import parse_count
+from minipuzzle.cut.budget import MADE_FOR, ServingBudget, budget_of_plan
 from minipuzzle.cut.plan import CRITERIA, OBS, Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores, write_scores
 from minipuzzle.data.documents import read_documents
-from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, sample_windows, windows_of_tokens
+from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, wanted_windows, windows_of_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.outputs import check_target_folder, fingerprint_files, output_file, output_folder
 from minipuzzle.files.records import complete_record
+from minipuzzle.formats.choices import warn_of_terms_not_exported
 from minipuzzle.quality.evaluate import documents_within
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_tokenizer
@@ -40,8 +41,8 @@ from minipuzzle.show.report import plan_summary
 from minipuzzle.workflows.choosing.compare import Choice, ChoosingSettings, Problem, compare
 from minipuzzle.workflows.choosing.race import CANDIDATES_FILE, FINALISTS_FOLDER, race_finalists
 from minipuzzle.workflows.compensation import CutWriter, compensation_windows
-from minipuzzle.workflows.settings import PruneSettings, named_deployment, paths_of
-from minipuzzle.workflows.verbs import Keywords, Model, open_model, verb
+from minipuzzle.workflows.settings import DEFAULT_SAMPLES, PruneSettings, named_deployment, paths_of
+from minipuzzle.workflows.verbs import Model, open_model, verb_with
 
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
 PROVENANCE_FIELDS = ("samples", "sequence_length", "seed", "compensate", "criterion")
@@ -65,7 +66,7 @@ class PruneRequest:
     data: tuple[Path, ...] = ()
     validation: tuple[Path, ...] = ()
     race_data: tuple[Path, ...] = ()
-    samples: int = 128
+    samples: int | None = None
     sequence_length: int = 512
     seed: int = 0
     compensate: bool = True
@@ -98,6 +99,21 @@ class PruneRequest:
         texts = (*self.data, *self.validation, *self.race_data)
         return [path for path in (self.plan, self.scores, *texts) if isinstance(path, Path)]
 
+    @cached_property
+    def made_for(self) -> ServingBudget:
+        """What the cut has to fit: by the plan's own figures, or as it is asked for now.
+
+        Raises: MinipuzzleError for a plan that cannot be read.
+        """
+        plan = read_plan(self.plan) if isinstance(self.plan, Path) else self.plan
+        if plan is not None and (of_plan := budget_of_plan(plan)) is not None:
+            return of_plan
+        budget_bytes = None
+        if self.target is not None and self.target.memory is not None:
+            source_bytes = memory_breakdown(self.checkpoint.architecture, self.deployment).total_bytes
+            budget_bytes = self.target.budget_bytes(source_bytes)
+        return ServingBudget(deployment=self.deployment, budget_bytes=budget_bytes)
+
     def provenance(self, compute: Compute) -> dict[str, Any]:
         """What the output remembers: its teacher, for `distill`, and what was asked."""
         given = [str(value.to_json()) for value in (self.plan, self.scores) if isinstance(value, Plan | Scores)]
@@ -105,9 +121,9 @@ class PruneRequest:
             "command": "prune",
             "teacher": str(self.checkpoint.folder.resolve()),
             "teacher_fingerprint": self.checkpoint.fingerprint,
+            MADE_FOR: asdict(self.made_for),
             "settings": {
                 "target": asdict(self.target) if self.target else None,
-                "deployment": asdict(self.deployment),
                 **{name: getattr(self, name) for name in PROVENANCE_FIELDS},
                 **asdict(self.choosing),
                 "dtype": compute.dtype,
@@ -238,6 +254,7 @@ def run_prune(model: Model, settings: PruneSettings) -> PrunedModel:
     Raises: as ``prune_checkpoint``.
     """
     request, out = prune_request(model, settings), Path(settings.out)
+    warn_of_terms_not_exported(request.checkpoint.architecture, request.made_for.deployment)
     choice = prune_checkpoint(request, settings.compute, out=out, overwrite=settings.overwrite)
     return PrunedModel(out=out, source=request.checkpoint.architecture, deployment=request.deployment, choice=choice)
 
@@ -247,18 +264,23 @@ def measured_scores(request: PruneRequest, documents: list[str], compute: Comput
     kept = folder / SCORES_FILE
     if kept.is_file():
         return read_scores(kept)
-    token_ids = sample_windows(
-        load_tokenizer(request.checkpoint.folder),
-        documents,
-        num_samples=request.samples,
-        sequence_length=request.sequence_length,
-        seed=request.seed,
-    )
+    token_ids = _calibration_windows(request, documents)
     scores = measure(request.checkpoint, token_ids, compute, partial_file=folder / UNFINISHED_SCORES_FILE)
     kept.parent.mkdir(exist_ok=True)
     with output_file(kept) as path:
         write_scores(scores, path)
     return scores
+
+
+def _calibration_windows(request: PruneRequest, documents: list[str]) -> torch.Tensor:
+    return wanted_windows(
+        load_tokenizer(request.checkpoint.folder),
+        documents,
+        samples=request.samples,
+        default_samples=DEFAULT_SAMPLES,
+        sequence_length=request.sequence_length,
+        seed=request.seed,
+    )
 
 
 def cut_writer(request: PruneRequest, documents: list[str], scores: Scores | None, compute: Compute) -> CutWriter:
@@ -330,14 +352,15 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
         scores.check_against(source, checkpoint.fingerprint)
     documents = read_documents(request.data, load_tokenizer(checkpoint.folder)) if request.data else []
     if documents and scores is None:
-        facts |= {"documents": len(documents), "calibration_tokens": request.samples * request.sequence_length}
+        facts |= {"documents": len(documents), "calibration_tokens": _calibration_windows(request, documents).numel()}
     mending = cut_writer(request, documents, scores, compute).planned_work()
     if mending and (measured := facts.get("candidates_to_measure", 0)) > 1:
         facts["candidates_to_compensate"] = min(measured, request.choosing.num_compensated)
     facts |= mending
     _check_memory(request, candidates, compute)
     facts["disk_at_most_bytes"] = checkpoint.weight_bytes * num_kept_parameters // source.num_parameters
-    return facts | (_measuring_work(request, compute) if request.scores is None and request.data else {})
+    num_samples = facts.get("calibration_tokens", 0) // request.sequence_length
+    return facts | (_measuring_work(request, num_samples, compute) if num_samples else {})
 
 
 def _check_memory(request: PruneRequest, candidates: list[Candidate], compute: Compute) -> None:
@@ -352,10 +375,10 @@ def _check_memory(request: PruneRequest, candidates: list[Candidate], compute: C
         race.require_room(smallest.architecture, request.checkpoint.architecture, compute)
 
 
-def _measuring_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
+def _measuring_work(request: PruneRequest, samples: int, compute: Compute) -> dict[str, int]:
     length = request.sequence_length
     stack = open_stack(request.checkpoint, compute, sequence_length=length)
-    work = predict_work(stack, layer_samples=request.samples, channel_samples=request.samples, sequence_length=length)
+    work = predict_work(stack, layer_samples=samples, channel_samples=samples, sequence_length=length)
     return {
         "layer_applications": work.layer_applications,
         "weights_to_read_bytes": work.weight_bytes_read,
@@ -363,22 +386,12 @@ def _measuring_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     }
 
 
-class _Prune(Protocol[Keywords]):
-    """A plan may stand beside the model, because it is what the model is cut by."""
+def prune_by(model: Model, cut: Plan | str | Path | None, settings: PruneSettings) -> PrunedModel:
+    """As ``run_prune``; a plan may stand beside the model, because it is what the model is cut by.
 
-    def __call__(
-        self, model: Model, plan: Plan | str | Path | None = None, /, *how: Keywords.args, **named: Keywords.kwargs
-    ) -> PrunedModel: ...
-
-
-def _prune_verb(_settings: Callable[Keywords, PruneSettings]) -> _Prune[Keywords]:
-    by_keywords: Any = verb(PruneSettings, run_prune)
-
-    def prune(model: Model, plan: Any = None, /, **how: Any) -> Any:
-        return by_keywords(model, **({} if plan is None else {"plan": plan}), **how)
-
-    typed: Any = prune
-    return update_wrapper(typed, by_keywords)
+    Raises: as ``prune_checkpoint``.
+    """
+    return run_prune(model, settings if cut is None else replace(settings, plan=cut))
 
 
-prune = _prune_verb(PruneSettings)
+prune = verb_with(PruneSettings, prune_by)

@@ -14,7 +14,7 @@ from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.outputs import check_target_file, fingerprint_files, only_writer, output_file
 from minipuzzle.runtime.mamba_scan import scan_path
-from minipuzzle.workflows.settings import ScoreSettings, paths_of
+from minipuzzle.workflows.settings import DEFAULT_SAMPLES, ScoreSettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
 
 
@@ -47,16 +47,18 @@ def _measured(checkpoint: Checkpoint, settings: ScoreSettings, request: LayerReq
         sample_text(
             checkpoint,
             data,
-            samples=max(settings.samples, settings.num_channel_samples),
+            samples=settings.needed_samples,
+            default_samples=DEFAULT_SAMPLES,
             sequence_length=settings.sequence_length,
             seed=settings.seed,
             is_shuffled=True,
         ),
         settings.compute,
         request=request,
-        layer_samples=settings.samples,
+        layer_samples=settings.num_layer_samples,
         channel_samples=settings.num_channel_samples,
         partial_file=None if settings.out is None else Path(f"{settings.out}.partial-sums"),
+        starts_afresh=settings.overwrite,
     )
     provenance = {"data_fingerprint": fingerprint_files(list(data)), "seed": str(settings.seed)}
     return replace(scores, metadata={**scores.metadata, **provenance})
@@ -69,19 +71,23 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
     """
     checkpoint, compute = open_model(model), settings.compute
     request = _checked_request(checkpoint, settings)
-    samples = {"layer_samples": settings.samples, "channel_samples": settings.num_channel_samples}
-    sample_text(
+    token_ids = sample_text(
         checkpoint,
         paths_of(settings.data),
-        samples=max(samples.values()),
+        samples=settings.needed_samples,
+        default_samples=DEFAULT_SAMPLES,
         sequence_length=settings.sequence_length,
     )
+    samples = {
+        "layer_samples": min(settings.num_layer_samples, len(token_ids)),
+        "channel_samples": min(settings.num_channel_samples, len(token_ids)),
+    }
     stack = open_stack(
         checkpoint,
         compute,
         request=request,
         sequence_length=settings.sequence_length,
-        num_windows=settings.samples,
+        num_windows=samples["layer_samples"],
     )
     work = predict_work(stack, request=request, sequence_length=settings.sequence_length, **samples)
     return PlannedScoring(

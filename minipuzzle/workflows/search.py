@@ -16,6 +16,7 @@ from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint, holds_weights, read_config
 from minipuzzle.files.outputs import check_target_file, output_file
+from minipuzzle.formats.choices import warn_of_terms_not_exported
 from minipuzzle.search.candidates import Candidate
 from minipuzzle.search.engine import find_candidates, plan_of, predicted_frontier
 from minipuzzle.search.request import SearchRequest
@@ -110,6 +111,7 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     source, scores = architecture_of(model), scores_of(scores).ranking_experts_by(settings.expert_criterion)
     if (fingerprint := _fingerprint_of(model)) is not None:
         scores.check_against(source, fingerprint)
+    warn_of_terms_not_exported(source, deployment)
     if settings.sweep is not None:
         budgets = parse_sweep(settings.sweep, memory_breakdown(source, deployment).total_bytes)
         points = predicted_frontier(source, scores, request, deployment, budgets)

@@ -32,14 +32,17 @@ if TYPE_CHECKING:
     from minipuzzle.workflows.verbs import Model
 
 DEFAULT_TOP_K = 64  # of a teacher cache
+# Windows of text where nobody asks for a number.
+DEFAULT_SAMPLES, EXPORT_SAMPLES, VERIFY_SAMPLES = 128, 64, 4
 _CHOOSING, _CUTTING, _RACE = "Comparing candidates", "Cutting", "Race of finalists"
 COMPUTING = "Computing"  # the heading under which options say where and how
 Texts = str | Path | Sequence[str | Path]
 Serving = Deployment | NamedDeployment | str | None  # None: the defaults of Deployment
 QualityFile = str | Path | Mapping[str, Mapping[str, float | None]] | None  # a file, or figures by text and by name
 TEXT_HELP = "Text: .txt, .md, .jsonl or .parquet with 'text' or chat 'messages', or a folder of these. Repeatable."
-OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote; never any other."
-OVERWRITE_FILE_HELP = "Replace output files of the same kind; never any other."
+OVERWRITE_HELP = "Replace an output folder that minipuzzle wrote, or began to with other settings; never any other."
+OVERWRITE_FILE_HELP = "Replace output files of the same kind, or begun with other settings; never any other."
+OVER_BUDGET_HELP = "Go on although the result will take more memory than the model was cut for."
 OUT_HELP = "Output folder; appears only when complete."
 
 
@@ -68,7 +71,9 @@ class ScoreSettings:
     """
 
     data: Texts = option(help=TEXT_HELP, takes="paths")
-    samples: int = option(128, "Calibration samples for layers.")
+    samples: int | None = option(
+        None, f"Calibration samples for layers. Default: {DEFAULT_SAMPLES}, or all there are.", takes="count"
+    )
     channel_samples: int | None = option(
         None,
         "Calibration samples for channels and heads (published: 1024). Default: those for layers.",
@@ -105,17 +110,27 @@ class ScoreSettings:
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.num_channel_samples) < 1 or self.sequence_length < 2:
+        if min(self.num_layer_samples, self.num_channel_samples) < 1 or self.sequence_length < 2:
             raise MinipuzzleError(
-                f"{self.samples} samples ({self.num_channel_samples} for channels) of {self.sequence_length} tokens "
-                "measure nothing",
+                f"{self.num_layer_samples} samples ({self.num_channel_samples} for channels) of {self.sequence_length} "
+                "tokens measure nothing",
                 "give ‹samples› and ‹channel_samples› of at least 1 and ‹sequence_length› of at least 2",
             )
 
     @property
+    def num_layer_samples(self) -> int:
+        """Samples for layers, where the text has as many."""
+        return DEFAULT_SAMPLES if self.samples is None else self.samples
+
+    @property
     def num_channel_samples(self) -> int:
-        """Samples for channels and heads."""
-        return self.samples if self.channel_samples is None else self.channel_samples
+        """Samples for channels and heads, likewise."""
+        return self.num_layer_samples if self.channel_samples is None else self.channel_samples
+
+    @property
+    def needed_samples(self) -> int | None:
+        """Samples that the text must have; None where nobody asked for a number."""
+        return max((number for number in (self.samples, self.channel_samples) if number is not None), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +201,9 @@ class VerifySettings:
 
     against: Model | None = option(None, "The model it was exported from.", takes="path", metavar="MODEL")
     data: Texts = option((), TEXT_HELP, takes="paths")
-    samples: int = option(4, "Windows of text to run.")
+    samples: int | None = option(
+        None, f"Windows of text to run. Default: {VERIFY_SAMPLES}, or all there are.", takes="count"
+    )
     sequence_length: int = option(512, "Tokens of a window.")
     compute: Compute = field(default_factory=Compute)
 
@@ -200,17 +217,23 @@ class ExportSettings:
 
     out: str | Path = option(help=OUT_HELP, takes="path")
     data: Texts = option((), TEXT_HELP, takes="paths")
-    samples: int = option(64, "Calibration windows.")
+    samples: int | None = option(
+        None, f"Calibration windows. Default: {EXPORT_SAMPLES}, or all there are.", takes="count"
+    )
     sequence_length: int = option(512, "Tokens of a calibration window.")
     overwrite: bool = option(False, OVERWRITE_HELP)
+    over_budget: bool = option(False, OVER_BUDGET_HELP)
     flavour: str = option(
         "modelopt",
         "Layout: modelopt for vLLM, SGLang and TensorRT-LLM; compressed-tensors for vLLM and transformers.",
         choices=FLAVOURS,
         section="Format",
     )
-    recipe: str = option(
-        "default", "mamba-safe leaves attention in BF16; all adds the LM head.", choices=RECIPES, section="Format"
+    recipe: str | None = option(
+        None,
+        "mamba-safe leaves attention in BF16; all adds the LM head. Default: as the model was cut for, else default.",
+        choices=RECIPES,
+        section="Format",
     )
     overrides: Sequence[tuple[str, str]] = option(
         (),
@@ -228,9 +251,9 @@ class ExportSettings:
         choices=("static", "dynamic"),
         section="Format",
     )
-    kv_cache: str = option(
-        "bf16",
-        "fp8 stores scales for an FP8 KV cache, which engines then use.",
+    kv_cache: str | None = option(
+        None,
+        "fp8 stores scales for an FP8 KV cache, which engines then use. Default: as the model was cut for, else bf16.",
         choices=("bf16", "fp8"),
         section="Format",
     )
@@ -280,6 +303,7 @@ class DistillOptions(DistillSettings):
     )
     out: str | Path = option(help=OUT_HELP, takes="path", is_needed=False)
     overwrite: bool = option(False, OVERWRITE_HELP)
+    over_budget: bool = option(False, OVER_BUDGET_HELP)
     teacher_cache: Path | None = option(
         None,
         "Keep the teacher's top-k targets in this folder, for further epochs and students; several runs may share it.",
@@ -320,7 +344,9 @@ class PruneSettings(SearchTargets):
     out: str | Path = option(help=OUT_HELP, takes="path")
     scores: Scores | str | Path | None = option(None, "Use these scores; measure nothing.", takes="path")
     plan: Plan | str | Path | None = option(None, "Cut by this plan; search nothing.", takes="path")
-    samples: int = option(128, "Calibration samples.")
+    samples: int | None = option(
+        None, f"Calibration samples. Default: {DEFAULT_SAMPLES}, or all there are.", takes="count"
+    )
     sequence_length: int = option(512, "Tokens a sample.")
     overwrite: bool = option(False, OVERWRITE_HELP)
     seed: int = option(0, "Seed of the sampling.", takes="integer", section=_CHOOSING)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import update_wrapper, wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from minipuzzle.data.documents import read_documents
-from minipuzzle.data.windows import check_token_ids, sample_windows
+from minipuzzle.data.windows import check_token_ids, wanted_windows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.models import load_tokenizer
 
@@ -31,6 +31,8 @@ Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 What = TypeVar("What")
 Other = TypeVar("Other")
+Second = TypeVar("Second", contravariant=True)
+Outcome = TypeVar("Outcome", covariant=True)
 
 
 def open_model(model: Model) -> Checkpoint:
@@ -65,16 +67,38 @@ def verb(settings: Callable[..., Any], run: Callable[..., Any]) -> Callable[...,
     return called
 
 
+class VerbWith(Protocol[Second, Keywords, Outcome]):
+    """A verb that takes something beside the model, which may be left out."""
+
+    def __call__(
+        self, model: Model, second: Second | None = None, /, *how: Keywords.args, **named: Keywords.kwargs
+    ) -> Outcome: ...
+
+
+def verb_with(
+    settings: Callable[Keywords, Settings], run: Callable[[Model, Second | None, Settings], Outcome]
+) -> VerbWith[Second, Keywords, Outcome]:
+    """As ``verb``; what is left out beside the model is None."""
+    by_keywords: Any = verb(settings, run)
+
+    def called(model: Model, second: Second | None = None, /, **how: Any) -> Any:
+        return by_keywords(model, second, **how)
+
+    typed: Any = called
+    return update_wrapper(typed, by_keywords)
+
+
 def sample_text(
     checkpoint: Checkpoint,
     data: Sequence[Path],
     *,
-    samples: int,
+    samples: int | None,
+    default_samples: int,
     sequence_length: int,
     seed: int = 0,
     is_shuffled: bool = False,
 ) -> torch.Tensor:
-    """Windows of a checkpoint's tokens, ``[samples, sequence_length]``, from text.
+    """Windows of a checkpoint's tokens, ``[samples, sequence_length]``, from text, as many as ``wanted_windows`` says.
 
     ``is_shuffled``: in random order, so that the first few are a fair sample of all; else in the text's order.
 
@@ -83,8 +107,14 @@ def sample_text(
     import torch
 
     tokenizer = load_tokenizer(checkpoint.folder)
-    documents = read_documents(data, tokenizer)
-    token_ids = sample_windows(tokenizer, documents, num_samples=samples, sequence_length=sequence_length, seed=seed)
+    token_ids = wanted_windows(
+        tokenizer,
+        read_documents(data, tokenizer),
+        samples=samples,
+        default_samples=default_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
     check_token_ids(token_ids, checkpoint.architecture.vocabulary)
     if is_shuffled:
         token_ids = token_ids[torch.randperm(len(token_ids), generator=torch.Generator().manual_seed(seed))]

@@ -17,7 +17,7 @@ from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE
 from minipuzzle.formats.layout import ExportLayout
 from minipuzzle.quality.vocabulary import check_same_vocabulary
-from minipuzzle.workflows.settings import VerifySettings, paths_of
+from minipuzzle.workflows.settings import VERIFY_SAMPLES, VerifySettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
 
 _RANDOM_WINDOWS, _RANDOM_TOKENS = 4, 256  # where there is no text
@@ -77,7 +77,13 @@ def run_verify(model: Model, settings: VerifySettings) -> VerifiedFolder:
     computed = compare_folders(
         checkpoint,
         other,
-        sample_text(checkpoint, data, samples=settings.samples, sequence_length=settings.sequence_length)
+        sample_text(
+            checkpoint,
+            data,
+            samples=settings.samples,
+            default_samples=VERIFY_SAMPLES,
+            sequence_length=settings.sequence_length,
+        )
         if data
         else random_tokens(checkpoint),
         settings.compute,

@@ -32,7 +32,7 @@ from minipuzzle.cut.plan import Plan, keep_everything
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.compute import Compute
-from tests.support.tiny_models import write_tiny_checkpoint
+from tests.support.tiny_models import write_family_checkpoint
 
 EMBEDDED_MODEL = Path(__file__).parents[2] / "examples" / "tiny_hybrid" / "model"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,12 +178,15 @@ def test_the_ssm_state_is_kept_as_config_json_says() -> None:
         read_architecture({**config, "mamba_ssm_cache_dtype": "int3"})
 
 
-def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
-    folder = write_tiny_checkpoint(tmp_path / "tied", tie_word_embeddings=True)
-    checkpoint = Checkpoint.open(folder)
+@pytest.mark.parametrize(("family", "is_served_tied"), [("llama", True), ("nemotron_h", False)])
+def test_a_tied_head_is_counted_once_unless_exports_give_it_weights_of_its_own(
+    family: str, is_served_tied: bool, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(write_family_checkpoint(tmp_path / "tied", family, tie_word_embeddings=True))
     breakdown = memory_breakdown(checkpoint.architecture, Deployment(**every_term_in("fp32")))
-    assert bytes_of(breakdown, WEIGHT_TERMS) == checkpoint.weight_bytes
-    assert bytes_of(breakdown, ("head",)) == 0
+    embedding_bytes = checkpoint.entries[checkpoint.architecture.names.embeddings].num_bytes
+    assert bytes_of(breakdown, ("head",)) == (0 if is_served_tied else embedding_bytes)
+    assert bytes_of(breakdown, WEIGHT_TERMS) == checkpoint.weight_bytes + bytes_of(breakdown, ("head",))
 
 
 def test_a_token_uses_its_share_of_the_routed_experts(monkeypatch: pytest.MonkeyPatch) -> None:

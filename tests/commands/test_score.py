@@ -262,6 +262,7 @@ def test_the_command_keeps_and_checks_the_sums_of_an_interrupted_run(
     result = score(tiny_folder, text_file, tmp_path / "s.safetensors", *extra)
     assert result.exit_code == 4
     assert str(left_over) in result.stderr.replace("\n", "")
+    assert score(tiny_folder, text_file, tmp_path / "s.safetensors", *extra, "--overwrite").exit_code == 0
 
 
 def test_bfloat16_ranks_layers_as_float32_does(tiny_checkpoint: Checkpoint, text_file: Path) -> None:

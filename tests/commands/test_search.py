@@ -9,9 +9,18 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from minipuzzle.cut.plan import read_plan
+from minipuzzle.architecture.deployments import DEPLOYMENTS
+from minipuzzle.architecture.families import read_architecture
+from minipuzzle.architecture.memory import Deployment, memory_breakdown
+from minipuzzle.cut.plan import plan_without, read_plan
+from minipuzzle.cut.scores import Scores, write_scores
+from minipuzzle.export.budget import exported_bytes
+from minipuzzle.formats.layout import export_layout
+from minipuzzle.search.engine import find_candidates
+from minipuzzle.search.request import SearchRequest
 from tests.support.cli import run_cli, run_json
 from tests.support.tiny_models import published_config
 
@@ -119,14 +128,43 @@ def test_outputs_replace_files_of_their_own_kind_only_and_on_request(
     assert "which is an input" in refused.stderr
 
 
-def test_the_readme_cuts_for_what_it_exports_and_finds_it_on_the_published_config(score_file: Path) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("minipuzzle ")]
-    (cut, exported), budget = ([next(c for c in commands if c[1] == name) for name in ("prune", "export")], "31.7GiB")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines() if line.startswith("minipuzzle ")]
+WITHOUT_WEIGHTS = [c for c in COMMANDS if c[0] in ("inspect", "search") or "--estimate" in c]
+SLOW = "per-layer"  # the integer programme of 118 layers and 15 widths
+
+
+def test_the_readme_exports_what_it_cuts_for_and_that_fits() -> None:
+    """The published model has no weights here, so the export is priced by the tensors that it would hold."""
+    cut, exported = (next(command for command in COMMANDS if command[0] == name) for name in ("prune", "export"))
     assert f"--{cut[cut.index('--weights') + 1]}" in exported
-    assert exported[exported.index("--kv-cache") + 1] == cut[cut.index("--kv-cache") + 1]
-    search = next(c for c in commands if c[1] == "search" and budget in c)
-    config = Path(__file__).parents[2] / "examples/nemotron_h_56b/config.json"
-    given = {"big/config.json": str(config), "scores.safetensors": str(score_file)}
-    found = run_json(*(given.get(word, word) for word in search[1:]))
-    assert found["memory_bytes"] <= 31.7 * 2**30
+    assert exported[exported.index("--kv-cache") + 1] == cut[cut.index("--kv-cache") + 1] == "fp8"
+    deployment = Deployment(context_tokens=10**6, weights="nvfp4", kv_cache="fp8")
+    assert deployment == DEPLOYMENTS["rtx5090-fp4-1M"].deployment  # "the same by name"
+    source = read_architecture(CONFIG_56B)
+    scores = Scores(layer={"mse": np.arange(1.0, 119)})
+    best = find_candidates(source, scores, SearchRequest(memory="31.7GiB"), deployment)[0].architecture
+    layout = export_layout(best, scheme="nvfp4", fp8_kv_cache=True)
+    assert exported_bytes(best, layout, deployment) == memory_breakdown(best, deployment).total_bytes <= 31.7 * 2**30
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow if SLOW in c else (), id=" ".join(c)) for c in WITHOUT_WEIGHTS]
+)
+def test_what_the_readme_says_without_weights_runs_on_the_published_config(
+    command: list[str], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    units = {f"ffn.{idx}": generator.random(32768) for idx, symbol in enumerate(PATTERN_56B) if symbol == "-"}
+    scores = Scores(layer={"mse": np.arange(1.0, 119)}, units={name: v.astype(np.float32) for name, v in units.items()})
+    write_scores(scores, tmp_path / "scores.safetensors")
+    (tmp_path / "plan.json").write_text(plan_without(read_architecture(CONFIG_56B), (3, 5)).to_json())
+    if "-o" in command:
+        (tmp_path / "plan.json").unlink()
+    found = run_cli(*(str(config_file) if word == "big/config.json" else word for word in command))
+    assert found.exit_code == 0, found.output
+    if "--plot" in command:
+        assert "nothing fits" not in found.output and (tmp_path / "frontier.png").is_file()
+    if "-o" in command:
+        read_plan(tmp_path / "plan.json").check_against(read_architecture(CONFIG_56B))

@@ -46,10 +46,17 @@ def run(command: str) -> Result:
 @pytest.fixture(scope="module")
 def published() -> dict[str, Any]:
     """What the command with the published counts prints."""
-    (command,) = (line for line in COMMANDS if "search" in line and "--json" in line)
+    return printed(in_nvfp4=False)
+
+
+def printed(*, in_nvfp4: bool) -> dict[str, Any]:
+    commands = (line for line in COMMANDS if "search" in line and "--json" in line)
+    (command,) = (line for line in commands if ("--head nvfp4" in line) == in_nvfp4)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        found: dict[str, Any] = json.loads(run(command).stdout)
+        result = run(command)
+    assert ("`minipuzzle export` does not write" in result.stderr) == in_nvfp4
+    found: dict[str, Any] = json.loads(result.stdout)
     return found
 
 
@@ -90,23 +97,27 @@ def test_recovery_is_estimated_for_the_published_cut(published: dict[str, Any]) 
     assert f"{figures}, 512 about {by_gpus[512]['hours']:.0f}." in " ".join(PAGE.split())
 
 
-def test_memory_terms_are_those_of_the_published_sizes(published: dict[str, Any]) -> None:
+@pytest.mark.parametrize("in_nvfp4", [False, True])
+def test_memory_terms_are_those_of_the_published_sizes(in_nvfp4: bool) -> None:
     """NVFP4 takes 9 bytes for 16 elements; every width here is a multiple of 16."""
+    found = printed(in_nvfp4=in_nvfp4)
+    matrix_bytes, cache_bytes = (9 / 16, 9 / 16) if in_nvfp4 else (2, 1)  # of an element
     linear = 45 * MAMBA_LINEAR + 48 * 2 * HIDDEN * 30720 + 5 * ATTENTION_LINEAR
     num_linears = 45 * 2 + 48 * 2 + 5 * 4
     expected = {
         "linear weights": linear * 9 // 16,
-        "scales of weights and KV cache": 4 * (2 * num_linears + 2 * 5 + 1 + 2),
+        "scales of weights and KV cache": 4 * (2 * num_linears + 2 * 5 + (3 if in_nvfp4 else 0)),
         "norms, convolutions, vectors": 2 * (45 * MAMBA_OTHER + (48 + 5 + 1) * HIDDEN),
-        "embeddings": VOCABULARY * HIDDEN * 9 // 16,
-        "LM head": VOCABULARY * HIDDEN * 9 // 16,
-        "KV cache": 5 * 2 * 8 * 128 * CONTEXT * 9 // 16,
+        "embeddings": VOCABULARY * HIDDEN * matrix_bytes,
+        "LM head": VOCABULARY * HIDDEN * matrix_bytes,
+        "KV cache": 5 * 2 * 8 * 128 * CONTEXT * cache_bytes,
         "SSM state": 45 * SSM_INNER * SSM_STATE * 4,
         "convolution state": 45 * (SSM_INNER + SSM_BC) * 3 * 2,
     }
-    assert {term["name"]: term["num_bytes"] for term in published["memory_terms"]} == expected
-    assert published["memory_bytes"] == sum(expected.values()) < 31.7 * 2**30
-    assert f"{published['memory_bytes'] / 2**30:.2f} GiB" in PAGE
+    assert {term["name"]: term["num_bytes"] for term in found["memory_terms"]} == expected
+    assert found["memory_bytes"] == sum(expected.values())
+    assert (found["memory_bytes"] < 31.7 * 2**30) == in_nvfp4
+    assert f"{found['memory_bytes'] / 2**30:.2f} GiB" in PAGE
 
 
 def test_the_lowest_of_each_kind_go_and_the_rest_is_the_pattern(published: dict[str, Any]) -> None:
@@ -130,7 +141,7 @@ def test_nothing_fits_a_quarter_of_the_budget_and_the_smallest_is_named() -> Non
 
 
 def test_a_budget_above_the_model_says_that_nothing_needs_pruning() -> None:
-    command = COMMANDS[1].split(" --keep")[0] + " --deployment rtx5090-fp4-1M --memory 48GiB"
+    command = COMMANDS[1].split(" --keep")[0] + " --deployment rtx5090-fp4-1M --memory 56GiB"
     result = run(command)
     assert result.exit_code == 0
     assert "nothing needs pruning" in result.stdout

@@ -119,3 +119,21 @@ def test_a_refused_continuation_names_only_the_fields_that_differ(tmp_path: Path
     with pytest.raises(InputChangedError) as error, output_folder(tmp_path / "out", {"settings": changed}):
         pass
     assert error.value.problem.endswith("another settings: deep.rate 0.1 then, 0.2 now; samples 128 then, 64 now")
+    with (
+        pytest.raises(
+            InputChangedError, match=r"another settings and teacher: settings\.seed 0 then, 1 now; teacher None"
+        ),
+        output_folder(tmp_path / "out", {"settings": {**settings, "seed": 1}, "teacher": "t"}),
+    ):
+        pass
+
+
+def test_what_was_begun_with_other_settings_is_begun_anew_on_request(tmp_path: Path) -> None:
+    for settings, kept in ((1, False), (1, True), (2, False)):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            output_folder(tmp_path / "out", {"a": settings}, overwrite=True) as folder,
+        ):
+            assert (folder / "result").is_file() == kept
+            (folder / "result").write_text("x")
+            raise KeyboardInterrupt
