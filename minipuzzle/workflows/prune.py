@@ -101,10 +101,7 @@ class PruneRequest:
 
     @cached_property
     def made_for(self) -> ServingBudget:
-        """What the cut has to fit: by the plan's own figures, or as it is asked for now.
-
-        Raises: MinipuzzleError for a plan that cannot be read.
-        """
+        """What the cut has to fit: by the plan's own figures, or as it is asked for now."""
         plan = read_plan(self.plan) if isinstance(self.plan, Path) else self.plan
         if plan is not None and (of_plan := budget_of_plan(plan)) is not None:
             return of_plan
