@@ -16,6 +16,8 @@ from minipuzzle.runtime.compute import Compute
 from minipuzzle.workflows.compensation import COMPENSATION_TOKENS
 from minipuzzle.workflows.prune import check_feasible, prune_request
 from minipuzzle.workflows.settings import (
+    DEFAULT_SAMPLES,
+    EXPORT_SAMPLES,
     DistillOptions,
     EvaluateSettings,
     ExportSettings,
@@ -44,7 +46,7 @@ def expected_work(checkpoint: Checkpoint, steps: Mapping[str, Any]) -> dict[str,
     for name, settings in steps.items():
         flops, memory_bytes, disk_bytes = 0.0, 2.0 * weight_bytes, 0.0
         if isinstance(settings, ScoreSettings):
-            flops = _scoring_flops(source, settings.samples * settings.sequence_length)
+            flops = _scoring_flops(source, settings.num_layer_samples * settings.sequence_length)
         elif isinstance(settings, PruneSettings):
             flops, disk_bytes = _pruning_flops(source, student, settings, has_scores="score" in steps), cut_bytes
         elif isinstance(settings, DistillOptions):
@@ -54,7 +56,9 @@ def expected_work(checkpoint: Checkpoint, steps: Mapping[str, Any]) -> dict[str,
             flops, memory_bytes = estimate.hours * 3600 * rate, estimate.memory.total_bytes
             disk_bytes = cut_bytes + _STATE_BYTES * student.num_parameters * (settings.engine.keep_last + 1)
         elif isinstance(settings, ExportSettings):
-            flops = _forward(student, settings.samples * settings.sequence_length) * 2  # calibrated, then verified
+            flops = (
+                _forward(student, (settings.samples or EXPORT_SAMPLES) * settings.sequence_length) * 2
+            )  # calibrated, then verified
             disk_bytes = cut_bytes
         elif isinstance(settings, EvaluateSettings) and settings.max_tokens:
             flops = _forward(student, settings.max_tokens) + _forward(source, settings.max_tokens)
@@ -71,7 +75,7 @@ def _scoring_flops(source: Architecture, num_tokens: int) -> float:
 
 
 def _pruning_flops(source: Architecture, student: Architecture, settings: PruneSettings, *, has_scores: bool) -> float:
-    num_tokens = settings.samples * settings.sequence_length
+    num_tokens = (settings.samples or DEFAULT_SAMPLES) * settings.sequence_length
     flops = 0.0 if has_scores or settings.scores or settings.plan else _scoring_flops(source, num_tokens)
     if settings.plan is None:
         flops += settings.num_candidates * _forward(student, num_tokens)
