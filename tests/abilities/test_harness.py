@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from minipuzzle.abilities.choices import PIQA
 from minipuzzle.abilities.items import Sampling
+from minipuzzle.abilities.tasks.choices import PIQA
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.workflows.abilities.harness import harness_model, open_local, run_harness
 from minipuzzle.workflows.demo import EXAMPLE

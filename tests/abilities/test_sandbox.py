@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minipuzzle.abilities.items import Item
-from minipuzzle.abilities.programs import HUMANEVAL, whole_program
-from minipuzzle.abilities.sandbox import PASSED, TIMED_OUT, Limits, run_program
+from minipuzzle.abilities.tasks.programs import HUMANEVAL, whole_program
+from minipuzzle.abilities.tasks.sandbox import PASSED, TIMED_OUT, Limits, run_program
 
 QUICK = Limits(seconds=1.0)
 REFUSED = "PermissionError"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from minipuzzle.abilities.choices import question_of
 from minipuzzle.abilities.items import SCORERS, TASKS, Item, Sampling, check_items
-from minipuzzle.abilities.own_tasks import find_task
+from minipuzzle.abilities.tasks.choices import question_of
+from minipuzzle.abilities.tasks.own_tasks import find_task
 from minipuzzle.errors import MinipuzzleError
 from tests.support.packages import run_python
 

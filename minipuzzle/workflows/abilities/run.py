@@ -11,9 +11,9 @@ from typing import Any
 
 from minipuzzle.abilities.decisions import Answers, Journal, Row, chunks, compare, decide
 from minipuzzle.abilities.items import Item, Sampling, Task, check_items
-from minipuzzle.abilities.own_tasks import find_task
 from minipuzzle.abilities.served import ServedModel, served_models
 from minipuzzle.abilities.statistics import what_items_show
+from minipuzzle.abilities.tasks.own_tasks import find_task
 from minipuzzle.data.windows import document_tokens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.reader import check_readable

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from minipuzzle.abilities.choices import read_records
 from minipuzzle.abilities.items import Item, Sampling, Task
-from minipuzzle.abilities.sandbox import PASSED, require_confinement, run_program
+from minipuzzle.abilities.tasks.choices import read_records
+from minipuzzle.abilities.tasks.sandbox import PASSED, require_confinement, run_program
 from minipuzzle.errors import MinipuzzleError
 
 # A function's body has ended where the next thing begins at the margin.

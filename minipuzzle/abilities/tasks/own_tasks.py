@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.abilities.choices import option_place, read_records
 from minipuzzle.abilities.items import SCORERS, TASKS, Item, Sampling, Task
+from minipuzzle.abilities.tasks.choices import option_place, read_records
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.json_files import record_of
 from minipuzzle.toml_files import read_toml

@@ -1,0 +1,1 @@
+"""Playing: prompts in graphs, worlds of text, and agents in them."""

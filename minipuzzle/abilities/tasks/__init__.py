@@ -1,0 +1,1 @@
+"""Tasks: how items are made and scored."""
