@@ -30,7 +30,7 @@ from recovery import BUDGETS, DEPLOYMENT, EXAMPLE, METRIC, Setting, block_influe
 
 from importance.candidates import rank_plans
 from importance.compensate import mended_quality
-from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.plan import Plan, read_plan
 from minipuzzle.cut.scores import read_scores
 from minipuzzle.cut.selection import make_plan
 from minipuzzle.data.documents import read_documents
@@ -76,7 +76,16 @@ def influence_plan(setting: Setting, budget: str) -> Plan:
 
 
 def finalists(setting: Setting, budget: str) -> list[Plan]:
-    """The best measured cuts, refined."""
+    """The best measured cuts, refined; from an earlier run where there was one."""
+    folder = setting.folder / f"{type(setting).__name__}-{budget.rstrip('%')}"
+    paths = [folder.with_name(f"{folder.name}-{number}.json") for number in range(FINALISTS)]
+    if not all(path.is_file() for path in paths):
+        for path, plan in zip(paths, _found_finalists(setting, budget), strict=True):
+            path.write_text(plan.to_json())
+    return [read_plan(path) for path in paths]
+
+
+def _found_finalists(setting: Setting, budget: str) -> list[Plan]:
     assert setting.scores.token_ids is not None
     token_ids = torch.from_numpy(setting.scores.token_ids).long()[:RANKING_WINDOWS]
     windows = windows_of_tokens(load_tokenizer(setting.teacher.folder), token_ids)
@@ -162,13 +171,15 @@ def page(rows: Mapping[str, Mapping[str, Mapping[str, float | str]]]) -> str:
         "(`make bench-quality`),",
         f"whose docstring says what each way does; mended on {MENDING_WINDOWS * WINDOW_TOKENS:,} tokens.",
         "",
-        f"| way | {' | '.join(rows)} |",
+        f"| way | {' | '.join(sorted(rows, reverse=True))} |",
         f"|---|{'---|' * len(rows)}",
     ]
     for way in (*WAYS[: -len(RANDOM)], "random"):
-        lines.append(f"| {way} | {' | '.join(_cell(of_budget, way) for of_budget in rows.values())} |")
+        lines.append(
+            f"| {way} | {' | '.join(_cell(of_budget, way) for _, of_budget in sorted(rows.items(), reverse=True))} |"
+        )
     lines += ["", "Each cut, by domain:", "", "| budget | way | cut | speeches | code |", "|---|---|---|---|---|"]
-    for budget, of_budget in rows.items():
+    for budget, of_budget in sorted(rows.items(), reverse=True):
         for way in sorted(of_budget, key=lambda way: overall(of_budget[way])):
             row = of_budget[way]
             lines.append(f"| {budget} | {way} | {row['cut']} | {row['speeches']:.4f} | {row['code']:.4f} |")
@@ -212,7 +223,7 @@ def main() -> None:
     assert METRIC == "kl" and DEPLOYMENT.context_tokens == 4096  # as the page says
     bench = Bench(setting, options.folder / "rows.json", held_out)
     for way in (ADDITIVE, MENDED_ADDITIVE, MINITRON, INFLUENCE, *RANDOM, PLAIN, OURS, HEADS):
-        for budget in BUDGETS:
+        for budget in reversed(BUDGETS):
             bench.run(budget, way)
             below = PAGE.read_text(encoding="utf-8").partition("\n## ") if PAGE.is_file() else ("", "", "")
             PAGE.write_text(page(bench.rows) + "".join(below[1:]), encoding="utf-8")

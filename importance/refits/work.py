@@ -55,8 +55,9 @@ def sums_bytes(architecture: Architecture, num_tokens: int) -> int:
     indices = [layer_idx for layer_idx, _times in architecture.distinct_layers()]
     widest = max(num_inputs(architecture, layer_idx) for layer_idx in indices)
     experts = (placed.shape[1] for layer_idx in indices for placed in expert_projections(architecture, layer_idx))
+    change_bytes = 8 if widest <= num_tokens else 4  # an element: float64 where it comes from sums
     return max(
-        8 * widest * (_SUMS_AT_ONCE * min(widest, num_tokens) + architecture.hidden),
+        8 * _SUMS_AT_ONCE * widest * min(widest, num_tokens) + change_bytes * widest * architecture.hidden,
         max((expert_bytes(width, architecture.hidden) for width in experts), default=0),
     )
 

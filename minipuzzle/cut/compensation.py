@@ -25,6 +25,7 @@ import torch
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # fractions of each input's sum of squares
 _SILENT_SHARE = 1e-12  # of the mean of all inputs: what a silent input's sum of squares counts as
+_ROWS_AT_ONCE = 64
 _ROUNDS_OF_REMOVAL = 64  # units of one input may go several at a time: the choice is the same
 
 
@@ -114,9 +115,14 @@ class RefitRows:
         return RefitRows(parts=[*self.parts, *other.parts])
 
     def change(self, ridge: float) -> torch.Tensor:
-        """``dW`` ``[H, I]``, as ``RefitSums.change`` gives it for the same tokens."""
+        """``dW`` ``[H, I]``, as ``RefitSums.change`` gives it for the same tokens, in their precision."""
         scaled_IN, shares_NH = self._dual(ridge)
-        return (scaled_IN @ shares_NH).T
+        change_HI = torch.empty(
+            shares_NH.shape[1], len(scaled_IN), dtype=self.parts[0][0].dtype, device=scaled_IN.device
+        )
+        for rows_RI, shares_NR in zip(change_HI.split(_ROWS_AT_ONCE), shares_NH.split(_ROWS_AT_ONCE, 1), strict=True):
+            rows_RI.copy_((scaled_IN @ shares_NR).T)  # few rows, because wide layers leave little room
+        return change_HI
 
     def _dual(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Two factors of the change, neither of which is as large."""
@@ -150,7 +156,7 @@ Tokens = TypeVar("Tokens", RefitSums, RefitRows)
 class Refit:
     """The change of a weight, and what is missing of held-out tokens without it and with that of the fitted tokens.
 
-    ``change``: ``[H, I]`` float64; None where no ridge leaves less missing, so that the plain weight should stay.
+    ``change``: ``[H, I]``; None where no ridge leaves less missing, so that the plain weight should stay.
     """
 
     change: torch.Tensor | None
