@@ -25,6 +25,7 @@ setup(
     package_data={
         **{package: ["py.typed"] for package in ("minipuzzle", "importance", "distill")},
         "minipuzzle.show.page": ["page.html", "page.css"],
+        "minipuzzle.abilities.play": ["*.toml"],
     },
     install_requires=[
         "torch>=2.9",

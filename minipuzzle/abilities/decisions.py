@@ -45,15 +45,21 @@ class Decision:
 Decisions = Mapping[tuple[str, str], Decision]  # of one model, by task and item
 
 
-def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+def chunks(task: Task, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     """Items in the portions that are put together, wherever a run continues: batches shape the last digits."""
-    for start in range(0, len(items), ITEMS_AT_ONCE):
-        yield items[start : start + ITEMS_AT_ONCE]
+    number = 1 if task.play else ITEMS_AT_ONCE
+    for start in range(0, len(items), number):
+        yield items[start : start + number]
 
 
 def decide(model: Answers, label: str, name: str, task: Task, items: Sequence[Item]) -> list[Decision]:
     """Put items to a model; equally likely best options share the point among them."""
-    found = _chosen(model, task, items) if task.score is None else _written(model, task, items)
+    found: Iterable[dict[str, Any]]
+    if task.play is not None:
+        played = [task.play(model, item) for item in items]
+        found = [{"score": score, "answer": answer} for score, answer in played]
+    else:
+        found = _chosen(model, task, items) if task.score is None else _written(model, task, items)
     return [
         Decision(model=label, task=name, item=item.name, state=item.state, group=item.group, **facts)
         for item, facts in zip(items, found, strict=True)

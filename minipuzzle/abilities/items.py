@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.table import Table
@@ -54,6 +55,7 @@ class Sampling:
 class Task:
     """``items``: makes them, the same for the same sampling in every process. ``score``: of a written answer, 0 to 1;
     None: models choose between options. ``by_length``: options are compared by log-likelihood a byte, else by its sum.
+    ``play``: instead, of a model and an item, the score and what happened.
     """
 
     description: str
@@ -61,6 +63,12 @@ class Task:
     score: Callable[[Item, str], float] | None = None
     by_length: bool = False
     needs_data: bool = False
+    play: Callable[[Any, Item], tuple[float, str]] | None = None
+
+    @property
+    def kind(self) -> str:
+        """How models answer."""
+        return "game" if self.play else "writing" if self.score else "choice"
 
 
 TASKS: Table[Task] = Table(
@@ -76,6 +84,7 @@ TASKS: Table[Task] = Table(
         "boolq": "minipuzzle.abilities.tasks.choices:BOOLQ",
         "commonsenseqa": "minipuzzle.abilities.tasks.choices:COMMONSENSEQA",
         "mmlu": "minipuzzle.abilities.tasks.choices:MMLU",
+        "household": "minipuzzle.abilities.play.agents:HOUSEHOLD",
         "humaneval": "minipuzzle.abilities.tasks.programs:HUMANEVAL",
     },
 )

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from minipuzzle.abilities.decisions import Answers, Journal, Row, chunks, compare, decide
 from minipuzzle.abilities.items import Item, Sampling, Task, check_items
+from minipuzzle.abilities.play.agents import CHANCE, ORACLE, world_task
 from minipuzzle.abilities.served import ServedModel, served_models
 from minipuzzle.abilities.statistics import what_items_show
 from minipuzzle.abilities.tasks.own_tasks import find_task
@@ -33,17 +35,24 @@ _ADDRESS = "://"
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
-    """What models can do. ``rows``: by task, group of items, and model; ``against``: the model compared with."""
+    """What models can do. ``rows``: by task, group of items, and model; ``against``: the model compared with.
+
+    ``references``: by task, the score of chance, and in worlds of the oracle that sees everything.
+    """
 
     rows: Sequence[Row]
     against: str | None
     seed: int
+    references: Mapping[str, Mapping[str, float]]
 
     @property
     def notes(self) -> list[str]:
         """What so many items can show, task by task, and how many comparisons there are."""
         compared = [row for row in self.rows if row.difference is not None and not row.group]
         notes = [f"{row.model}, {row.task}: {what_items_show(row.difference)}" for row in compared if row.difference]
+        for task, references in self.references.items():
+            shown = " and ".join(f"{score:.0%} by {name}" for name, score in references.items())
+            notes.append(f"{task}: {shown}, on the same items")
         if len(compared) > 1:
             notes.append(f"of {len(compared)} comparisons one in twenty has p < 0.05 where nothing differs")
         return notes
@@ -53,6 +62,7 @@ class Abilities:
         return {
             "against": self.against,
             "seed": self.seed,
+            "references": self.references,
             "rows": [asdict(row) for row in self.rows],
             "notes": self.notes,
         }
@@ -118,7 +128,9 @@ def plan_abilities(models: Sequence[Model] | Model, settings: AbilitiesSettings)
 
 def _size(task: Task, items: Sequence[Item], tokenizer: Any) -> dict[str, Any]:
     """How much work one model has with a task: of options each is read with the whole prompt."""
-    facts: dict[str, Any] = {"items": len(items), "kind": "choice" if task.score is None else "writing"}
+    facts: dict[str, Any] = {"items": len(items), "kind": task.kind}
+    if task.play is not None:
+        return facts | {"steps_at_most": sum(int(item.facts["steps"]) for item in items)}
     if tokenizer is not None:
         texts = [item.prompt + option for item in items for option in item.options or ("",)]
         facts["tokens_read"] = sum(len(document_tokens(tokenizer, text)) for text in texts)
@@ -133,6 +145,7 @@ def _prepare(models: Sequence[Model] | Model, settings: AbilitiesSettings) -> _P
         folders = [Path(model) for model in several if isinstance(model, str | Path)]
         check_target_folder(Path(settings.out), overwrite=settings.overwrite, inputs=folders)
     named = dict(find_task(name) for name in settings.task_names)
+    named |= {f"{world} ({settings.agent})": world_task(world, settings.agent) for world in settings.worlds}
     for name in settings.data:
         if name not in named:
             raise MinipuzzleError(f"‹data› names {name!r}, which is no task of this run", "add it to ‹tasks›")
@@ -203,14 +216,26 @@ def _asked(prepared: _Prepared, settings: AbilitiesSettings, journal: Journal) -
         with settings.compute.progress(f"asking {model.label}", num_items) as advance:
             _ask(model, prepared, journal, settings.compute, advance)
     decisions = {model.label: journal.of(model.label) for model in prepared.models}
-    return Abilities(rows=compare(decisions, prepared.against), against=prepared.against, seed=settings.seed)
+    references = {name: _references(prepared.tasks[name], items) for name, items in prepared.items.items()}
+    return Abilities(
+        rows=compare(decisions, prepared.against),
+        against=prepared.against,
+        seed=settings.seed,
+        references={name: scores for name, scores in references.items() if scores},
+    )
+
+
+def _references(task: Task, items: Sequence[Item]) -> dict[str, float]:
+    if task.play is not None:
+        return {name: fmean(task.play(name, item)[0] for item in items) for name in (CHANCE, ORACLE)}
+    return {CHANCE: fmean(1 / len(item.options) for item in items)} if task.score is None else {}
 
 
 def _ask(model: _Asked, prepared: _Prepared, journal: Journal, compute: Compute, advance: Advance) -> None:
     """Put to one model what it has not answered yet; it is loaded only if there is anything left."""
     opened: Answers | None = None
     for name, items in prepared.items.items():
-        for some in chunks(items):
+        for some in chunks(prepared.tasks[name], items):
             known = journal.of(model.label)
             missing = {item.name for item in some if (name, item.name) not in known}
             if missing:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minipuzzle.abilities.items import DEFAULT_CONTEXT_WORDS, DEFAULT_TASKS, TASKS
+from minipuzzle.abilities.play.worlds import AGENTS, WORLDS
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.option import option
 from minipuzzle.runtime.compute import Compute
@@ -40,6 +41,14 @@ class AbilitiesSettings:
         f"{', '.join(DEFAULT_TASKS)}, which need no data.",
         takes="texts",
         metavar="TASK,...",
+    )
+    worlds: Sequence[str] = option(
+        (), f"Let models play: {', '.join(WORLDS.names())}. Repeatable.", takes="texts", metavar="WORLD"
+    )
+    agent: str = option(
+        "direct",
+        f"How a model plays: {', '.join(AGENTS.names())}, or a prompt graph of yours (.toml).",
+        metavar="AGENT",
     )
     data: Mapping[str, str] = option(
         {},
@@ -79,4 +88,4 @@ class AbilitiesSettings:
         """Names and files of tasks, each once."""
         given = [self.tasks] if isinstance(self.tasks, str) else self.tasks
         names = [name.strip() for part in given for name in str(part).split(",") if name.strip()]
-        return tuple(dict.fromkeys(names)) or DEFAULT_TASKS
+        return tuple(dict.fromkeys(names)) or (() if self.worlds else DEFAULT_TASKS)
