@@ -174,12 +174,8 @@ class EvaluateSettings:
     )
     data: Texts = option((), TEXT_HELP, takes="paths")
     sequence_length: int = option(512, "Tokens of context at most.")
-    tasks: str | None = option(
-        None, "Run these tasks of lm-eval instead, where it is installed.", metavar="TASK,...", section="lm-eval"
-    )
-    task_folder: Path | None = option(
-        None, "Your own task files for lm-eval (its include_path).", takes="folder", section="lm-eval"
-    )
+    tasks: str | None = option(None, "Run these tasks of lm-eval instead.", metavar="TASK,...", section="lm-eval")
+    task_folder: Path | None = option(None, "Task files of yours for lm-eval.", takes="folder", section="lm-eval")
     limit: int | None = option(None, "Items of each task at most.", takes="count", section="lm-eval")
     batch: int = option(4, "Windows run at once.", at_least=1, section=COMPUTING)
     max_tokens: int | None = option(None, "Use about this many tokens of each --data; default: all.", takes="count")
@@ -190,9 +186,8 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         if bool(self.tasks) == bool(paths_of(self.data)):
             raise MinipuzzleError("a model is measured on text or on tasks", "give either ‹data› or ‹tasks›")
-        if self.tasks and (self.against is not None or self.out is not None):
-            hint = "leave ‹against› and ‹out› out; `minipuzzle abilities` compares, `minipuzzle-lm-eval` writes files"
-            raise MinipuzzleError("lm-eval measures one model and prints the result", hint)
+        if self.tasks and (self.against or self.out):
+            raise MinipuzzleError("lm-eval measures one model and prints it", "leave ‹against› and ‹out› out")
 
 
 @dataclass(frozen=True, kw_only=True)
