@@ -32,6 +32,7 @@ setup(
         "transformers>=5.18",
         "nvidia-modelopt>=0.47",
         "safetensors>=0.6",
+        "huggingface_hub>=1.0",
         "numpy>=1.26",
         "click>=8.1",
         "rich>=13",

@@ -29,8 +29,10 @@ from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.hub import is_hub_id
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
+from minipuzzle.files.records import place_of
 from minipuzzle.quality.vocabulary import SharedVocabulary, shared_vocabulary
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import Processes, processes_from_environment
@@ -187,10 +189,10 @@ def find_teacher(student_folder: Path) -> Path:
     """
     path = student_folder / PROVENANCE_FILE
     record = read_json(path) if path.is_file() else {}
-    if not isinstance(record.get("teacher"), str):
+    folder = place_of(student_folder, "teacher")
+    if folder is None:
         raise MinipuzzleError(f"{student_folder} does not say what its teacher is", GIVE_TEACHER)
-    folder = Path(record["teacher"])
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_hub_id(folder):
         raise MinipuzzleError(f"the teacher of {student_folder} is no longer at {folder}", GIVE_TEACHER)
     if Checkpoint.open(folder).fingerprint != record.get("teacher_fingerprint"):
         raise MinipuzzleError(f"{folder} is no longer the model that {student_folder} was cut from", GIVE_TEACHER)
@@ -344,9 +346,9 @@ def provenance_of(request: DistillRequest) -> dict[str, Any]:
     """What the output remembers, and what an interrupted run must share with its continuation."""
     return {
         "command": "distill",
-        "student": str(request.student.folder.resolve()),
+        "student": request.student.name,
         "student_fingerprint": request.student.fingerprint,
-        "teacher": str(request.teacher.folder.resolve()),
+        "teacher": request.teacher.name,
         "teacher_fingerprint": request.teacher.fingerprint,
         "data_fingerprint": fingerprint_files(read_files(request.data)),
         "validation_fingerprint": fingerprint_files(list(request.validation)) if request.validation else None,

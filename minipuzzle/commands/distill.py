@@ -16,7 +16,14 @@ from minipuzzle.commands.options.generate import (
     from_options,
     settings_options,
 )
-from minipuzzle.commands.options.shared import COUNT, dry_run_option, echo_json, json_option, model_argument
+from minipuzzle.commands.options.shared import (
+    COUNT,
+    dry_run_option,
+    echo_json,
+    json_option,
+    model_argument,
+    push_option,
+)
 from minipuzzle.errors import GotWorseError
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.workflows.settings import DistillOptions
@@ -60,6 +67,7 @@ _ESTIMATE: dict[str, Any] = {"cls": SectionOption, "section": "Estimating"}
     help="With --gpus: which GPU.",
     **_ESTIMATE,
 )
+@push_option
 @dry_run_option
 @json_option
 def distill(
@@ -97,10 +105,10 @@ def distill(
         estimates = estimate_distill(student, settings, gpus, gpu)
         echo_json(estimates.to_json()) if as_json else print_estimates(estimates.facts, estimates.runs)
         return
-    _distill(prepare_distill(student, settings), settings.tensorboard, dry_run=dry_run, as_json=as_json)
+    _distill(prepare_distill(student, settings), settings, dry_run=dry_run, as_json=as_json)
 
 
-def _distill(prepared: PreparedRun, tensorboard: Path | None, *, dry_run: bool, as_json: bool) -> None:
+def _distill(prepared: PreparedRun, settings: DistillOptions, *, dry_run: bool, as_json: bool) -> None:
     from minipuzzle.show.distill import distill_progress, print_planned, print_result, print_text
     from minipuzzle.workflows.distill import finish_distill, planned_distill
 
@@ -116,7 +124,9 @@ def _distill(prepared: PreparedRun, tensorboard: Path | None, *, dry_run: bool, 
         return
     quiet = as_json or not is_first
     with distill_progress(prepared, is_quiet=quiet) as on_step:
-        result = finish_distill(prepared, tensorboard, on_step, lambda note: click.echo(f"note: {note}", err=True))
+        result = finish_distill(
+            prepared, settings.tensorboard, on_step, lambda note: click.echo(f"note: {note}", err=True)
+        )
     if is_first:
         echo_json(result.to_json()) if as_json else print_result(result)
     if result.problem:

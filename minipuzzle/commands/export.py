@@ -18,7 +18,7 @@ from minipuzzle.commands.options.generate import (
     option_fields,
     settings_options,
 )
-from minipuzzle.commands.options.shared import dry_run_option, echo_json, json_option, model_argument
+from minipuzzle.commands.options.shared import dry_run_option, echo_json, json_option, model_argument, push_option
 from minipuzzle.formats.choices import FORMATS, PLAIN
 from minipuzzle.workflows.settings import ExportSettings
 
@@ -41,6 +41,7 @@ def _format_options(function: Any) -> Any:
     "model does not fit, one layer at a time is in memory.",
 )
 @json_option
+@push_option
 @dry_run_option
 def export(model: Path, format_name: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write MODEL as a folder for deployment, checked by reading it back.

@@ -20,6 +20,7 @@ from minipuzzle.commands.options.shared import (
     echo_json,
     json_option,
     model_argument,
+    push_option,
 )
 from minipuzzle.workflows.settings import PruneSettings
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     memory_help="Memory to measure and compare in, a layer at a time if need be, e.g. 16GiB; a race that would "
     "train in more is refused. Default: most of what is free.",
 )
+@push_option
 @dry_run_option
 @json_option
 def prune(model: Path, sweep: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:

@@ -24,6 +24,7 @@ from minipuzzle.architecture.families import Family, family_of
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.files.fused_experts import split_entries
+from minipuzzle.files.hub import fetched, is_hub_id
 from minipuzzle.files.json_files import read_json, tagged, untagged, write_json
 from minipuzzle.files.safetensors_files import (
     INDEX_FILE,
@@ -65,10 +66,11 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder, which transformers rea
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """config.json of a folder, or a file of that kind; ``block_configs`` as our per-layer layout.
+    """config.json of a folder or a model on a hub, or a file of that kind; ``block_configs`` as our per-layer layout.
 
     Raises: MinipuzzleError if it is missing or damaged.
     """
+    path = fetched(str(path), has_weights=False) if is_hub_id(path) else path
     config = without_blocks(untagged(read_json(path / "config.json" if path.is_dir() else path)))
     return {key: value for key, value in config.items() if key != "quantization_config" or value is not None}
 
@@ -87,12 +89,20 @@ class Checkpoint:
     """A checkpoint folder: its configuration, its architecture and, on demand, its tensors.
 
     ``is_fused``: whether its files hold the experts of a block in one tensor, which the entries take apart.
+    ``hub_id``: its name on the hub, where it came from there.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], *, is_fused: bool = False
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        entries: Mapping[str, TensorEntry],
+        *,
+        is_fused: bool = False,
+        hub_id: str | None = None,
     ) -> None:
         self.folder = folder
+        self.hub_id = hub_id
         self.config = config
         self.entries = entries
         self.family: Family = family_of(config)
@@ -102,24 +112,31 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read a folder's config.json and the headers of all its shards.
+        """Read the config.json of a folder, or of a model on a hub, and the headers of all its shards.
 
         Raises: MinipuzzleError if anything is missing, truncated or outside the folder.
         """
+        hub_id = str(folder) if is_hub_id(folder) else None
+        if hub_id is not None:
+            folder = fetched(hub_id, (*COMPANION_FILES, f"{CHAT_TEMPLATES}/*"))
         if not folder.is_dir():
-            hint = "give the folder of a Hugging Face checkpoint"
-            if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
-                hint += f"; if this is a name on the Hub: hf download {folder} --local-dir {folder.name}"
+            hint = "give the folder of a Hugging Face checkpoint, or a name on the hub: org/name or org/name@revision"
             raise MinipuzzleError(f"{folder} is not a folder", hint)
         config = dict(read_config(folder))
         family = family_of(config)
         known = _known_entries(folder, family, config, _read_entries(folder))
         entries, is_fused = split_entries(family.read(config), known)
-        checkpoint = cls(folder, MappingProxyType(config), MappingProxyType(entries), is_fused=is_fused)
+        checkpoint = cls(folder, MappingProxyType(config), MappingProxyType(entries), is_fused=is_fused, hub_id=hub_id)
         changes = _stored_dtype(checkpoint) | _tie_as_stored(checkpoint, entries)
         if changes:
-            return cls(folder, MappingProxyType(config | changes), checkpoint.entries, is_fused=is_fused)
+            changed = MappingProxyType(config | changes)
+            return cls(folder, changed, checkpoint.entries, is_fused=is_fused, hub_id=hub_id)
         return checkpoint
+
+    @property
+    def name(self) -> str:
+        """The model as others know it: its name on the hub, or that of its folder."""
+        return self.hub_id or self.folder.resolve().name
 
     @property
     def is_quantized(self) -> bool:

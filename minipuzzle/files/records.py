@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minipuzzle.files.json_files import read_json, write_json
@@ -15,6 +16,7 @@ from minipuzzle.files.outputs import ADDED_FIELDS, PROVENANCE_FILE, write_whole
 
 # The arguments of the command that runs, without the program; None where Python code calls.
 COMMAND_LINE: ContextVar[Sequence[str] | None] = ContextVar("command_line", default=None)
+PLACES_FILE = "minipuzzle/places.json"
 _MADE, _RESULTS, _LINEAGE = ADDED_FIELDS
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
@@ -53,12 +55,22 @@ def made(device: str = "cpu") -> dict[str, Any]:
 
 
 def complete_record(
-    folder: Path, results: Mapping[str, Any], *, before: Sequence[Path] = (), device: str = "cpu"
+    folder: Path,
+    results: Mapping[str, Any],
+    *,
+    before: Sequence[Path] = (),
+    device: str = "cpu",
+    places: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Add to the minipuzzle.json of an output what came out of it; ``before``: the folder that it was made from.
 
+    ``places``: where inputs lie on this machine, which goes into a file of its own that is not passed on.
+
     Returns the whole record.
     """
+    if places:
+        (folder / PLACES_FILE).parent.mkdir(exist_ok=True)
+        write_json(folder / PLACES_FILE, places)
     lineage = [step for source in before for step in history_of(source)]
     added = {_MADE: made(device), _RESULTS: results, _LINEAGE: lineage}
     record = {**read_json(folder / PROVENANCE_FILE), **added}
@@ -74,3 +86,14 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
         return []
     record = read_json(path)
     return [*record.get(_LINEAGE, ()), {name: value for name, value in record.items() if name != _LINEAGE}]
+
+
+def place_of(folder: Path, what: str) -> Path | None:
+    """Where an input of an output lies: on the hub, or where it lay when the output was made; None if nothing says."""
+    known = {}
+    for file in (PROVENANCE_FILE, PLACES_FILE):
+        record = read_json(folder / file) if (folder / file).is_file() else {}
+        # A record itself holds a place in outputs of earlier versions only, or a name on the hub.
+        if isinstance(record.get(what), str) and (file == PLACES_FILE or "/" in record[what]):
+            known[file] = Path(record[what])
+    return next(iter(known.values()), None)

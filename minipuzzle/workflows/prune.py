@@ -116,7 +116,7 @@ class PruneRequest:
         given = [str(value.to_json()) for value in (self.plan, self.scores) if isinstance(value, Plan | Scores)]
         return {
             "command": "prune",
-            "teacher": str(self.checkpoint.folder.resolve()),
+            "teacher": self.checkpoint.name,
             "teacher_fingerprint": self.checkpoint.fingerprint,
             MADE_FOR: asdict(self.made_for),
             "settings": {
@@ -171,7 +171,8 @@ def prune_checkpoint(
             write_json(folder / CANDIDATES_FILE, choice.table)
         shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
         results = cut_facts(checkpoint.architecture, choice.plan, request.deployment, scores)
-        complete_record(folder, results, before=(checkpoint.folder,), device=compute.device)
+        places = {} if checkpoint.hub_id else {"teacher": str(checkpoint.folder.resolve())}
+        complete_record(folder, results, before=(checkpoint.folder,), device=compute.device, places=places)
         write_page(folder)
     return choice
 

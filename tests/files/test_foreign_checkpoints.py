@@ -178,12 +178,6 @@ def test_weights_of_another_kind_are_named(tmp_path: Path, stored: str, hint: st
     assert hint in caught.value.hint
 
 
-def test_a_name_on_the_hub_is_told_from_a_folder() -> None:
-    with pytest.raises(MinipuzzleError, match="not a folder") as caught:
-        Checkpoint.open(Path("somebody/Some-Model-1B"))
-    assert "hf download somebody/Some-Model-1B" in caught.value.hint
-
-
 def test_licences_and_more_templates_come_along(tmp_path: Path) -> None:
     folder = write_family_checkpoint(tmp_path / "model", "llama")
     (folder / "additional_chat_templates").mkdir()

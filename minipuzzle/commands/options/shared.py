@@ -95,6 +95,25 @@ def overwrite_option(function: Function) -> Function:
     )(function)
 
 
+def push_option(function: Function) -> Function:
+    """Upload what the command wrote, once it is finished."""
+
+    @wraps(function)
+    def pushing(push_to_hub: str | None, **params: Any) -> Any:
+        result = function(**params)
+        if push_to_hub is not None and not params["dry_run"]:
+            from minipuzzle.files.hub import push
+            from minipuzzle.runtime.processes import processes_from_environment
+
+            if processes_from_environment().is_first:
+                click.echo(f"uploaded to {push(Path(params['out']), push_to_hub)}", err=True)
+        return result
+
+    help_text = "Upload the finished folder to this repository on the hub, which is made (private) if there is none."
+    option = click.option("--push-to-hub", metavar="ORG/NAME", default=None, help=help_text)
+    return option(pushing)  # type: ignore[return-value] # of the same form
+
+
 def device_option(function: Function) -> Function:
     """Where to compute."""
     return click.option("--device", default=None, help="cpu, cuda, ...; default: the accelerator there is, else cpu.")(

@@ -18,6 +18,7 @@ from minipuzzle.commands.options.as_recipe import EXPORT_FORMAT, STEP_NAMES
 from minipuzzle.commands.options.generate import from_options
 from minipuzzle.commands.options.shared import PathType, pop_deployment
 from minipuzzle.errors import MinipuzzleError
+from minipuzzle.files.hub import is_hub_id
 from minipuzzle.formats.choices import FORMATS
 from minipuzzle.toml_files import read_toml
 from minipuzzle.workflows import settings
@@ -120,7 +121,7 @@ def read_recipe(path: Path, out: Path | None = None) -> Recipe:
     steps = list(_linked(path, tables, shared, model_path, Path(target)))
     for step in steps:
         for file in step.files:
-            if not file.exists():
+            if not file.exists() and not is_hub_id(file):
                 raise MinipuzzleError(f"{path}, [{step.name}]: {file} does not exist", "mend the path")
         step.settings()
     return Recipe(model=model_path, out=Path(target), steps=tuple(steps))
@@ -190,8 +191,9 @@ def _inputs(command: click.Command, params: Mapping[str, Any]) -> Iterator[Path]
 
 
 def _found_from(folder: Path, text: str) -> Path:
-    """A path of a recipe: from its folder, unless there is nothing there."""
-    return folder / text if (folder / text).exists() or not Path(text).exists() else Path(text)
+    """A path of a recipe: from its folder, unless there is nothing there, or a name on the hub."""
+    is_elsewhere = Path(text).exists() or is_hub_id(text)
+    return Path(text) if is_elsewhere and not (folder / text).exists() else folder / text
 
 
 def _dashed(key: str) -> str:
