@@ -34,6 +34,8 @@ UNIT_DEFINITIONS: Mapping[str, str] = {
     "ssm_head": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and channels",
     "ssm_head_channel": "x slice of the in_proj output: mean over the sequence of |x|, L2 over samples and heads",
     "kv_group": "norm of the group's contribution through o_proj: mean over the sequence, L2 over samples",
+    "gdn_key_group": "as kv_group, of a key head with its value heads, through out_proj",
+    "gdn_value_head": "[key heads, value heads of each] as kv_group, of a value head, through out_proj",
     "hidden": "outputs of the block norms and the final norm: mean over the sequence of |x|, L2 over samples, summed",
 }
 ENERGY_DEFINITIONS: Mapping[str, str] = {

@@ -1,17 +1,19 @@
 """What observers of layers share: running sums, and what is taken of an activation.
 
-Shape suffixes: B batch, T tokens, U units, F ffn.
+Shape suffixes: B batch, T tokens, U units, F ffn, H hidden, I inputs of a projection, W inputs of a group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.functional import linear
 
 from minipuzzle.architecture.layers import LayerSpec
 from minipuzzle.runtime.processes import Processes
@@ -107,3 +109,24 @@ def observe_neurons(sums: Sums, axis: str, layer_idx: int) -> Observe:
         sums.add(sums.means, f"{axis}_contribution.{layer_idx}", size_BF * column_norms_F)
 
     return observe_down_proj
+
+
+def observe_contributions(sums: Sums, shapes: Mapping[str, tuple[int, ...]]) -> Observe:
+    """Of groups of inputs of a projection back, equal and side by side: the norm of what each adds through its columns.
+
+    ``shapes``: of the units, by the key of their scores.
+    """
+
+    def observe_projection(module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        weight_HI = module.get_parameter("weight")
+        for key, shape in shapes.items():
+            width = weight_HI.shape[1] // prod(shape)
+            sizes = [
+                linear(input_BTW, weight_HW)
+                .norm(dim=-1, dtype=torch.promote_types(input_BTW.dtype, torch.float32))
+                .mean(1)
+                for input_BTW, weight_HW in zip(args[0].split(width, -1), weight_HI.split(width, -1), strict=True)
+            ]
+            sums.add(sums.squares, key, torch.stack(sizes, dim=-1).square().unflatten(-1, shape))
+
+    return observe_projection

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minipuzzle.architecture.kinds import kind_of_axis
 from minipuzzle.architecture.model import Architecture, PlacedTensor
@@ -27,6 +27,12 @@ Units = tuple[int, ...]
 # By axis, then by position of the layer in the source; None: the whole model, for the axis that all layers share.
 KeptUnits = Mapping[str, Mapping[int | None, Units]]
 ChosenUnits = Mapping[str, Mapping[int | None, tuple[Units, ...]]]
+
+
+class Choices(NamedTuple):
+    """The kept units of an axis for each unit of another that chooses for itself."""
+
+    of_each: tuple[Units, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +60,14 @@ class Plan:
         by_layer = self.kept_units.get(axis, {})
         return by_layer.get(layer_idx, by_layer.get(None))
 
-    def units_of(self, placed: PlacedTensor) -> dict[str, Units]:
-        """Kept units of all axes of a tensor of the source that are cut."""
-        kept = {}
+    def units_of(self, placed: PlacedTensor) -> dict[str, Units | Choices]:
+        """Kept units of all axes of a tensor of the source that are cut; those of each unit that chooses for itself,
+        where the tensor holds several."""
+        kept: dict[str, Units | Choices] = {}
         for axis in placed.spec.axes:
             chosen = self.chosen_units.get(axis, {}).get(placed.layer_idx)
-            if chosen is not None and placed.spec.unit is not None:
-                kept[axis] = chosen[placed.spec.unit[1]]
+            if chosen is not None:
+                kept[axis] = Choices(chosen) if placed.spec.unit is None else chosen[placed.spec.unit[1]]
             elif (units := self.units(axis, placed.layer_idx)) is not None:
                 kept[axis] = units
         return kept

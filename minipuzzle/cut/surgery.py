@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from minipuzzle.architecture.layers import Dimension
 from minipuzzle.architecture.model import PlacedTensor
-from minipuzzle.cut.plan import Plan
+from minipuzzle.cut.plan import Choices, Plan, Units
 from minipuzzle.files.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -20,9 +20,11 @@ Positions = NDArray[np.int64]
 
 
 def kept_positions(
-    dimension: Dimension, sizes: Mapping[str, int], kept_units: Mapping[str, tuple[int, ...]]
+    dimension: Dimension, sizes: Mapping[str, int], kept_units: Mapping[str, Units | Choices]
 ) -> Positions | None:
     """Positions along one dimension that survive when only some units of some axes stay; None if all do.
+
+    Where each unit of a segment's first axis chooses for itself, an axis has the choices of all of them.
 
     Shapes: ``[kept elements]``, ascending. A segment is a row-major product of its axes.
     """
@@ -32,10 +34,22 @@ def kept_positions(
     for segment in dimension:
         shape = tuple(sizes[axis] for axis in segment)
         positions = offset + np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-        units = [np.asarray(kept_units.get(axis, range(sizes[axis]))) for axis in segment]
-        kept.append(positions[np.ix_(*units)].ravel())
+        units = [kept_units.get(axis, tuple(range(sizes[axis]))) for axis in segment]
+        kept += [positions[np.ix_(*choice)].ravel() for choice in _choices(units)]
         offset += positions.size
     return np.concatenate(kept)
+
+
+def _choices(units: Sequence[Units | Choices]) -> list[list[Units]]:
+    """What stays of each axis of a segment: once for all, or for each unit of the first, where it chooses."""
+    first, *others = units
+    assert not isinstance(first, Choices), "what chooses stands before what is chosen"
+    if not any(isinstance(of_axis, Choices) for of_axis in others):
+        return [[first, *(of_axis for of_axis in others if not isinstance(of_axis, Choices))]]
+    return [
+        [(unit,), *(of_axis.of_each[unit] if isinstance(of_axis, Choices) else of_axis for of_axis in others)]
+        for unit in first
+    ]
 
 
 def cut_tensor(tensor: torch.Tensor, placed: PlacedTensor, plan: Plan) -> torch.Tensor:

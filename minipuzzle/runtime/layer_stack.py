@@ -314,7 +314,7 @@ def activation_bytes(checkpoint: Checkpoint, layer: LayerSpec, num_tokens: int, 
 
     The outputs of its projections, four times over for what is computed from them; for Mamba-2 also the float32
     tables of the chunked scan, which PyTorch's own implementation writes out: five of tokens x chunk and six of
-    tokens x state for every head.
+    tokens x state for every head; for gated delta nets such tables of eight keys and values for every value head.
     """
     sizes = layer.sizes
     matrices = [tensor for tensor in LAYER_KINDS[layer.kind].tensors(layer) if len(tensor.dims) > 1]
@@ -326,6 +326,9 @@ def activation_bytes(checkpoint: Checkpoint, layer: LayerSpec, num_tokens: int, 
         chunk_sizes = (checkpoint.config.get(field) for field in ("chunk_size", "mamba_chunk_size"))
         chunk_tokens = int(next(filter(None, chunk_sizes), DEFAULT_CHUNK_TOKENS))
         token_bytes += 4 * sizes["ssm_head"] * (5 * chunk_tokens + 6 * sizes["ssm_state"])
+    if "gdn_value_head" in sizes:
+        num_heads = sizes["gdn_key_group"] * sizes["gdn_value_head"]
+        token_bytes += 4 * num_heads * 8 * (sizes["gdn_key_channel"] + sizes["gdn_value_channel"])
     return num_tokens * token_bytes
 
 

@@ -17,6 +17,8 @@ MAX_LAYERS = 10_000
 _POSITIVE_NUMBERS = ("layer_norm_epsilon", "rms_norm_eps", "norm_eps", "rope_theta")
 _POSITIVE_WHOLE_NUMBERS = ("chunk_size", "mamba_chunk_size")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+_PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_STATE_DTYPES = tuple(_PRECISION_OF_DTYPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +272,14 @@ def require_one_of(config: Config, field: str, known: Sequence[str], default: st
     if value not in known:
         raise MinipuzzleError(f"config.json: {field} {value!r} is not supported", f"supported: {', '.join(known)}")
     return str(value)
+
+
+def state_precision(config: Config, field: str) -> str:
+    """The precision in which a field asks engines to keep the state of recurrent layers; float32 where it is silent.
+
+    Raises: MinipuzzleError naming the field.
+    """
+    return _PRECISION_OF_DTYPE[require_one_of({field: config.get(field) or "float32"}, field, _STATE_DTYPES, "")]
 
 
 def require_length(field: str, values: Sequence[Any], num_layers: int) -> list[Any]:

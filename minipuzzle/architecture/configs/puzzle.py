@@ -23,8 +23,8 @@ CONFIG_MODULE, CONFIG_CLASS = "configuration_nemotron_h_puzzle", "NemotronHPuzzl
 _BLOCK_CONFIGS = "block_configs"
 # Fields of config.json by axis; the query heads of attention follow its groups.
 _FIELDS: Mapping[str, Mapping[str, str]] = {
-    name: {axis: FAMILIES["nemotron_h"].fields[name][axis] for axis in kind.prunable_axes}
-    for name, kind in LAYER_KINDS.items()
+    kind: {axis: FAMILIES["nemotron_h"].fields[kind][axis] for axis in LAYER_KINDS[kind].prunable_axes}
+    for kind in FAMILIES["nemotron_h"].names.mixers
 }
 _QUERIES = "num_attention_heads"
 

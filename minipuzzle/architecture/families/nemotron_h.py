@@ -11,15 +11,17 @@ from minipuzzle.architecture.configs.family import (
     ModulePaths,
     require,
     require_names,
+    state_precision,
     uniform_sizes,
 )
 from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.model import Architecture, TensorNames
 from minipuzzle.errors import MinipuzzleError
 
+_KINDS = ("mamba", "attention", "mlp", "moe")
 _NAMES = TensorNames(
     block_prefix="backbone.layers.{block_idx}.",
-    mixers=dict.fromkeys(LAYER_KINDS, ("mixer.", "norm.weight")),
+    mixers=dict.fromkeys(_KINDS, ("mixer.", "norm.weight")),
     embeddings="backbone.embeddings.weight",
     final_norm="backbone.norm_f.weight",
     head="lm_head.weight",
@@ -47,7 +49,7 @@ _FIELDS = {
     },
 }
 _HEAD_DIM = 128  # where config.json is silent; in this family it does not follow from the hidden size
-_KIND_OF_SYMBOL = {kind.symbol: kind.name for kind in LAYER_KINDS.values()}
+_KIND_OF_SYMBOL = {LAYER_KINDS[kind].symbol: kind for kind in _KINDS}
 _KIND_OF_BLOCK_TYPE = {
     "linear_attention": "mamba",
     "mamba": "mamba",
@@ -112,20 +114,8 @@ def _complete(config: Config) -> Config:
     return {**config, "head_dim": next(given, _HEAD_DIM)}
 
 
-_PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def _ssm_state_precision(config: Config) -> str:
-    dtype = config.get("mamba_ssm_cache_dtype") or "float32"
-    if dtype not in _PRECISION_OF_DTYPE:
-        raise MinipuzzleError(
-            f"config.json: mamba_ssm_cache_dtype is {dtype!r}", f"use one of {', '.join(_PRECISION_OF_DTYPE)}"
-        )
-    return _PRECISION_OF_DTYPE[dtype]
-
-
 def _adjust(config: Config, architecture: Architecture) -> Architecture:
-    return replace(architecture, ssm_state_precision=_ssm_state_precision(config))
+    return replace(architecture, ssm_state_precision=state_precision(config, "mamba_ssm_cache_dtype"))
 
 
 def _finish(config: dict[str, Any], _source: Config, architecture: Architecture) -> dict[str, Any]:

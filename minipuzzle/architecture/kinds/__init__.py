@@ -12,6 +12,7 @@ LAYER_KINDS: Table[LayerKind] = Table(
     "kinds",
     lazy={
         "mamba": "minipuzzle.architecture.kinds.mamba:MAMBA",
+        "gated_delta_net": "minipuzzle.architecture.kinds.gated_delta_net:GATED_DELTA_NET",
         "attention": "minipuzzle.architecture.kinds.attention:ATTENTION",
         "mlp": "minipuzzle.architecture.kinds.mlp:MLP",
         "moe": "minipuzzle.architecture.kinds.moe:MOE",

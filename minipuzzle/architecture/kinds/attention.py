@@ -1,5 +1,6 @@
 """Grouped-query attention; "window" among the sizes makes it slide. With the option ``sinks``, each query head can look
-at nothing, by a learned weight."""
+at nothing, by a learned weight. With "query_and_gate" among the sizes, the rows of each head's query are followed by as
+many that gate its output (arXiv 2505.06708)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from minipuzzle.architecture.layers import HIDDEN, CacheSpec, Dimension, LayerKi
 _QUERY: Segment = ("kv_group", "queries_per_group", "head_dim")
 _KEY: Segment = ("kv_group", "head_dim")
 _HEADS: Dimension = (("kv_group", "queries_per_group"),)
+_GATED_QUERY: Segment = ("kv_group", "queries_per_group", "query_and_gate", "head_dim")
 _CHANNELS: Dimension = (("head_dim",),)  # of one head; not cut
 _BIASES = frozenset({"bias", "qkv_bias"})
-_FUSED, _NORMED = frozenset({"fused_qkv"}), frozenset({"qk_norm"})
+_FUSED, _NORMED, _GATED = frozenset({"fused_qkv"}), frozenset({"qk_norm"}), frozenset({"query_and_gate"})
 
 
 def _caches(layer: LayerSpec) -> tuple[CacheSpec, ...]:
@@ -19,13 +21,21 @@ def _caches(layer: LayerSpec) -> tuple[CacheSpec, ...]:
     return (CacheSpec(name="kv", num_elements=keys_and_values, per_token=True, max_tokens=window),)
 
 
-def _input(name: str, rows: Segment, cache_scale: str = "") -> Role:
+def _input(
+    name: str,
+    rows: Segment,
+    cache_scale: str = "",
+    *,
+    needs: frozenset[str] = frozenset(),
+    lacks: frozenset[str] = frozenset(),
+) -> Role:
     return Role(
         name=name,
         module=f"{name}_proj",
         dims=((rows,), HIDDEN),
         biases=_BIASES,
-        lacks=_FUSED,
+        needs=needs,
+        lacks=_FUSED | lacks,
         quantized=True,
         fused="qkv",
         cache_scale=cache_scale,
@@ -37,7 +47,8 @@ ATTENTION = LayerKind(
     symbol="*",
     color="#d6448f",
     roles=(
-        _input("q", _QUERY),
+        _input("q", _QUERY, lacks=_GATED),
+        _input("q", _GATED_QUERY, needs=_GATED),
         _input("k", _KEY, "k_scale"),
         _input("v", _KEY, "v_scale"),
         Role(
