@@ -84,6 +84,7 @@ def _write_student(read: ReadWeight, student: Checkpoint, folder: Path) -> None:
             stored = student.entries.get(tensor.name) or student.entries[architecture.names.embeddings]
             weight = read(student.family.modules.module_name(tensor.name), tensor.shape)
             yield tensor.name, weight.to("cpu", torch_dtype(stored.dtype))
+        yield from ((placed.name, student.tensor(placed.name)) for placed in architecture.carried)
 
     writer = ShardWriter(folder)
     for name, tensor in as_stored(architecture, tensors(), is_fused=student.is_fused):

@@ -47,6 +47,7 @@ class TensorSpec:
     weight). Cutting channels changes that average.
     ``norm_offset``: what such a norm adds to its stored weight before it multiplies by it.
     ``routed``: weights of routed experts, of which a token uses ``experts_per_token`` of ``expert``.
+    ``follows``: axes whose size a tensor outside the language model shares; ``is_dispensable``: whether it then goes.
     ``unit``: (axis, index) of the one unit that the tensor belongs to as a whole, such as an expert; it goes with it.
     ``fused``, ``cache_scale``: as in its role.
     """
@@ -61,6 +62,8 @@ class TensorSpec:
     unit: tuple[str, int] | None = None
     fused: str = ""
     cache_scale: str = ""
+    follows: frozenset[str] = frozenset()
+    is_dispensable: bool = False
 
     @property
     def axes(self) -> frozenset[str]:

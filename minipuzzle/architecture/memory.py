@@ -13,7 +13,7 @@ from math import prod
 
 from minipuzzle.architecture.kinds import LAYER_KINDS
 from minipuzzle.architecture.layers import LayerSpec
-from minipuzzle.architecture.model import Architecture, PlacedTensor
+from minipuzzle.architecture.model import CARRIED, Architecture, PlacedTensor
 from minipuzzle.architecture.quantities import format_gib
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.table import Table
@@ -60,8 +60,9 @@ TERMS: Mapping[str, str] = {
     "kv_cache": "KV cache",
     "ssm_state": "SSM state",
     "conv_state": "convolution state",
+    CARRIED: "parts beside the language model",
 }
-WEIGHT_TERMS = ("weights", "scales", "other", "embeddings", "head")
+WEIGHT_TERMS = ("weights", "scales", "other", "embeddings", "head", CARRIED)
 _TERM_OF_CACHE = {"kv": "kv_cache"}
 _SCALE_BYTES = 4
 
@@ -95,7 +96,7 @@ class Deployment:
 
     def precision_of(self, term: str, architecture: Architecture) -> Precision:
         """The precision of one term for a model."""
-        name = "fp32" if term == "scales" else getattr(self, term)
+        name = "fp32" if term == "scales" else self.other if term == CARRIED else getattr(self, term)
         return PRECISIONS[architecture.ssm_state_precision if name == FROM_CONFIG else name]
 
     def describe(self) -> str:
@@ -145,6 +146,7 @@ def memory_breakdown(architecture: Architecture, deployment: Deployment) -> Memo
     terms = tuple(
         MemoryTerm(name=label, num_bytes=total[term], precision=deployment.precision_of(term, architecture).name)
         for term, label in TERMS.items()
+        if term != CARRIED or architecture.carried
     )
     return MemoryBreakdown(terms=terms, estimates=(_activations(architecture, deployment),))
 
@@ -167,10 +169,15 @@ def layer_bytes(architecture: Architecture, layer_idx: int, deployment: Deployme
 
 def outer_bytes(architecture: Architecture, deployment: Deployment) -> Counter[str]:
     """Bytes by term of embeddings, final norm and LM head; a head tied to the embeddings is counted once, unless
-    engines want one of its own, which exports then write."""
+    engines want one of its own, which exports then write.
+
+    Of what is carried, heads that predict several tokens are not counted: engines load them only if asked.
+    """
     total: Counter[str] = Counter()
     for tensor in architecture.deployed.outer_tensors():
         _add_tensor(total, tensor, architecture, deployment)
+    for tensor in (tensor for tensor in architecture.carried if not tensor.spec.is_dispensable):
+        total[CARRIED] += deployment.precision_of(CARRIED, architecture).num_bytes(tensor.shape)
     return total
 
 

@@ -11,9 +11,11 @@ from functools import cached_property
 
 from minipuzzle.architecture.kinds import LAYER_KINDS, TRUNK
 from minipuzzle.architecture.layers import HIDDEN, LayerSpec, NormSpec, TensorSpec
+from minipuzzle.errors import MinipuzzleError
 
 # Layouts of a cut model. Uniform: complete blocks and one width an axis, which every engine loads.
 UNIFORM, PER_LAYER = "uniform", "per-layer"
+CARRIED = "carried"  # the part of a composite outside its language model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class PlacedTensor:
     spec: TensorSpec
     sizes: Mapping[str, int]
     layer_idx: int | None  # None: embeddings, final norm or head
-    part: str  # layer kind, or "embeddings", "final_norm", "head"
+    part: str  # layer kind, or "embeddings", "final_norm", "head", "carried"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,6 +93,16 @@ class PlacedTensor:
         if not self.spec.routed:
             return self.num_elements
         return self.num_elements * self.sizes["experts_per_token"] // self.sizes["expert"]
+
+
+def carried_tensor(name: str, shape: tuple[int, ...], follows: frozenset[str], *, is_dispensable: bool) -> PlacedTensor:
+    """A tensor outside the language model."""
+    axes = [str(dim_idx) for dim_idx in range(len(shape))]
+    spec = TensorSpec(
+        name=name, dims=tuple(((axis,),) for axis in axes), follows=follows, is_dispensable=is_dispensable
+    )
+    sizes = dict(zip(axes, shape, strict=True))
+    return PlacedTensor(name=name, spec=spec, sizes=sizes, layer_idx=None, part=CARRIED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +128,7 @@ class StoredTensor:
 class Architecture:
     """Layers of a model from first to last, plus embeddings, final norm and LM head.
 
+    ``carried``: tensors of a stored composite outside its language model, which nothing else here counts.
     ``ssm_state_precision``: in which config.json asks engines to keep the SSM state; it shapes no weight.
     """
 
@@ -126,6 +139,7 @@ class Architecture:
     tied_embeddings: bool
     names: TensorNames
     ssm_state_precision: str = "fp32"
+    carried: tuple[PlacedTensor, ...] = ()
 
     @property
     def deployed(self) -> Architecture:
@@ -233,6 +247,22 @@ class Architecture:
         for part, spec in outer:
             yield PlacedTensor(name=spec.name, spec=spec, sizes=sizes, layer_idx=None, part=part)
 
+    def require_free(self, axis: str) -> None:
+        """Refuse to cut an axis on which a carried tensor depends that the model cannot do without.
+
+        Raises: MinipuzzleError naming the tensor.
+        """
+        for placed in self.carried:
+            if axis in placed.spec.follows and not placed.spec.is_dispensable:
+                problem = f"{axis} cannot be cut: {placed.name}, outside the language model, has its size"
+                raise MinipuzzleError(problem, f"leave {axis} as it is")
+
+    def cut_to(self, layers: tuple[LayerSpec, ...], hidden: int) -> Architecture:
+        """With other layers and hidden size, and without the carried tensors that this leaves no place for."""
+        cut = replace(self, layers=layers, hidden=hidden)
+        kept = (t for t in self.carried if not any(set(cut.widths(a)) - set(self.widths(a)) for a in t.spec.follows))
+        return replace(cut, carried=tuple(kept))
+
     def tensors(self) -> Iterator[PlacedTensor]:
         """Every tensor of the model, layers in order, then what lies around them."""
         for layer_idx in range(len(self.layers)):
@@ -252,7 +282,8 @@ class Architecture:
             prefix = self.names.block(self.block_of(layer_idx))
             for form, parts in fused.items():
                 yield StoredTensor(name=prefix + form.name, parts=tuple(parts), form=form)
-        yield from (StoredTensor(name=placed.name, parts=(placed,)) for placed in self.outer_tensors())
+        outer = (*self.outer_tensors(), *self.carried)
+        yield from (StoredTensor(name=placed.name, parts=(placed,)) for placed in outer)
 
     def _form_of(self, placed: PlacedTensor) -> FusedExperts | None:
         if placed.spec.unit is None:

@@ -20,14 +20,13 @@ def inspect(model: Path, named_deployment: NamedDeployment, as_json: bool) -> No
 
     MODEL is a checkpoint folder or a config.json; weights are not read.
     """
-    from minipuzzle.architecture.families import read_architecture
     from minipuzzle.architecture.memory import memory_breakdown
     from minipuzzle.architecture.quantities import format_gib, parse_bytes
-    from minipuzzle.files.checkpoint import read_config
+    from minipuzzle.files.checkpoint import architecture_at
     from minipuzzle.formats.choices import warn_of_terms_not_exported
     from minipuzzle.show.report import architecture_summary, print_architecture
 
-    architecture, deployment = read_architecture(read_config(model)), named_deployment.deployment
+    architecture, deployment = architecture_at(model), named_deployment.deployment
     warn_of_terms_not_exported(architecture, deployment)
     needed_bytes = memory_breakdown(architecture, deployment).total_bytes
     budget_bytes = parse_bytes(named_deployment.memory) if named_deployment.memory else None

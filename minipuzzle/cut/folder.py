@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from minipuzzle.architecture.configs.per_layer import write_config
 from minipuzzle.cut.plan import PLAN_FILE, Plan
 from minipuzzle.cut.surgery import cut_tensors
+from minipuzzle.errors import warn
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.safetensors_files import ShardWriter
@@ -44,6 +45,8 @@ def write_pruned(
         writer.add(name, tensor)
     writer.finish()
     config = write_config(checkpoint.family, checkpoint.config, target)
+    if gone := [placed.name for placed in checkpoint.architecture.carried if placed not in target.carried]:
+        warn(f"{folder.name}: {len(gone)} tensors such as {gone[0]} have the widths of what was cut and are left out")
     save_config(folder, config)
     copy_companions(checkpoint.folder, folder)
     (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ class Plan:
                 if axis not in sizes:
                     raise MinipuzzleError(f"{_name(layer_idx)} has no axis {axis} to cut", hint)
                 _check_indices(f"{axis} of {_name(layer_idx)}", units, sizes[axis], hint)
+                source.require_free(axis)
                 self._check_groups(source, axis, layer_idx, hint)
         for axis, by_chooser in self.chosen_units.items():
             for layer_idx, choices in by_chooser.items():
@@ -142,7 +143,7 @@ class Plan:
     def apply(self, source: Architecture) -> Architecture:
         """The architecture that the plan leaves."""
         layers = (source.layers[layer_idx].resized(**self.sizes(source, layer_idx)) for layer_idx in self.kept_layers)
-        return replace(source, layers=tuple(layers), hidden=self.sizes(source, None).get("hidden", source.hidden))
+        return source.cut_to(tuple(layers), self.sizes(source, None).get("hidden", source.hidden))
 
     def treatment(self, source: Architecture) -> dict[int, object]:
         """What becomes of each layer that stays, for ``num_layers_different``: its axes' kept units."""

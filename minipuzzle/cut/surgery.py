@@ -88,6 +88,8 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, torch
         kept = (tensor for tensor in source.layer_tensors(old_idx) if plan.keeps(tensor))
         for old, new in zip(kept, target.layer_tensors(new_idx), strict=True):
             yield new.name, _cut_to_shape(checkpoint, old, new, plan)
+    for placed in target.carried:
+        yield placed.name, checkpoint.tensor(placed.name)
     for old, new in zip(source.outer_tensors(), target.outer_tensors(), strict=True):
         yield new.name, _cut_to_shape(checkpoint, old, new, plan)
         if source.tied_embeddings and not source.names.ties_head and new.part == "embeddings":

@@ -91,7 +91,8 @@ class ExportTensors:
         self.layout = layout
         self._amax, self._piece_elements = amax, piece_elements
         self._tensor_scales: dict[str, torch.Tensor] = {}
-        self.tensors = tuple(checkpoint.architecture.deployed.tensors())
+        deployed = checkpoint.architecture.deployed
+        self.tensors = (*deployed.tensors(), *deployed.carried)
         self._by_module = {module_of(tensor): tensor for tensor in self.tensors}
 
     def headers(self, tensor: PlacedTensor) -> list[TensorHeader]:
@@ -218,7 +219,7 @@ def tensor_headers(tensor: PlacedTensor, layout: ExportLayout) -> list[TensorHea
 
 def export_headers(architecture: Architecture, layout: ExportLayout) -> dict[str, TensorHeader]:
     """Every tensor that an export of an architecture stores, by name."""
-    tensors = architecture.deployed.tensors()
+    tensors = (*architecture.deployed.tensors(), *architecture.carried)
     return {header.name: header for tensor in tensors for header in tensor_headers(tensor, layout)}
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from minipuzzle.architecture.configs.composite import TEXT_CONFIG
 from minipuzzle.architecture.configs.puzzle import without_blocks
-from minipuzzle.architecture.families import Family, family_of
-from minipuzzle.architecture.model import Architecture
+from minipuzzle.architecture.families import Family, family_of, read_architecture
+from minipuzzle.architecture.model import Architecture, carried_tensor
 from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.files.fused_experts import split_entries
 from minipuzzle.files.hub import fetched, is_hub_id
@@ -55,6 +56,7 @@ COMPANION_FILES = (
     "tekken.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
@@ -78,6 +80,17 @@ def read_config(path: Path) -> Mapping[str, Any]:
 def holds_weights(folder: Path) -> bool:
     """Whether weights lie in a folder, under the names that are read."""
     return any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def architecture_at(path: Path) -> Architecture:
+    """What a folder or a config.json says that a model is; of a composite's folder, headers of weights are read, too.
+
+    Raises: MinipuzzleError if something is missing or damaged.
+    """
+    config = read_config(path)
+    if config.get(TEXT_CONFIG) and holds_weights(path):
+        return Checkpoint.open(path).architecture
+    return read_architecture(config)
 
 
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -106,7 +119,13 @@ class Checkpoint:
         self.config = config
         self.entries = entries
         self.family: Family = family_of(config)
-        self.architecture: Architecture = self.family.read(config)
+        carried = (
+            carried_tensor(name, entry.shape, axes, is_dispensable=may_go)
+            for name, entry in entries.items()
+            if self.family.carries(name)
+            for axes, may_go in (self.family.followed_axes(name),)
+        )
+        self.architecture: Architecture = replace(self.family.read(config), carried=tuple(carried))
         self.is_fused = is_fused or self.architecture.names.is_always_fused
         self._slab: tuple[object, torch.Tensor] | None = None
 
@@ -154,7 +173,7 @@ class Checkpoint:
                 "cut or trained",
                 "use the checkpoint it was exported from; `minipuzzle evaluate` reads exports",
             )
-        expected = {tensor.name: tensor.shape for tensor in self.architecture.tensors()}
+        expected = {tensor.name: tensor.shape for tensor in (*self.architecture.tensors(), *self.architecture.carried)}
         hint = "config.json and the weights do not belong together"
         for name in expected.keys() - self.entries.keys():
             raise MinipuzzleError(f"{self.folder}: tensor {name} is missing", hint)

@@ -100,7 +100,7 @@ def export_layout(
     that the format cannot hold, or an FP8 cache where there is none or the flavour has no place for its scales.
     """
     if scheme == PLAIN:
-        return ExportLayout(ignored=tuple(module_of(t) for t in _matrices(architecture)))
+        return ExportLayout(ignored=tuple(module_of(t) for t in (*_matrices(architecture), *_carried(architecture))))
     chosen_scheme, chosen_flavour, chosen_recipe = SCHEMES[scheme], FLAVOURS[flavour], RECIPES[recipe]
     if fp8_kv_cache and (obstacle := cache_scales_obstacle(architecture, chosen_flavour)) is not None:
         raise MinipuzzleError(*obstacle)
@@ -118,7 +118,11 @@ def export_layout(
         scheme=chosen_scheme,
         flavour=chosen_flavour,
         quantized=tuple(module for module, quantized in is_quantized.items() if quantized),
-        ignored=(*(name for name, quantized in is_quantized.items() if not quantized), *_tied_head(architecture)),
+        ignored=(
+            *(name for name, quantized in is_quantized.items() if not quantized),
+            *_tied_head(architecture),
+            *map(module_of, _carried(architecture)),
+        ),
         fused=fused,
         cache_scales=_cache_scales(architecture) if fp8_kv_cache else {},
     )
@@ -185,6 +189,10 @@ def _matrices(architecture: Architecture) -> Iterator[PlacedTensor]:
     return (tensor for tensor in architecture.tensors() if len(tensor.shape) > 1)
 
 
+def _carried(architecture: Architecture) -> Iterator[PlacedTensor]:
+    return (tensor for tensor in architecture.carried if len(tensor.shape) > 1)
+
+
 def module_of(tensor: PlacedTensor) -> str:
     """The module that a matrix belongs to, by its name on disk."""
     return tensor.name.removesuffix(WEIGHT)
@@ -230,7 +238,12 @@ def read_layout(architecture: Architecture, config: Mapping[str, object]) -> Exp
         scheme=SCHEMES[described.scheme],
         flavour=flavour,
         quantized=tuple(module for module in linear if module not in plain),
-        ignored=(*(module for module in linear if module in plain), *other, *_tied_head(architecture)),
+        ignored=(
+            *(module for module in linear if module in plain),
+            *other,
+            *_tied_head(architecture),
+            *map(module_of, _carried(architecture)),
+        ),
         fused=_fused_modules(architecture),
         cache_scales=_cache_scales(architecture) if described.fp8_kv_cache else {},
     )

@@ -23,7 +23,7 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
-    base, runs_as = base_config(config), family_of(config).runs_as
+    base, runs_as = family_of(config).language_config(config), family_of(config).runs_as
     settings = {key: value for key, value in base.items() if key not in ("model_type", "quantization_config")}
     try:
         return AutoConfig.for_model(runs_as(base) if runs_as else base["model_type"], **settings)

@@ -76,7 +76,7 @@ def build_model(
     # what the same open checkpoint reads next.
     state = {family.modules.module_name(name): tensor.to(device, dtype, copy=True) for name, tensor in tensors}
     head = f"{family.modules.head}.weight"
-    if config.get("tie_word_embeddings") and head not in state:
+    if family.read(config).tied_embeddings and head not in state:
         state[head] = state[f"{family.modules.embeddings}.weight"]
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -88,7 +88,8 @@ def load_model(checkpoint: Checkpoint, compute: Compute = Compute()) -> nn.Modul
     Raises: MinipuzzleError if names, shapes or values are wrong.
     """
     checkpoint.require_plain_weights()
-    tensors = ((name, checkpoint.tensor(name)) for name in checkpoint.entries)
+    names = (name for name in checkpoint.entries if not checkpoint.family.carries(name))
+    tensors = ((name, checkpoint.tensor(name)) for name in names)
     return build_model(checkpoint.config, tensors, compute)
 
 

@@ -9,6 +9,7 @@ Shape suffixes: B batch, T tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from operator import attrgetter
 from typing import Any
 
@@ -56,9 +57,12 @@ class Positions:
         """Cosines and sines for the positions 0, 1, ...; None without rotary embeddings."""
         if self.rotary is None:
             return None
-        positions_1T = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
-        cosines, sines = self.rotary(hidden_BTH, positions_1T)
+        cosines, sines = self.rotary(hidden_BTH, self.ids(hidden_BTH))
         return cosines, sines
+
+    def ids(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """The positions, ``[1, tokens]``."""
+        return torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
 
     def mask(self, hidden_BTH: torch.Tensor, window: int | None) -> torch.Tensor | None:
         """What a token may not see; None: whatever comes later, which attention kernels know without a mask."""
@@ -85,6 +89,7 @@ class AttentionBranch(Branch):
         attention = block.get_submodule(mixer)
         of_model = getattr(positions.config, "sliding_window", None)
         self.window: int | None = getattr(attention, "sliding_window", of_model)
+        self.asks_for_ids = "position_ids" in signature(attention.forward).parameters
 
     def mix(self, normed_BTH: torch.Tensor) -> torch.Tensor:
         """What attention adds, before scaling."""
@@ -92,6 +97,7 @@ class AttentionBranch(Branch):
             hidden_states=normed_BTH,
             position_embeddings=self.positions.embeddings(normed_BTH),
             attention_mask=self.positions.mask(normed_BTH, self.window),
+            **({"position_ids": self.positions.ids(normed_BTH)} if self.asks_for_ids else {}),
         )[0]
         return added_BTH
 

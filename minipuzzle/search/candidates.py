@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -111,7 +111,7 @@ def resized(source: Architecture, kept: Mapping[int, Mapping[str, int]]) -> Arch
     """The architecture of some layers of a source (position -> widths), in order."""
     layers = tuple(source.layers[layer_idx].resized(**kept[layer_idx]) for layer_idx in sorted(kept))
     hidden = next((widths["hidden"] for widths in kept.values() if "hidden" in widths), source.hidden)
-    return replace(source, layers=layers, hidden=hidden)
+    return source.cut_to(layers, hidden)
 
 
 def diverse(candidates: Iterable[Candidate], min_different: int, max_number: int | None = None) -> list[Candidate]:

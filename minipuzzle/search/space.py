@@ -190,6 +190,8 @@ def _check_width(source: Architecture, axis: str, width: int) -> None:
     available = source.width(axis)
     if available is None:
         raise MinipuzzleError(f"the model has no axis {axis!r} of one width", "see `minipuzzle inspect`")
+    if width < available:
+        source.require_free(axis)
     if not 0 < width <= available:
         raise MinipuzzleError(f"cannot cut {axis} to {width}: the model has {available}", "lower ‹width›")
     if axis == "expert" and width < (used := source.width("experts_per_token") or 1):

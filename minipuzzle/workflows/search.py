@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minipuzzle.architecture.families import read_architecture
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.cut.plan import Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.files.checkpoint import Checkpoint, holds_weights, read_config
+from minipuzzle.files.checkpoint import Checkpoint, architecture_at, holds_weights
 from minipuzzle.files.outputs import check_target_file, output_file
 from minipuzzle.formats.choices import warn_of_terms_not_exported
 from minipuzzle.search.candidates import Candidate
@@ -78,7 +77,7 @@ def architecture_of(model: Model) -> Architecture:
     Raises: MinipuzzleError if that is missing, damaged or of an unknown family.
     """
     if isinstance(model, str | Path):
-        return read_architecture(read_config(Path(model)))
+        return architecture_at(Path(model))
     return (model if isinstance(model, Checkpoint) else model.checkpoint).architecture
 
 

@@ -26,6 +26,7 @@ class ModulePaths:
     """Where transformers keeps the parts of a model in memory, and how tensor names on disk map there.
 
     ``layers`` is the list of decoder blocks. ``rotary``: the module of position embeddings, if there is one.
+    ``outer_prefix``: on disk, of what lies outside ``disk_prefix``.
     ``other_prefixes``: beginnings of names that other programs write, and ours. ``inner``: parts of names on disk that
     are others in memory. ``ignored``: the beginning of names that transformers leaves aside; may hold config's fields.
     """
@@ -37,6 +38,7 @@ class ModulePaths:
     disk_prefix: str
     module_prefix: str
     rotary: str = ""
+    outer_prefix: str = ""
     other_prefixes: Mapping[str, str] = field(default_factory=dict)
     inner: Mapping[str, str] = field(default_factory=dict)
     ignored: str = ""
@@ -59,7 +61,7 @@ class ModulePaths:
             disk_name = disk_name.replace(on_disk, in_memory)
         if disk_name.startswith(self.disk_prefix):
             return self.module_prefix + disk_name.removeprefix(self.disk_prefix)
-        return disk_name
+        return disk_name.removeprefix(self.outer_prefix)
 
 
 def _as_it_is(config: Config) -> Config:
@@ -124,6 +126,18 @@ class Family:
         prefix = self.names.mixers[kind][0]
         paths = [prefix] if prefix else self.names.roles[kind].values()
         return tuple(dict.fromkeys(self.modules.module_name(path).partition(".")[0] for path in paths))
+
+    def language_config(self, config: Config) -> dict[str, Any]:
+        """config.json of the language model alone, where it is a part of another."""
+        return dict(config)
+
+    def carries(self, _name: str) -> bool:
+        """Whether a stored tensor is none of the language model's, but is carried along."""
+        return False
+
+    def followed_axes(self, _name: str) -> tuple[frozenset[str], bool]:
+        """The axes that a carried tensor depends on, and whether it may go if one of them is cut."""
+        return frozenset(), False
 
     def read(self, config: Config) -> Architecture:
         """The architecture that a config.json describes.

@@ -98,6 +98,18 @@ class PerLayerFamily(Family):
 
     base: Family
 
+    def language_config(self, config: Config) -> dict[str, Any]:
+        """config.json of the complete language model alone."""
+        return self.base.language_config(base_config(config))
+
+    def carries(self, name: str) -> bool:
+        """As in the family."""
+        return self.base.carries(name)
+
+    def followed_axes(self, name: str) -> tuple[frozenset[str], bool]:
+        """As in the family."""
+        return self.base.followed_axes(name)
+
     def read(self, config: Config) -> Architecture:
         """The layers that are there, at their widths.
 
@@ -117,7 +129,7 @@ class PerLayerFamily(Family):
 
 def per_layer_family(base: Family) -> PerLayerFamily:
     """The family of models in the per-layer layout."""
-    data = {field.name: getattr(base, field.name) for field in fields(base)}
+    data = {field.name: getattr(base, field.name) for field in fields(Family)}
     return PerLayerFamily(**{**data, "model_type": PER_LAYER_MODEL_TYPE}, base=base)
 
 

@@ -1,13 +1,15 @@
 """llama, and what is built alike: rotary attention and a gated MLP in every block (arXiv 2302.13971).
 
-Mistral's attention may slide over a window (arXiv 2310.06825), in some layers only where ``layer_types`` says so; the
-class that computes that is transformers' ``ministral``. Mixtral has experts in the place of MLPs (arXiv 2401.04088).
+Ministral 3 scales its queries by their position (``llama_4_scaling_beta``). Mistral's attention may slide over a window
+(arXiv 2310.06825), in some layers only where ``layer_types`` says so; the class that computes that is transformers'
+``ministral``. Mixtral has experts in the place of MLPs (arXiv 2401.04088).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from minipuzzle.architecture.configs.composite import inside_language_model
 from minipuzzle.architecture.configs.experts import FUSED, ROUTED_AXES, WITH_EXPERTS, tiny_experts
 from minipuzzle.architecture.configs.paired import (
     MLP_NORM,
@@ -51,4 +53,29 @@ FAMILIES = (
         adjust=one_window,
         tiny_config=tiny_experts("mixtral", "MixtralForCausalLM", intermediate_size=32, num_local_experts=8),
     ),
+    replace(
+        PAIRED,
+        model_type="ministral3",
+        defaults={"head_dim": 128},
+        adjust=one_window,
+        tiny_config=tiny(
+            "ministral3",
+            "Ministral3ForCausalLM",
+            head_dim=16,
+            rope_parameters={
+                "rope_type": "yarn",
+                "type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        ),
+    ),
 )
+
+COMPOSITES = (inside_language_model("mistral3", "mistral", ties_head=True, follows="multi_modal_projector.linear_"),)

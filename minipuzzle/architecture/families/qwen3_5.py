@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from minipuzzle.architecture.configs.composite import Composite
 from minipuzzle.architecture.configs.family import (
     Config,
     divide,
@@ -91,6 +92,7 @@ FAMILIES = (
             "linear_value_head_dim": 128,
             "linear_conv_kernel_dim": 4,
         },
+        modules=replace(PAIRED.modules, ignored="mtp."),
         complete=_complete,
         adjust=_adjust,
         finish=_finish,
@@ -106,5 +108,16 @@ FAMILIES = (
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         ),
+    ),
+)
+
+# Its vision tower, and a head that predicts several tokens: a block of the language model's widths.
+COMPOSITES = (
+    Composite(
+        model_type="qwen3_5",
+        text_model_type="qwen3_5_text",
+        ties_head=False,
+        follows={"model.visual.merger.linear_fc2.": "hidden"},
+        dispensable={"mtp.": (frozenset({"hidden", "ffn", "kv_group"}), "mtp_num_hidden_layers")},
     ),
 )
