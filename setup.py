@@ -12,6 +12,7 @@ assert VERSION is not None
 # Plain transformers reads our second layout with it; it imports psutil without asking for it.
 COMPRESSED_TENSORS = ["compressed-tensors>=0.17", "psutil"]
 TENSORBOARD = ["tensorboard>=2.16"]
+DATA = ["httpx2>=2", "datatrove>=0.10", "datasketch>=1.6", "scikit-learn>=1.5"]
 
 setup(
     name="minipuzzle",
@@ -26,6 +27,7 @@ setup(
         **{package: ["py.typed"] for package in ("minipuzzle", "importance", "distill")},
         "minipuzzle.show.page": ["page.html", "page.css"],
         "minipuzzle.abilities.play": ["*.toml"],
+        "minipuzzle.data.writing": ["prompts/*.toml"],
     },
     install_requires=[
         "torch>=2.9",
@@ -48,6 +50,7 @@ setup(
         "fp8": ["torchao>=0.15"],
         "tensorboard": TENSORBOARD,
         "eval": ["lm-eval>=0.4.9"],
+        "data": DATA,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -60,6 +63,7 @@ setup(
             "types-setuptools",
             "requests",
             *TENSORBOARD,
+            *DATA,
             *COMPRESSED_TENSORS,
         ],
     },

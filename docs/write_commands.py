@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from minipuzzle.commands.cli import COMMANDS, main
+from minipuzzle.commands.cli import every_command, main
 
 PAGE = Path(__file__).parent / "commands.md"
 HELP_COLUMNS = 100
@@ -28,7 +28,7 @@ def render() -> str:
     """The page: one section a command, its help as printed."""
     runner = CliRunner()
     sections = ["# Commands", "", "Written by `make docs` from the commands' own `--help`.", ""]
-    for arguments in ([], *([command] for command in COMMANDS)):
+    for arguments in ((), *every_command()):
         title = " ".join(["minipuzzle", *arguments])
         result = runner.invoke(
             main, [*arguments, "--help"], prog_name="minipuzzle", catch_exceptions=False, terminal_width=HELP_COLUMNS

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minipuzzle.files.checkpoint import Checkpoint as Checkpoint
     from minipuzzle.runtime.compute import Compute as Compute
     from minipuzzle.workflows.abilities.run import abilities as abilities
+    from minipuzzle.workflows.data import api as data  # noqa: F401
     from minipuzzle.workflows.distill import distill as distill
     from minipuzzle.workflows.evaluate import evaluate as evaluate
     from minipuzzle.workflows.export import export as export
@@ -41,7 +42,7 @@ _PLACES = {
 }
 __all__ = [
     *("Checkpoint", "Compute", "Deployment"),
-    *("abilities", "distill", "evaluate", "export", "load", "open", "prune", "score", "search", "verify"),
+    *("abilities", "data", "distill", "evaluate", "export", "load", "open", "prune", "score", "search", "verify"),
 ]
 
 
@@ -100,6 +101,7 @@ class _Api(ModuleType):
     abilities = property(lambda _self: _VerbAndPackage("abilities"), lambda _self, _package: None)
     search = property(lambda _self: _VerbAndPackage("search"), lambda _self, _package: None)
     export = property(lambda _self: _VerbAndPackage("export"), lambda _self, _package: None)
+    data = property(lambda _self: import_module("minipuzzle.workflows.data.api"), lambda _self, _package: None)
 
 
 _api = _Api(__name__)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
 
 KEY = "option"  # of a field's metadata
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,18 @@ def option(
 def part(settings: type) -> Any:
     """A field that holds settings of its own, whose options stand beside the others."""
     return field(default_factory=settings, metadata={KEY: settings})
+
+
+def settings_of(settings: type[Settings], values: dict[str, Any], **others: Any) -> Settings:
+    """Settings of flat values, taken out of ``values``; parts of them are made first. ``others``: fields as they are.
+
+    Raises: MinipuzzleError for values that do not go together.
+    """
+    found = dict(others)
+    for item in fields(settings):  # type: ignore[arg-type] # all settings are dataclasses
+        about = item.metadata.get(KEY)
+        if isinstance(about, Option) or item.name in values:
+            found |= {item.name: values.pop(item.name)} if item.name in values else {}
+        elif about is not None:
+            found[item.name] = settings_of(about, values)
+    return settings(**found)

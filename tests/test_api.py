@@ -114,9 +114,10 @@ def test_verbs_come_without_torch_and_stay_verbs_when_packages_of_their_names_ar
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_importing_and_help_are_quick() -> None:
-    """Seconds of CPU, of which an import of torch alone would take several times as many."""
-    code = "import time; {}; sys.exit(time.process_time() > 0.3)".format(
-        "import sys, minipuzzle, minipuzzle.commands.cli as cli; cli.main(['--help'], standalone_mode=False)"
+def test_importing_and_help_load_little() -> None:
+    """Modules are counted, not seconds: torch alone would load 1,500 more; 0.25 s of CPU where nothing else runs."""
+    code = (
+        "import sys, minipuzzle, minipuzzle.commands.cli as cli; cli.main(['--help'], standalone_mode=False);"
+        "sys.exit(len(sys.modules) > 450 or bool({'torch', 'transformers', 'pyarrow', 'scipy'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0

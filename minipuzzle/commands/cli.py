@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -35,7 +36,8 @@ OPTION_OF_FIELD = {
     "overrides": "override",
 }
 _WHOLE_RUNS = ("run", "report", "demo")  # which lie in a room of their own
-COMMANDS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities", *_WHOLE_RUNS)
+_VERBS = ("inspect", "score", "search", "prune", "distill", "export", "verify", "evaluate", "abilities", "data")
+COMMANDS = (*_VERBS, *_WHOLE_RUNS)
 
 
 def command_of(name: str) -> click.Command:
@@ -85,6 +87,16 @@ class MinipuzzleGroup(click.Group):
                 raise
             click.echo("\ninterrupted; the same command continues where it can", err=True)
             ctx.exit(int(ExitCode.INTERRUPTED))
+
+
+def every_command() -> Iterator[tuple[str, ...]]:
+    """The words of each command, those of groups too: ("data",), ("data", "select"), ..."""
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        yield (name,)
+        command = main.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from ((name, verb) for verb in command.list_commands(context))
 
 
 def with_options(message: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from minipuzzle.data.conversations import spelled_out
 from minipuzzle.data.limits import memory_at_most
 from minipuzzle.errors import MinipuzzleError, warn
-from minipuzzle.files.json_files import parse_json, require_regular_file
+from minipuzzle.files.json_files import parse_json, read_json, require_regular_file
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSONL_SUFFIX, PARQUET_SUFFIX = ".jsonl", ".parquet"
@@ -28,6 +28,7 @@ _PARQUET_ROWS = 16  # read at a time
 # A part of a column may unpack to so many times its bytes, or to so many; and a few rows to so many.
 _PARQUET_RATIO, _PARQUET_BYTES, _PARQUET_BATCH_BYTES = 200, 64 * 2**20, 2**30
 MAX_TEXT_BYTES = 512 * 2**20  # of a plain text file, which is one document
+MANIFEST_FILE = "manifest.json"  # of a folder of recovery data: which shards it has, and what was rejected
 
 
 def read_documents(paths: Sequence[Path], tokenizer: Any = None) -> list[str]:
@@ -70,6 +71,10 @@ def _members(path: Path) -> list[Path]:
     if not path.is_dir():
         require_regular_file(path, "check ‹data›")
         return [path]
+    if (manifest := path / MANIFEST_FILE).is_file() and isinstance(shards := read_json(manifest).get("shards"), dict):
+        for name in shards:
+            require_regular_file(path / name, "its manifest lists it: write the folder again")
+        return [path / name for name in sorted(shards)]
     every = sorted(p for p in path.rglob("*") if not p.is_dir())
     members = [p for p in every if p.suffix in SUFFIXES and p.is_file() and not _is_about(p.relative_to(path))]
     if members and (skipped := [str(p.relative_to(path)) for p in sorted({*every} - {*members})]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import check_token_ids, wanted_windows
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.option import settings_of
 from minipuzzle.runtime.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,6 +87,20 @@ def verb_with(
 
     typed: Any = called
     return update_wrapper(typed, by_keywords)
+
+
+def keywords(settings: type[Any], run: Callable[..., Result]) -> Callable[..., Result]:
+    """A function whose keywords are the fields of settings and of their parts, as its command has them as options."""
+
+    @wraps(run)
+    def called(**how: Any) -> Result:
+        given = dict(how)
+        made = settings_of(settings, given)
+        if given:
+            raise TypeError(f"{run.__name__} has no keyword {next(iter(given))!r}")
+        return run(made)
+
+    return called
 
 
 def sample_text(

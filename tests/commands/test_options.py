@@ -9,23 +9,36 @@ import ast
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from distill.engine import EngineSettings
-from minipuzzle.commands.cli import COMMANDS, OPTION_OF_FIELD, main, with_options
+from minipuzzle.commands.cli import OPTION_OF_FIELD, every_command, main, with_options
 from minipuzzle.option import KEY, Option
 from minipuzzle.workflows import settings as workflow_settings
+from minipuzzle.workflows.data import settings as data_settings
 
 FROZEN = Path(__file__).with_name("options.txt")
 ROOT = Path(__file__).parents[2]
-SETTINGS = [EngineSettings, *(value for value in vars(workflow_settings).values() if dataclasses.is_dataclass(value))]
+SETTINGS = [
+    EngineSettings,
+    *(
+        value
+        for module in (workflow_settings, data_settings)
+        for value in vars(module).values()
+        if dataclasses.is_dataclass(value)
+    ),
+]
 
 
-def command_of(name: str) -> click.Command:
-    command = main.get_command(click.Context(main), name)
+def command_of(words: Sequence[str]) -> click.Command:
+    command: click.Command | None = main
+    for word in words:
+        assert isinstance(command, click.Group)
+        command = command.get_command(click.Context(command), word)
     assert command is not None
     return command
 
@@ -54,10 +67,9 @@ def _plain(value: Any) -> Any:
 def listed_options() -> str:
     """A line an option: the command, the option's names or the argument's metavar, and the facts."""
     lines = []
-    for name in COMMANDS:
-        command = main.get_command(click.Context(main), name)
-        assert command is not None
-        lines += sorted(f"{name} {_names(param)} {json.dumps(described(param))}\n" for param in command.params)
+    for words in every_command():
+        params = command_of(words).params
+        lines += sorted(f"{' '.join(words)} {_names(param)} {json.dumps(described(param))}\n" for param in params)
     return "".join(lines)
 
 
@@ -80,8 +92,8 @@ def test_errors_name_fields_and_the_command_line_turns_them_into_its_options() -
     assert renamed == OPTION_OF_FIELD
     known = {
         option
-        for name in COMMANDS
-        for parameter in command_of(name).params
+        for words in every_command()
+        for parameter in command_of(words).params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     named = {

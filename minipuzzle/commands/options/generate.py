@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -13,12 +13,10 @@ from minipuzzle.architecture.quantities import parse_bytes
 from minipuzzle.commands.options.as_recipe import STEP_NAMES, as_recipe
 from minipuzzle.commands.options.shared import COUNT, FOLDER_OR_FILE, Function, PathType
 from minipuzzle.devices import Device, checked_device
-from minipuzzle.option import KEY, Option
+from minipuzzle.option import KEY, Option, settings_of
 from minipuzzle.progress import silent
 from minipuzzle.runtime.compute import DTYPES, Compute
 from minipuzzle.show.bars import drawn_bar
-
-Settings = TypeVar("Settings")
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -72,6 +70,7 @@ READERS: dict[str, dict[str, Any]] = {
     "patterns": {"multiple": True, "callback": _patterns},
     "positions": {"callback": _positions},
 }
+from_options = settings_of  # flat values are what click gives
 _READER_OF_TYPE = {bool: "flag", int: "count", float: "number"}
 
 
@@ -151,21 +150,6 @@ def _click_option(item: Field[Any], about: Option) -> Callable[[Any], Any]:
         show_default=says_default,
         **kind,
     )
-
-
-def from_options(settings: type[Settings], params: dict[str, Any], **others: Any) -> Settings:
-    """Settings of what was typed, taken out of ``params``; parts of them are made first.
-
-    Raises: MinipuzzleError for values that do not go together.
-    """
-    found = dict(others)
-    for item in fields(settings):  # type: ignore[arg-type] # all settings are dataclasses
-        about = item.metadata.get(KEY)
-        if isinstance(about, Option):
-            found[item.name] = params.pop(item.name)
-        elif about is not None:
-            found[item.name] = from_options(about, params)
-    return settings(**found)
 
 
 def settings_options(settings: type) -> Callable[[Function], Function]:

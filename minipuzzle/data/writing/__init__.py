@@ -1,0 +1,1 @@
+"""Text that a model writes: dialogues, rewritings, instructions, rewards, preferences, shorter traces."""

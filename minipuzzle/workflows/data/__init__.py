@@ -1,0 +1,1 @@
+"""Recovery data, verb by verb; ``api`` has them all."""
