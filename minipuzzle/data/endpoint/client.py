@@ -12,8 +12,9 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from minipuzzle.data.endpoint.questions import Answer, Question, chat
@@ -57,10 +58,17 @@ class Endpoint:
         Raises: MinipuzzleError if the server cannot be reached or does not know the model.
         """
         with _client(self.timeout_seconds) as client, ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = {pool.submit(self._answer, client, idx, question): idx for idx, question in enumerate(questions)}
+            left = iter(enumerate(questions))
+            asked: dict[Future[Answer], int] = {}
             try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
+                # A question is asked when an answer was taken, so that no more than these are lost when we are killed.
+                while True:
+                    for idx, question in islice(left, self.concurrency - len(asked)):
+                        asked[pool.submit(self._answer, client, idx, question)] = idx
+                    if not asked:
+                        return
+                    for done in wait(asked, return_when=FIRST_COMPLETED).done:
+                        yield asked.pop(done), done.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
