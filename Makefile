@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
-.PHONY: golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-compensation bench-quality bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
+.PHONY: site golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-compensation bench-quality bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
 .PHONY: bench-loss bench-recovery-curve clean
 
 $(READY): setup.py constraints.txt
@@ -70,6 +70,14 @@ golden-check: $(READY)  ## compare with them after it; names what differs
 golden-write: $(READY)  ## write what must be the same everywhere anew; the commit says why it changed
 	$(BIN)/python -m tests.golden.write
 
+.venv-site/.ready:
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.7'
+	touch $@
+
+site: .venv-site/.ready  ## all pages as a site in build/site, links checked (MkDocs Material, in an environment of its own)
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/python docs/build_site.py
+
 docs: $(READY)  ## write docs/commands.md from the commands' own help, and the tables of docs/families.md
 	$(BIN)/python docs/write_commands.py
 	$(BIN)/python docs/write_families.py
@@ -121,4 +129,4 @@ bench-recovery-curve: $(READY)  ## held-out KL and loss against tokens of distil
 	$(BIN)/python examples/benchmarks/recovery_curve.py --folder recovery_output/curve
 
 clean:
-	rm -rf $(VENV) demo_output recovery_output smollm2_output .cache
+	rm -rf $(VENV) .venv-site build demo_output recovery_output smollm2_output .cache

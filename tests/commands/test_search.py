@@ -128,7 +128,8 @@ def test_outputs_replace_files_of_their_own_kind_only_and_on_request(
     assert "which is an input" in refused.stderr
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+PAGES = [Path(__file__).parents[2] / name for name in ("README.md", "docs/step_by_step.md")]
+README = "".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
 COMMANDS = [shlex.split(line, comments=True)[1:] for line in README.splitlines() if line.startswith("minipuzzle ")]
 WITHOUT_WEIGHTS = [c for c in COMMANDS if c[0] in ("inspect", "search") or "--estimate" in c]
 SLOW = "per-layer"  # the integer programme of 118 layers and 15 widths
