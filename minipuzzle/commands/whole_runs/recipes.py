@@ -32,6 +32,7 @@ _WHAT = (
     ("quality", settings.EvaluateSettings),
 )
 STEPS: Mapping[str, tuple[str, type]] = dict(zip(STEP_NAMES, _WHAT, strict=True))
+_COMPUTING = ("device", "dtype", "device_memory")  # which say where and how, not what
 _OWN_KEYS = ("model", "out")
 _WRITTEN = ("out", "teacher_cache", "tensorboard", "plot", "csv")  # options that name what a command writes
 
@@ -64,7 +65,8 @@ class RecipeStep:
 
         Raises: MinipuzzleError for options that do not go together.
         """
-        params, others = dict(self.params), dict[str, Any]()
+        others = dict[str, Any]()
+        params = {name: value for name, value in self.params.items() if name not in _COMPUTING}
         if "named_deployment" not in params and "deployment_name" in params:
             others["deployment"] = pop_deployment(params)
         return from_options(STEPS[self.name][1], params, **others)
