@@ -35,6 +35,8 @@ def write_pruned(
     Raises: MinipuzzleError for a plan of another model or broken weights.
     """
     writer, target = ShardWriter(folder), plan.apply(checkpoint.architecture)
+    if obstacle := checkpoint.family.obstacle(target):
+        warn(obstacle)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in cut_tensors(checkpoint, plan):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
+from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_share_or_count
@@ -142,13 +143,15 @@ def num_experts(source: Architecture, text: str) -> int:
 
 
 def _default_widths(source: Architecture, request: SearchRequest) -> dict[str, tuple[int, ...]]:
-    """What varies unless the request says else: FFN width, and KV groups where blocks pair attention and MLP."""
+    """What varies unless the request says else: FFN width, and KV groups where blocks pair attention and MLP and all
+    engines would load what is left."""
     found: dict[str, tuple[int, ...]] = {}
     if (ffn := source.width("ffn")) is not None:
         multiples = range(request.granularity, ffn, request.granularity)
         found["ffn"] = (*(size for size in multiples if size >= ffn * request.min_ffn_fraction), ffn)
     groups = source.width("kv_group")
-    if groups is not None and any(len(block) > 1 for block in source.blocks):
+    derives = FAMILIES[source.model_type].head_dim_derived_by
+    if groups is not None and not derives and any(len(block) > 1 for block in source.blocks):
         found["kv_group"] = tuple(range(max(1, ceil(groups * request.min_kept_fraction)), groups + 1))
     return found
 

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.memory import Deployment, memory_breakdown
 from minipuzzle.architecture.model import UNIFORM, Architecture
 from minipuzzle.cut.plan import Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.files.checkpoint import Checkpoint, architecture_at, holds_weights
 from minipuzzle.files.outputs import check_target_file, output_file
 from minipuzzle.formats.choices import warn_of_terms_not_exported
@@ -120,6 +121,8 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     candidates = find_candidates(source, scores, request, deployment, max_candidates=max_candidates)
     for candidate in candidates[: settings.top]:
         candidate.check()
+    if obstacle := FAMILIES[source.model_type].obstacle(candidates[0].architecture):
+        warn(obstacle)
     cuts = [FoundCut(candidate=each, scores=scores, metric=request.metric) for each in candidates[: settings.top]]
     if settings.out is not None:
         with output_file(Path(settings.out)) as path:

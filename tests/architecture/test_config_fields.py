@@ -46,6 +46,18 @@ def test_a_wrong_field_is_named_with_its_value(family: str, field: str, value: A
         read_architecture({**FAMILIES[family].tiny_config, field: value})
 
 
+@pytest.mark.parametrize(
+    ("family", "field"), [("nemotron_h", "hybrid_override_pattern"), ("granitemoehybrid", "layer_types")]
+)
+def test_numbers_of_layers_that_disagree_are_named_both(family: str, field: str) -> None:
+    config = FAMILIES[family].tiny_config
+    number = len(config[field])
+    with pytest.raises(MinipuzzleError, match=f"{field} names {number} layers, num_hidden_layers {number + 1}"):
+        read_architecture({**config, "num_hidden_layers": number + 1})
+    without = {name: value for name, value in config.items() if name != "num_hidden_layers"}
+    assert read_architecture(without) == read_architecture(config)
+
+
 def test_nemotron_h_without_a_head_size_has_that_of_transformers() -> None:
     from transformers import NemotronHConfig
 

@@ -6,6 +6,8 @@ Heads that are tied and stored all the same, windows by layer, names of other ve
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 import minipuzzle
 from minipuzzle.cut.folder import write_pruned
-from minipuzzle.cut.plan import plan_without
+from minipuzzle.cut.plan import keep_everything, plan_without
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import document_tokens, evaluation_windows
 from minipuzzle.errors import MinipuzzleError, MinipuzzleWarning
@@ -125,6 +127,19 @@ def test_prune_leaves_one_file_of_weights_beside_config_json(tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "cut").glob("*.safetensors")] == ["model.safetensors"]
     assert (tmp_path / "cut" / "minipuzzle" / "scores.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "granitemoehybrid", "phi3", "llama"])
+def test_a_cut_that_an_engine_would_not_load_is_said_before_it_is_written(tmp_path: Path, family: str) -> None:
+    checkpoint = Checkpoint.open(write_family_checkpoint(tmp_path / "model", family))
+    layers: dict[int | None, Any] = dict.fromkeys(checkpoint.architecture.layer_indices("attention"), (0,))
+    plan = replace(keep_everything(checkpoint.architecture), kept_units={"kv_group": layers})
+    (tmp_path / "cut").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MinipuzzleWarning)
+        write_pruned(checkpoint, plan, tmp_path / "cut")
+    said = [str(item.message) for item in caught]
+    assert len(said) == (family != "llama") and all("32 / 2 here, not 8" in text for text in said)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -333,7 +333,7 @@ def test_a_quantised_checkpoint_is_refused_with_the_field_named(folders: dict[st
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act"),
         ("nemotron_h", {"attention_bias": True}, "attention_bias"),
         ("nemotron_h", {"hybrid_override_pattern": "MXE"}, "layer 1 .*'X'"),
-        ("nemotron_h", {"hybrid_override_pattern": "ME"}, "n_routed_experts"),
+        ("nemotron_h", {"hybrid_override_pattern": "ME", "num_hidden_layers": 2}, "n_routed_experts"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_field_named(model_type: str, change: Any, word: str) -> None:

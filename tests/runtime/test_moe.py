@@ -56,6 +56,7 @@ def test_nemotron_3_nano_has_its_published_counts() -> None:
     config = {
         **TINY_CONFIGS["nemotron_h-moe"],
         "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        "num_hidden_layers": 52,
         "vocab_size": 131072,
         "hidden_size": 2688,
         "num_attention_heads": 32,

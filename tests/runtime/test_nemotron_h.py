@@ -97,6 +97,7 @@ def test_nemotron_nano_9b_has_its_published_parameter_count() -> None:
     config = {
         **FAMILIES["nemotron_h"].tiny_config,
         "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        "num_hidden_layers": 56,
         "vocab_size": 131072,
         "hidden_size": 4480,
         "intermediate_size": 15680,

@@ -170,6 +170,7 @@ def test_limits_that_hold_alone_but_not_together_are_said_to_clash() -> None:
     config = {
         **FAMILIES["nemotron_h"].tiny_config,
         "hybrid_override_pattern": "*-*-",
+        "num_hidden_layers": 4,
         "intermediate_size": 64,
     }
     source = read_architecture(config)

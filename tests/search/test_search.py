@@ -29,6 +29,7 @@ from tests.support.scores import random_scores, tiny_architecture
 PATTERN = "M-M*-MM-*-M-"
 MOE_FIELDS: dict[str, Any] = {
     "hybrid_override_pattern": "MEM*ME",
+    "num_hidden_layers": 6,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -106,7 +107,8 @@ def test_units_are_ranked_inside_their_group() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_candidate_is_the_best_of_all_subsets(seed: int) -> None:
     """Every subset of the layers at every width is priced and its loss added up, layer by layer."""
-    config = {**FAMILIES["nemotron_h"].tiny_config, "hybrid_override_pattern": "M-*M-*-", "intermediate_size": 64}
+    layers = {"hybrid_override_pattern": "M-*M-*-", "num_hidden_layers": 7}
+    config = {**FAMILIES["nemotron_h"].tiny_config, **layers, "intermediate_size": 64}
     source = read_architecture(config)
     scores, deployment = random_scores(source, seed), Deployment(context_tokens=500)
     limits = {"memory": "62%", "params": "70%"}
@@ -212,13 +214,14 @@ def test_every_family_is_searched_and_its_sums_are_those_of_whole_models(model_t
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_kv_groups_vary_by_default_where_blocks_pair_attention_and_mlp(model_type: str) -> None:
+def test_kv_groups_vary_by_default_in_blocks_of_attention_and_mlp_that_all_engines_would_load(model_type: str) -> None:
     source = read_architecture(FAMILIES[model_type].tiny_config)
     groups = source.width("kv_group")
     assert groups == 2
     for layout in ("uniform", "per-layer"):
         widths = requested_space(source, SearchRequest(memory="75%", layout=layout)).widths
-        assert widths.get("kv_group") == (None if model_type == "nemotron_h" else (1, 2))
+        is_fixed = model_type in ("nemotron_h", "qwen2", "phi3", "granitemoehybrid")
+        assert widths.get("kv_group") == (None if is_fixed else (1, 2))
     for request in (
         SearchRequest(memory="75%", width={"kv_group": 2}),
         SearchRequest(memory="75%", min_kept_fraction=1),

@@ -13,7 +13,8 @@ from minipuzzle.cut.scores import Scores
 def tiny_architecture(pattern: str) -> Architecture:
     """The tiny Nemotron-H with a pattern of layers, wide enough to be narrowed."""
     config = FAMILIES["nemotron_h"].tiny_config
-    return read_architecture({**config, "hybrid_override_pattern": pattern, "intermediate_size": 64})
+    layers = {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    return read_architecture({**config, **layers, "intermediate_size": 64})
 
 
 def random_scores(source: Architecture, seed: int = 0) -> Scores:

@@ -91,6 +91,8 @@ class Family:
     of the transformers class that computes what engines compute, where that is another. ``attention``: transformers'
     name of the implementation that it runs in.
 
+    ``head_dim_derived_by``: engines that take the size of a head for hidden / heads, whatever config.json says.
+
     ``tiny_config`` is a config.json small enough for tests; ``tiny_variants`` are others, with what it does not have.
     They stand here so that a family is one file, tests included.
     """
@@ -113,7 +115,22 @@ class Family:
     finish: Callable[[dict[str, Any], Config, Architecture], dict[str, Any]] = _nothing_else
     runs_as: Callable[[Config], str] | None = None
     attention: str = "sdpa"
+    head_dim_derived_by: tuple[str, ...] = ()
     tiny_variants: Mapping[str, Config] = field(default_factory=dict)
+
+    def obstacle(self, architecture: Architecture) -> str | None:
+        """Why some engine would not load a model of this family, in words; None if all load it."""
+        layer = next((layer for layer in architecture.layers if layer.kind == "attention"), None)
+        if layer is None or not self.head_dim_derived_by:
+            return None
+        heads, head_dim = layer.sizes["kv_group"] * layer.sizes["queries_per_group"], layer.sizes["head_dim"]
+        if heads * head_dim == architecture.hidden:
+            return None
+        engines = " and ".join(self.head_dim_derived_by)
+        return (
+            f"{engines} will not load this {self.model_type}: there the size of a head is hidden / heads, "
+            f"{architecture.hidden} / {heads} here, not {head_dim}; cut neither kv_group nor hidden for {engines}"
+        )
 
     @property
     def tiny_configs(self) -> dict[str, Config]:
@@ -243,14 +260,21 @@ def require_num_layers(config: Config) -> int:
 def require_names(config: Config, field: str) -> list[str]:
     """A name for each layer: a list, or a text with one symbol each.
 
-    Raises: MinipuzzleError if it is something else. Their number counts, as in transformers.
+    Raises: MinipuzzleError if it is something else.
     """
     names = config.get(field)
     if not isinstance(names, str | list | tuple) or not all(isinstance(name, str) for name in names):
         raise MinipuzzleError(f"config.json: {field} is {names!r}, not a name for each layer", "correct the file")
-    if config.get("num_hidden_layers") is not None:
-        require_num_layers(config)
     return list(names)
+
+
+def require_as_many(config: Config, field: str, names: Sequence[str]) -> None:
+    """Refuse a number of layers that is not the number of their names: readers differ in which they believe.
+
+    Raises: MinipuzzleError naming both fields; a file without a number of layers passes.
+    """
+    if config.get("num_hidden_layers") is not None:
+        require_length(field, names, require_num_layers(config))
 
 
 def require_positive_number(config: Config, field: str) -> float:

@@ -10,7 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from minipuzzle.architecture.configs.experts import ROUTED_AXES
-from minipuzzle.architecture.configs.family import Config, Family, divide, require, require_names, require_one_of
+from minipuzzle.architecture.configs.family import (
+    Config,
+    Family,
+    divide,
+    require,
+    require_as_many,
+    require_names,
+    require_one_of,
+)
 from minipuzzle.architecture.configs.paired import (
     ATTENTION_NORM,
     MLP_NORM,
@@ -67,6 +75,7 @@ def _layer_types(config: Config) -> list[str]:
     found = require_names(config, field)
     for block_idx, name in enumerate(found):
         require_one_of({f"layer_types[{block_idx}]": name}, f"layer_types[{block_idx}]", tuple(_KIND_OF_LAYER_TYPE), "")
+    require_as_many(config, field, found)
     return found
 
 
@@ -175,6 +184,7 @@ FAMILIES = (
         logit_divisor="logits_scaling",
         complete=_complete,
         finish=_finish,
+        head_dim_derived_by=("vLLM", "mlx-lm"),
         tiny_config=_TINY_CONFIG,
         # As in the files of the published models: older names, and attention without positions.
         tiny_variants={

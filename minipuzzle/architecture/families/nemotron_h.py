@@ -10,6 +10,7 @@ from minipuzzle.architecture.configs.family import (
     Family,
     ModulePaths,
     require,
+    require_as_many,
     require_names,
     state_precision,
     uniform_sizes,
@@ -102,6 +103,7 @@ def _kinds(config: Config) -> list[str]:
                 f"layer {layer_idx} has the unsupported type {block_type!r}",
                 f"supported here: {', '.join(table)}",
             )
+    require_as_many(config, field, found)
     return [table[block_type] for block_type in found]
 
 

@@ -24,6 +24,7 @@ FAMILIES = (
         options={"attention": {"fused_qkv": True}, "mlp": {"gated": True, "fused_gate": True}},
         complete=_without_longrope,
         adjust=one_window,
+        head_dim_derived_by=("mlx-lm",),
         tiny_config=tiny("phi3", "Phi3ForCausalLM", partial_rotary_factor=0.5, sliding_window=9),
     ),
 )

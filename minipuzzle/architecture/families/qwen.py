@@ -30,6 +30,7 @@ FAMILIES = (
         _QWEN,
         model_type="qwen2",
         options={"attention": {"qkv_bias": True}, "mlp": {"gated": True}},
+        head_dim_derived_by=("vLLM", "mlx-lm"),
         tiny_config=tiny(
             "qwen2",
             "Qwen2ForCausalLM",
