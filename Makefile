@@ -57,6 +57,7 @@ check: $(READY)  ## style, types, generated documentation, and the coverage that
 	$(BIN)/mypy
 	$(BIN)/python docs/write_commands.py --check
 	$(BIN)/python docs/write_families.py --check
+	OMP_NUM_THREADS=1 $(BIN)/python docs/write_round_trips.py --check
 	@test -f .coverage && echo "tests run $$($(BIN)/coverage report --ignore-errors --format=total) % of the lines" \
 		"(measured on $$(date -r .coverage +%F))" || echo "no coverage was measured here yet: make coverage"
 	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/run_notebooks.py
@@ -78,9 +79,10 @@ golden-write: $(READY)  ## write what must be the same everywhere anew; the comm
 site: .venv-site/.ready  ## all pages as a site in build/site, links checked (MkDocs Material, in an environment of its own)
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/python docs/build_site.py
 
-docs: $(READY)  ## write docs/commands.md from the commands' own help, and the tables of docs/families.md
+docs: $(READY)  ## write docs/commands.md from the commands' own help, the tables of docs/families.md, docs/round_trips.md
 	$(BIN)/python docs/write_commands.py
 	$(BIN)/python docs/write_families.py
+	OMP_NUM_THREADS=1 $(BIN)/python docs/write_round_trips.py
 
 bench: bench-score bench-search bench-ranking bench-loss bench-distill bench-export  ## speed and memory; pages are written beside the scripts
 

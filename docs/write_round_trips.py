@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.foreign_exports import foreign_row
 from tests.support.round_trips import PAGE, page, round_trip
 from tests.support.tiny_models import EVERY_CONFIG
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        text = page([round_trip(name, Path(work) / name) for name in EVERY_CONFIG])
+        own = [round_trip(name, Path(work) / name) for name in EVERY_CONFIG]
+        text = page(own, [foreign_row(name, Path(work) / "foreign" / name) for name in EVERY_CONFIG])
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:

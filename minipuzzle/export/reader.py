@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minipuzzle.architecture.configs.family import ModulePaths
-from minipuzzle.errors import MinipuzzleError
+from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.export.write import WeightScales, export_headers, piece_rows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
@@ -57,6 +57,26 @@ class QuantizedCheckpoint(Checkpoint):
             inputs={module: self._single_scale(module, INPUT_SCALE) for module in self.layout.calibrated_inputs},
             caches={module: self._checked_scale(name) for module, name in self.layout.cache_scales.items()},
         )
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Weights whose scales of whole tensors differ from those of what engines fuse them with: they would be rounded
+        a second time, or run with the largest."""
+        firsts = {module: self.layout.scale_group(module)[0] for module in self.layout.quantized}
+        scales = (self.scales.weights, self.scales.inputs)
+        return tuple(
+            module + WEIGHT
+            for module, first in firsts.items()
+            if any(module in of and float(of[module]) != float(of[first]) for of in scales)
+        )
+
+    def say_what_is_apart(self) -> None:
+        """Warn of weights that engines would round a second time, as they do those of ModelOpt's own exports."""
+        if apart := self.apart:
+            warn(
+                f"{self.folder}: {len(apart)} weights, such as {apart[0]}, have other scales than those that engines "
+                "fuse them with: they round them again to the largest scale, so that quality differs a little from here"
+            )
 
     def require_plain_weights(self) -> None:
         """Nothing to refuse: the headers were checked when this was made."""
@@ -115,6 +135,7 @@ def load_any_model(
     if not checkpoint.is_quantized:
         return load_model(checkpoint, compute)
     export = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else QuantizedCheckpoint(checkpoint)
+    export.say_what_is_apart()
     model = load_model(export, compute)
     if rounds_activations:
         round_activations(model, export.family.modules, export.layout, export.scales)
@@ -151,7 +172,9 @@ def check_quantized(checkpoint: Checkpoint) -> ExportLayout:
     caches = set(layout.cache_scales.values())
     for name, header in expected.items():
         entry = checkpoint.entries[name]
-        dtypes = (header.dtype,) if name in quantized_names or name in caches else _PLAIN_DTYPES
+        # Others store scales in the precision of their model.
+        is_exact = (name in quantized_names or name in caches) and header.dtype not in _PLAIN_DTYPES
+        dtypes = (header.dtype,) if is_exact else _PLAIN_DTYPES
         if entry.shape != header.shape:
             raise MinipuzzleError(f"{name} has shape {list(entry.shape)}, not {list(header.shape)}", _MISMATCH)
         if entry.dtype not in dtypes:

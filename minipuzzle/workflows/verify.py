@@ -54,6 +54,7 @@ class VerifiedFolder:
                 "quantized_modules": list(layout.quantized),
                 "ignored_modules": list(layout.ignored),
                 **scale_figures(self.checkpoint),
+                "scales_apart": list(self.checkpoint.apart),
             }
         if self.computed is not None:
             after, before = self.computed.after, self.computed.before
@@ -72,6 +73,8 @@ def run_verify(model: Model, settings: VerifySettings) -> VerifiedFolder:
     Raises: MinipuzzleError naming the tensor that is missing, unknown, misshapen or senseless.
     """
     checkpoint, other = _opened(model, settings)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        checkpoint.say_what_is_apart()
     checked, differing = _compared(Checkpoint.open(checkpoint.folder), checkpoint, other, settings)
     data = paths_of(settings.data)
     computed = compare_folders(
