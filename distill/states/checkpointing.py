@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
@@ -120,11 +121,21 @@ class StateStore:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the state that is being written, if any, has its name."""
+        """Wait until the state that is being written, if any, has its name.
+
+        Raises: OSError if it cannot be written, with its size and what is free; states before it stay.
+        """
         if self._writing is None:
             return
         (unfinished, future), self._writing = self._writing, None
-        future.result()
+        try:
+            future.result()
+        except (CheckpointException, OSError, RuntimeError) as error:  # DCP wraps what the disk says
+            size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
+            raise OSError(
+                f"the training state {unfinished} could not be written: it takes about {size:,} bytes of all processes "
+                f"together, and {shutil.disk_usage(self.folder).free:,} are free"
+            ) from error
         if not self._processes.is_first:
             return
         unfinished.rename(unfinished.with_name(unfinished.name.removesuffix(_UNFINISHED_SUFFIX)))
