@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 def _format_options(function: Any) -> Any:
     for name in reversed(FORMATS.names()):
-        function = click.option(f"--{name}", "format_name", flag_value=name, help=FORMATS[name].help)(function)
+        function = click.option(f"--{name}", _flag(name), is_flag=True, help=FORMATS[name].help)(function)
     return function
+
+
+def _flag(name: str) -> str:
+    return f"is_{name.replace('-', '_')}"
 
 
 @click.command(cls=SectionedCommand, short_help="Write a BF16, FP8 or NVFP4 folder for serving.")
@@ -43,7 +47,7 @@ def _format_options(function: Any) -> Any:
 @json_option
 @push_option
 @dry_run_option
-def export(model: Path, format_name: str | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def export(model: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Write MODEL as a folder for deployment, checked by reading it back.
 
     --fp8 and --nvfp4 measure activations on --data, write codes and their scales, load the result and compare what it
@@ -56,7 +60,10 @@ def export(model: Path, format_name: str | None, dry_run: bool, as_json: bool, *
     from minipuzzle.workflows.export import export_request, plan_export, run_export
     from minipuzzle.workflows.verbs import open_model
 
-    checkpoint = open_model(model)
+    asked = [name for name in FORMATS.names() if options.pop(_flag(name))]
+    if len(asked) > 1:
+        raise click.UsageError(f"one folder holds one format, not {' and '.join(f'--{name}' for name in asked)}")
+    checkpoint, format_name = open_model(model), next(iter(asked), None)
     if format_name is None:
         made_for = read_serving_budget(checkpoint.folder)
         if made_for is None:

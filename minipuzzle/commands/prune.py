@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,7 +83,9 @@ def prune(model: Path, sweep: str | None, dry_run: bool, as_json: bool, **option
     print_plan(source, plan.apply(source), source.layers_besides(plan.kept_layers), pruned.deployment)
     print_choice(pruned.choice.table)
     print_compensation(pruned.choice.compensation)
-    click.echo(f"written to {pruned.out}\nnext: minipuzzle distill {pruned.out} --data ... --tokens ... -o ...")
+    click.echo(
+        f"written to {pruned.out}\nnext: minipuzzle distill {quote(str(pruned.out))} --data ... --tokens ... -o ..."
+    )
 
 
 def _sweep(request: PruneRequest, budgets: str, settings: PruneSettings, *, as_json: bool) -> None:
@@ -95,6 +98,5 @@ def _sweep(request: PruneRequest, budgets: str, settings: PruneSettings, *, as_j
         echo_json({"out": str(out), **found.to_json()})
         return
     click.echo(frontier_chart(found.points, quality=QUALITY))
-    click.echo(
-        f"written to {out}\nnext: minipuzzle prune {request.checkpoint.folder} --plan {out}/plan-....json -o ..."
-    )
+    model, plans = quote(str(request.checkpoint.folder)), quote(str(out))
+    click.echo(f"written to {out}\nnext: minipuzzle prune {model} --plan {plans}/plan-....json -o ...")

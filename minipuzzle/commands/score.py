@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -71,4 +72,5 @@ def score(model: Path, plot: Path | None, dry_run: bool, as_json: bool, **option
         echo_json({"out": str(settings.out), "kinds": kinds, **scores.to_json()})
         return
     print_scores(checkpoint.architecture, scores)
-    click.echo(f"written to {settings.out}\nnext: minipuzzle search {model} --scores {settings.out} --memory ...")
+    names = [quote(str(path)) for path in (model, settings.out)]
+    click.echo(f"written to {settings.out}\nnext: minipuzzle search {names[0]} --scores {names[1]} --memory ...")

@@ -17,6 +17,7 @@ import torch
 
 from minipuzzle.architecture.configs.puzzle import CONFIG_MODULE, write_puzzle_config
 from minipuzzle.architecture.model import Architecture, PlacedTensor, StoredTensor
+from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.calibration import ActivationAmax
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
@@ -179,8 +180,9 @@ class ExportTensors:
         name = source_name(self.checkpoint, tensor)
         scale = self.weight_scale(module) if is_quantized else _ONE
         for first, end in piece_rows(tensor.shape, self._piece_elements):
-            rows = self.checkpoint.rows(name, first, end)
+            rows, amax = self.checkpoint.rows_and_amax(name, first, end)
             if not by_role:
+                _check_bf16(tensor.name, amax)
                 yield tensor.name, first, rows.to(torch.bfloat16)
                 continue
             assert self.layout.scheme is not None
@@ -195,6 +197,13 @@ class ExportTensors:
             yield header.name, 0, value.to(torch_dtype(stored.dtype)).reshape(header.shape)
         if with_measured and module in self.layout.cache_scales:
             yield self.layout.cache_scales[module], 0, scale_of(self._amax.outputs[module])
+
+
+def _check_bf16(name: str, amax: float) -> None:
+    if torch.tensor(amax).to(torch.bfloat16).isinf():
+        raise MinipuzzleError(
+            f"{name} holds {amax:.4g}, which BF16 cannot", "check the source: no weight should be so large"
+        )
 
 
 def row_scale_dtype(layout: ExportLayout) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
@@ -108,7 +109,7 @@ def print_result(result: DistillResult) -> None:
     print(f"written to {result.out}")
     if result.problem is None:
         chosen = " --fp8" if read_serving_budget(result.out) is None else ""  # else what it was cut for
-        print(f"next: minipuzzle export {result.out}{chosen} -o ...")
+        print(f"next: minipuzzle export {quote(str(result.out))}{chosen} -o ...")
 
 
 def print_estimates(facts: Mapping[str, float], runs: Sequence[RunEstimate]) -> None:

@@ -26,6 +26,7 @@ WRONG: dict[str, list[tuple[str, Any]]] = {
         ("rms_norm_eps", math.inf),
         ("rope_theta", -1.0),
         ("rope_theta", "much"),
+        ("rope_theta", True),
         ("torch_dtype", "seven"),
         ("head_dim", math.nan),
     ],
