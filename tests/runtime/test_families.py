@@ -8,6 +8,7 @@ scores are what removing that layer does.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from minipuzzle.cut.plan import Plan, Units, keep_everything
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.files.json_files import untagged
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.layer_stack import LayerStack
+from minipuzzle.runtime.meta_models import transformers_config
 from minipuzzle.runtime.models import build_model, build_on_meta, load_model, parts_of
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.cuts import half_of_the_units, owners_of, plan_keeping
@@ -121,6 +124,11 @@ def test_every_kind_of_a_family_is_in_the_registry(family: Family, config: Confi
 def test_config_survives_the_way_there_and_back(family: Family, config: Config) -> None:
     architecture = family.read(config)
     assert family.read(family.write(config, architecture)) == architecture
+
+
+def test_config_as_transformers_saves_it_says_the_same(family: Family, config: Config) -> None:
+    saved = untagged(json.loads(transformers_config(config).to_json_string()))
+    assert family.read(saved) == family.read(config)
 
 
 def tensors_in(cache_layer: Any, name: str) -> list[torch.Tensor]:

@@ -18,11 +18,17 @@ def _is_dense(config: Config) -> list[bool]:
     return [idx in named or (idx + 1) % step != 0 for idx in range(require_num_layers(config))]
 
 
+def _complete(config: Config) -> Config:
+    """With the older of two names that transformers has for the number of experts, which all engines read."""
+    return {**config, "num_experts": config.get("num_experts") or config.get(_NEW_NAME)}
+
+
 def _name_dense_blocks(config: dict[str, Any], source: Config, architecture: Architecture) -> dict[str, Any]:
     written = {"mlp_only_layers": dense_blocks(architecture), "decoder_sparse_step": 1}
     return {**write_layer_types(config, source, architecture), **written}
 
 
+_NEW_NAME = "num_local_experts"
 _QWEN = replace(PAIRED, adjust=windows_by_layer_type)
 _QWEN3: dict[str, dict[str, str | bool]] = {"attention": {"qk_norm": True, "bias": "attention_bias"}}
 FAMILIES = (
@@ -53,6 +59,8 @@ FAMILIES = (
         kinds=dense_or_experts(_is_dense),
         options={**WITH_EXPERTS.options, **_QWEN3},
         defaults={**WITH_EXPERTS.defaults, "decoder_sparse_step": 1},
+        drops=(*PAIRED.drops, _NEW_NAME),
+        complete=_complete,
         finish=_name_dense_blocks,
         tiny_config=tiny_experts(
             "qwen3_moe", "Qwen3MoeForCausalLM", num_experts=8, mlp_only_layers=[1], norm_topk_prob=True
