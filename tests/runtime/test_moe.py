@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import minipuzzle
 from importance.channels import UNIT_DEFINITIONS, score_channels
-from minipuzzle.architecture.families import read_architecture
+from minipuzzle.architecture.families import FAMILIES, read_architecture
+from minipuzzle.architecture.memory import Deployment
 from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import KeptUnits, Plan, keep_everything, read_plan
 from minipuzzle.cut.scores import Scores
@@ -27,6 +28,8 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.layer_stack import LayerStack
 from minipuzzle.runtime.models import build_model, load_model
 from minipuzzle.runtime.narrowed_layers import NarrowedLayers, layer_cut
+from minipuzzle.search.engine import find_candidates, plan_of
+from minipuzzle.search.request import SearchRequest
 from minipuzzle.workflows.export import ExportRequest, export_checkpoint
 from tests.support.oracles import logits_of
 from tests.support.published import PUBLISHED, published_config
@@ -121,6 +124,26 @@ def test_experts_are_scored_by_every_criterion_as_its_formula_says(any_checkpoin
             found = {axis: units[f"{axis}.{layer_idx}"][expert_idx] for axis in wanted}
             assert found == pytest.approx(wanted, rel=1e-4, abs=1e-12), (path, expert_idx)
     assert wanted.keys() <= set(UNIT_DEFINITIONS)
+
+
+@pytest.mark.parametrize("name", EXPERT_CONFIGS)
+def test_a_share_of_experts_stays_by_the_criterion_asked_for_and_as_many_of_each_group(name: str) -> None:
+    source, random = read_architecture(TINY_CONFIGS[name]), np.random.default_rng(3)
+    layers = source.layer_indices("moe")
+    units = {f"{axis}.{idx}": random.random(EXPERTS, np.float32) for axis in ("expert", "expert_man") for idx in layers}
+    scores = Scores(layer={"mse": np.zeros(len(source.layers))}, units=units).ranking_experts_by("man")
+    best = find_candidates(source, scores, SearchRequest(experts="60%"), Deployment())[0]
+    plan, groups = plan_of(source, scores, best, metric="mse"), source.layers[layers[0]].sizes["expert_group"]
+    for layer_idx in layers:
+        by_group = units[f"expert_man.{layer_idx}"].reshape(groups, -1)
+        wanted = np.argsort(-by_group, axis=1)[:, : 6 // groups if groups > 1 else 5]
+        offsets = np.arange(groups)[:, None] * (EXPERTS // groups)
+        assert plan.kept_units["expert"][layer_idx] == tuple(np.sort((wanted + offsets).ravel()))
+    with pytest.raises(MinipuzzleError, match="nothing of experts by msan"):
+        scores.ranking_experts_by("msan")
+    with pytest.raises(MinipuzzleError, match="router"):
+        too_few = find_candidates(source, scores, SearchRequest(experts="1"), Deployment())[0]
+        FAMILIES[source.model_type].write(TINY_CONFIGS[name], too_few.architecture)
 
 
 def test_files_with_all_experts_of_a_block_in_one_tensor_are_read_and_written_as_such(tmp_path: Path) -> None:
