@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ENGINES := .venv-engines
 
 .PHONY: site golden golden-check demo smollm2 test test-slow test-damage test-engines check docs bench bench-search bench-ranking bench-compensation bench-quality bench-recovery bench-score bench-distill bench-qat bench-gpu bench-export
-.PHONY: bench-loss bench-recovery-curve clean
+.PHONY: bench-loss bench-recovery-curve bench-experts tiny-moe clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -100,6 +100,12 @@ bench-ranking: $(RECOVERY)/scores.safetensors  ## rank candidates together again
 
 bench-compensation: $(READY)  ## cuts refitted in closed form, without training; continues where it was stopped
 	$(BIN)/python examples/benchmarks/compensation.py
+
+bench-experts: examples/tiny_moe/model/config.json  ## which experts to keep: each criterion on examples/tiny_moe
+	$(BIN)/python examples/benchmarks/experts.py
+
+tiny-moe examples/tiny_moe/model/config.json: | $(READY)  ## train examples/tiny_moe anew; a minute of one core
+	$(BIN)/python examples/tiny_moe/train_experts.py
 
 bench-quality: $(RECOVERY)/scores.safetensors  ## cuts chosen in several ways and mended, before training; continues
 	$(BIN)/python examples/benchmarks/quality.py --scores $< --folder $(RECOVERY)/quality

@@ -47,6 +47,7 @@ class ExpertCriterion:
     of: Callable[[ExpertSums], Array]
 
 
+# What the stream loses with an expert; kept most on a model that we trained (examples/benchmarks/experts.md).
 DEFAULT_CRITERION = "weighted"
 EXPERT_CRITERIA = Table(
     "expert criterion",
