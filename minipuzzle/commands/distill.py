@@ -135,9 +135,9 @@ def _distill(prepared: PreparedRun, settings: DistillOptions, *, dry_run: bool, 
 
 def _convert(student: Path, step: int, options: dict[str, Any], *, as_json: bool) -> None:
     from distill.states.results import convert_state
-    from minipuzzle.workflows.verbs import open_model
+    from minipuzzle.workflows.verbs import open_plain
 
-    target = convert_state(student=open_model(student), out=options["out"], step=step, overwrite=options["overwrite"])
+    target = convert_state(student=open_plain(student), out=options["out"], step=step, overwrite=options["overwrite"])
     if as_json:
         echo_json({"out": str(target), "step": step})
     else:

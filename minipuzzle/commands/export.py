@@ -58,12 +58,12 @@ def export(model: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     from minipuzzle.cut.budget import read_serving_budget
     from minipuzzle.export.budget import format_of_budget
     from minipuzzle.workflows.export import export_request, plan_export, run_export
-    from minipuzzle.workflows.verbs import open_model
+    from minipuzzle.workflows.verbs import open_plain
 
     asked = [name for name in FORMATS.names() if options.pop(_flag(name))]
     if len(asked) > 1:
         raise click.UsageError(f"one folder holds one format, not {' and '.join(f'--{name}' for name in asked)}")
-    checkpoint, format_name = open_model(model), next(iter(asked), None)
+    checkpoint, format_name = open_plain(model), next(iter(asked), None)
     if format_name is None:
         made_for = read_serving_budget(checkpoint.folder)
         if made_for is None:
@@ -75,7 +75,6 @@ def export(model: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     compute = compute_of(options, is_quiet=as_json)
     command = shlex.join(["minipuzzle", *sys.argv[1:]])
     settings = from_options(ExportSettings, options, compute=compute, command=command)
-    checkpoint.require_plain_weights()
     request = export_request(checkpoint, format_name, settings)
     if not settings.data and request.layout(checkpoint).needs_calibration:
         raise click.UsageError(f"--{format_name} needs --data: text like what the model will see")

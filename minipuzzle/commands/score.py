@@ -47,11 +47,11 @@ def score(model: Path, plot: Path | None, dry_run: bool, as_json: bool, **option
     from minipuzzle.show.pictures import check_picture_target
     from minipuzzle.show.scores import draw_scores, print_planned_scoring, print_scores
     from minipuzzle.workflows.score import plan_score, run_score
-    from minipuzzle.workflows.verbs import open_model
+    from minipuzzle.workflows.verbs import open_plain
 
     compute = compute_of(options, is_quiet=as_json)
     settings = from_options(ScoreSettings, options)
-    checkpoint = open_model(model)
+    checkpoint = open_plain(model)
     if plot is not None:
         inputs = [checkpoint.folder, *paths_of(settings.data)]
         check_picture_target(plot, overwrite=settings.overwrite, inputs=inputs)

@@ -18,9 +18,10 @@ from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.export.write import WeightScales, export_headers, piece_rows
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
+from minipuzzle.formats.decoding import decoded
 from minipuzzle.formats.e4m3 import fake_quantize
 from minipuzzle.formats.flavours import CODES, HF_QUANT_CONFIG, INPUT_SCALE, SCALES, TENSOR_SCALE
-from minipuzzle.formats.layout import WEIGHT, ExportLayout, read_layout
+from minipuzzle.formats.layout import WEIGHT, ExportLayout, is_known_layout, read_layout
 from minipuzzle.formats.schemes import Scheme
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.models import load_model
@@ -127,30 +128,34 @@ def load_any_model(
     """The whole model of a checkpoint with plain weights or of a quantised export, in evaluation mode.
 
     Weights of an export are decoded. ``rounds_activations``: also round inputs of its linear layers (and keys and
-    values for an FP8 cache) as engines do.
+    values for an FP8 cache) as engines do, where the layout is one that exports have.
 
     Raises: MinipuzzleError for an unknown format, or names, shapes, precisions or values that are wrong.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    if not checkpoint.is_quantized:
-        return load_model(checkpoint, compute)
-    export = checkpoint if isinstance(checkpoint, QuantizedCheckpoint) else QuantizedCheckpoint(checkpoint)
-    export.say_what_is_apart()
-    model = load_model(export, compute)
-    if rounds_activations:
-        round_activations(model, export.family.modules, export.layout, export.scales)
+    checkpoint = open_any(source)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        checkpoint.say_what_is_apart()
+    model = load_model(checkpoint, compute)
+    if rounds_activations and isinstance(checkpoint, QuantizedCheckpoint):
+        round_activations(model, checkpoint.family.modules, checkpoint.layout, checkpoint.scales)
     return model
 
 
-def check_readable(checkpoint: Checkpoint) -> None:
-    """Check from headers alone that ``load_any_model`` can read a checkpoint.
+def open_any(source: Path | Checkpoint, *, is_export: bool = False) -> Checkpoint:
+    """A checkpoint whose tensors read as numbers, those of a quantised one decoded, after checking its headers.
 
-    Raises: MinipuzzleError naming what is wrong.
+    ``is_export``: a quantised one must have a layout that exports have, whose scales of inputs are known, too.
+
+    Raises: MinipuzzleError naming what is missing, unexpected or wrong.
     """
-    if checkpoint.is_quantized:
-        check_quantized(checkpoint)
-    else:
-        checkpoint.require_plain_weights()
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        return checkpoint
+    if checkpoint.is_quantized and (is_export or is_known_layout(checkpoint.config["quantization_config"])):
+        return QuantizedCheckpoint(checkpoint)
+    checkpoint = decoded(checkpoint)
+    checkpoint.require_plain_weights()
+    return checkpoint
 
 
 def check_quantized(checkpoint: Checkpoint) -> ExportLayout:

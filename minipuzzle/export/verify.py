@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from minipuzzle.architecture.model import PlacedTensor
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.calibration import open_stack
-from minipuzzle.export.reader import QuantizedCheckpoint, round_activations
+from minipuzzle.export.reader import QuantizedCheckpoint, open_any, round_activations
 from minipuzzle.export.write import (
     ExportTensors,
     WeightScales,
@@ -131,7 +131,7 @@ def verify_against(
 
     Raises: MinipuzzleError if it does not compute what was expected of it.
     """
-    written = open_any(folder)
+    written = open_any(folder, is_export=True)
     _return_freed_memory()
     stack = open_stack(written, token_ids_BT, compute)
     found_NH = head_inputs(stack, token_ids_BT, *_rounding(written))
@@ -166,20 +166,6 @@ def compare_folders(
             if not torch.isfinite(states[-1]).all():
                 raise MinipuzzleError(f"{checkpoint.folder} computes NaN or infinite values", "do not deploy it")
     return compare(model, states[0], token_ids_BT, against, states[-1], compute)
-
-
-def open_any(source: Path | Checkpoint) -> Checkpoint:
-    """A checkpoint whose tensors read as numbers, those of a quantised export decoded, after checking its headers.
-
-    Raises: MinipuzzleError naming what is missing, unexpected or wrong.
-    """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    if isinstance(checkpoint, QuantizedCheckpoint):
-        return checkpoint
-    if checkpoint.is_quantized:
-        return QuantizedCheckpoint(checkpoint)
-    checkpoint.require_plain_weights()
-    return checkpoint
 
 
 def verify_plain(tensors: ExportTensors, folder: Path) -> None:

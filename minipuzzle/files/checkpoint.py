@@ -169,9 +169,8 @@ class Checkpoint:
         """
         if self.is_quantized:
             raise MinipuzzleError(
-                f"{self.folder} is a quantised export (config.json has quantization_config), which cannot be measured, "
-                "cut or trained",
-                "use the checkpoint it was exported from; `minipuzzle evaluate` reads exports",
+                f"{self.folder} is quantised (config.json has quantization_config) and was not decoded",
+                "give its folder instead, which is decoded when it is opened",
             )
         expected = {tensor.name: tensor.shape for tensor in (*self.architecture.tensors(), *self.architecture.carried)}
         hint = "config.json and the weights do not belong together"

@@ -218,6 +218,12 @@ def _cache_scales(architecture: Architecture) -> dict[str, str]:
     return {module_of(tensor): f"{module_of(tensor)}.{tensor.spec.cache_scale}" for tensor in cached}
 
 
+def is_known_layout(config: object) -> bool:
+    """Whether a ``quantization_config`` is of a layout and a format that exports have."""
+    flavour = FLAVOURS.get(str(config.get("quant_method"))) if isinstance(config, Mapping) else None
+    return flavour is not None and isinstance(config, Mapping) and flavour.read(config) is not None
+
+
 def read_layout(architecture: Architecture, config: Mapping[str, object]) -> ExportLayout:
     """The layout that a config.json's ``quantization_config`` describes.
 

@@ -27,7 +27,7 @@ from minipuzzle.show.distill import text_notes
 from minipuzzle.show.page.facts import deployment_of, model_facts, thinned_curve
 from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.settings import DistillOptions, paths_of
-from minipuzzle.workflows.verbs import Model, open_model, verb
+from minipuzzle.workflows.verbs import Model, open_plain, verb
 
 
 def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
@@ -35,7 +35,7 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
 
     Raises: MinipuzzleError naming what does not fit.
     """
-    checkpoint = open_model(student)
+    checkpoint = open_plain(student)
     teacher = find_teacher(checkpoint.folder) if options.teacher is None else options.teacher
     if options.tensorboard is not None:
         check_target_folder(options.tensorboard, overwrite=True, is_ours=is_tensorboard_log)
@@ -44,7 +44,7 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
     settings = replace(options.training, dtype=options.compute.dtype)
     request = DistillRequest(
         student=checkpoint,
-        teacher=open_model(teacher),
+        teacher=open_plain(teacher),
         out=Path(options.out),
         data=paths_of(options.data),
         validation=paths_of(options.validation),

@@ -10,7 +10,7 @@ from typing import Any
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, check_token_ids, evaluation_windows
 from minipuzzle.errors import warn
-from minipuzzle.export.reader import check_readable, load_any_model
+from minipuzzle.export.reader import load_any_model, open_any
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.outputs import check_target_folder, fingerprint_files, output_folder
@@ -113,7 +113,7 @@ def plan_evaluate(model: Model, settings: EvaluateSettings) -> dict[str, int]:
     """
     if settings.tasks:
         require_lm_eval()
-        check_readable(open_model(model))
+        open_any(open_model(model))
         return {}
     student, _ = _opened(model, settings)
     return {name: part.num_predictions for name, part in _windows_by_name(student, settings).items()}
@@ -126,11 +126,9 @@ def _harness(model: Model, settings: EvaluateSettings) -> Mapping[str, Mapping[s
 
 
 def _opened(model: Model, settings: EvaluateSettings) -> tuple[Checkpoint, Checkpoint | None]:
-    student = open_model(model)
-    teacher = None if settings.against is None else open_model(settings.against)
-    check_readable(student)
+    student = open_any(open_model(model))
+    teacher = None if settings.against is None else open_any(open_model(settings.against))
     if teacher is not None:
-        check_readable(teacher)
         if student.architecture.vocabulary == teacher.architecture.vocabulary:
             check_same_vocabulary(student, teacher)
         else:

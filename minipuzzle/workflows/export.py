@@ -44,7 +44,7 @@ from minipuzzle.runtime.layer_stack import largest_part_bytes, resident_weight_b
 from minipuzzle.show.page.facts import deployment_of, model_facts
 from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.settings import EXPORT_SAMPLES, ExportSettings, QualityFile, paths_of
-from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb_with
+from minipuzzle.workflows.verbs import Model, open_plain, sample_text, verb_with
 from minipuzzle.workflows.verify import random_tokens
 
 CALIBRATION_FILE = "calibration.unfinished.json"  # lives in the partial folder only
@@ -248,8 +248,7 @@ def _prepared(
     model: Model, format_name: str | None, settings: ExportSettings
 ) -> tuple[Checkpoint, ExportRequest, torch.Tensor | None]:
     """A checkpoint that can be exported so, and the tokens to calibrate on where there is text."""
-    checkpoint, data = open_model(model), paths_of(settings.data)
-    checkpoint.require_plain_weights()
+    checkpoint, data = open_plain(model), paths_of(settings.data)
     request = export_request(checkpoint, format_name, settings)
     if request.layout(checkpoint).needs_calibration and not data:
         raise MinipuzzleError(

@@ -42,7 +42,7 @@ from minipuzzle.workflows.choosing.compare import Choice, ChoosingSettings, Prob
 from minipuzzle.workflows.choosing.race import CANDIDATES_FILE, FINALISTS_FOLDER, race_finalists
 from minipuzzle.workflows.compensation import CutWriter, compensation_windows
 from minipuzzle.workflows.settings import DEFAULT_SAMPLES, PruneSettings, named_deployment, paths_of
-from minipuzzle.workflows.verbs import Model, open_model, verb_with
+from minipuzzle.workflows.verbs import Model, open_plain, verb_with
 
 UNFINISHED_SCORES_FILE = "scores.unfinished.json"
 PROVENANCE_FIELDS = ("samples", "sequence_length", "seed", "compensate", "criterion")
@@ -208,8 +208,7 @@ def prune_request(model: Model, settings: PruneSettings, sweep: str | None = Non
 
     Raises: MinipuzzleError for what does not go together.
     """
-    checkpoint, named = open_model(model), named_deployment(settings.deployment)
-    checkpoint.require_plain_weights()
+    checkpoint, named = open_plain(model), named_deployment(settings.deployment)
     tokens = settings.race_tokens
     race = None
     if tokens is not None:

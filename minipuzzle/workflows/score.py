@@ -15,7 +15,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.outputs import check_target_file, fingerprint_files, only_writer, output_file
 from minipuzzle.runtime.mamba_scan import scan_path
 from minipuzzle.workflows.settings import DEFAULT_SAMPLES, ScoreSettings, paths_of
-from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
+from minipuzzle.workflows.verbs import Model, open_plain, sample_text, verb
 
 
 def run_score(model: Model, settings: ScoreSettings) -> Scores:
@@ -26,7 +26,7 @@ def run_score(model: Model, settings: ScoreSettings) -> Scores:
 
     Raises: MinipuzzleError for a model, text or memory that do not do; InputChangedError for another interrupted run.
     """
-    checkpoint, compute = open_model(model), settings.compute
+    checkpoint, compute = open_plain(model), settings.compute
     request, out = _checked_request(checkpoint, settings), None if settings.out is None else Path(settings.out)
     if out is None or not compute.processes.is_first:
         return _measured(checkpoint, settings, request)
@@ -69,7 +69,7 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
 
     Raises: as ``run_score``.
     """
-    checkpoint, compute = open_model(model), settings.compute
+    checkpoint, compute = open_plain(model), settings.compute
     request = _checked_request(checkpoint, settings)
     token_ids = sample_text(
         checkpoint,
@@ -100,7 +100,6 @@ def plan_score(model: Model, settings: ScoreSettings) -> PlannedScoring:
 
 
 def _checked_request(checkpoint: Checkpoint, settings: ScoreSettings) -> LayerRequest:
-    checkpoint.require_plain_weights()
     if settings.out is not None and settings.compute.processes.is_first:
         _check_target(Path(settings.out), [checkpoint.folder, *paths_of(settings.data)], settings.overwrite)
     source = checkpoint.architecture

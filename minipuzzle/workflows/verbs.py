@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import check_token_ids, wanted_windows
 from minipuzzle.files.checkpoint import Checkpoint
+from minipuzzle.formats.decoding import decoded
 from minipuzzle.option import settings_of
 from minipuzzle.runtime.models import load_tokenizer
 
@@ -44,6 +45,16 @@ def open_model(model: Model) -> Checkpoint:
     if isinstance(model, Checkpoint):
         return model
     return Checkpoint.open(Path(model)) if isinstance(model, str | Path) else model.checkpoint
+
+
+def open_plain(model: Model) -> Checkpoint:
+    """A checkpoint to measure, cut, train or export: one that is quantised is decoded as it is read.
+
+    Raises: MinipuzzleError for what cannot be decoded, or config.json and weights that do not belong together.
+    """
+    checkpoint = decoded(open_model(model))
+    checkpoint.require_plain_weights()
+    return checkpoint
 
 
 @overload

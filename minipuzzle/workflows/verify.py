@@ -9,8 +9,8 @@ import torch
 
 from minipuzzle.export.calibration import ActivationAmax
 from minipuzzle.export.digests import changed_tensors, has_digests
-from minipuzzle.export.reader import QuantizedCheckpoint
-from minipuzzle.export.verify import Verification, compare_folders, open_any, scale_figures, unlike_source
+from minipuzzle.export.reader import QuantizedCheckpoint, open_any
+from minipuzzle.export.verify import Verification, compare_folders, scale_figures, unlike_source
 from minipuzzle.export.write import ExportTensors
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
@@ -130,7 +130,7 @@ def _compared(
 
 
 def _opened(model: Model, settings: VerifySettings) -> tuple[Checkpoint, Checkpoint | None]:
-    checkpoint = open_any(open_model(model))
+    checkpoint = open_any(open_model(model), is_export=True)
     other = None if settings.against is None else open_any(open_model(settings.against))
     if other is not None:
         check_same_vocabulary(checkpoint, other)

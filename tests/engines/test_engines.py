@@ -23,8 +23,7 @@ from minipuzzle.cut.folder import write_pruned
 from minipuzzle.cut.plan import Units, keep_everything
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import sample_windows
-from minipuzzle.export.reader import QuantizedCheckpoint
-from minipuzzle.export.verify import open_any
+from minipuzzle.export.reader import QuantizedCheckpoint, open_any
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.quality.evaluate import divergence_sums
 from minipuzzle.runtime.models import load_tokenizer

@@ -25,15 +25,9 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.runtime.models import load_tokenizer
 from tests.support.cli import run_cli
-from tests.support.tiny_models import change_tensors, write_family_checkpoint, write_tiny_checkpoint
+from tests.support.tiny_models import change_config, change_tensors, write_family_checkpoint, write_tiny_checkpoint
 
 TOKEN_IDS = torch.arange(3, 35)[None]
-
-
-def change_config(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> Path:
-    config = {name: value for name, value in read_json(folder / "config.json").items() if name not in drop}
-    write_json(folder / "config.json", {**config, **changes})
-    return folder
 
 
 @torch.inference_mode()

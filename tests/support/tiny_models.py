@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minipuzzle.architecture.families import FAMILIES, read_architecture
 from minipuzzle.files.fused_experts import as_stored
-from minipuzzle.files.json_files import write_json
+from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.runtime.meta_models import prepare_layers
 
@@ -75,6 +75,13 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     tensors = load_file(folder / SINGLE_FILE)
     change(tensors)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    return folder
+
+
+def change_config(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> Path:
+    """Rewrite a checkpoint's config.json without some fields, and with others changed."""
+    config = {name: value for name, value in read_json(folder / "config.json").items() if name not in drop}
+    write_json(folder / "config.json", {**config, **changes})
     return folder
 
 

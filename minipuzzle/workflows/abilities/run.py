@@ -18,7 +18,7 @@ from minipuzzle.abilities.statistics import what_items_show
 from minipuzzle.abilities.tasks.own_tasks import find_task
 from minipuzzle.data.windows import document_tokens
 from minipuzzle.errors import MinipuzzleError
-from minipuzzle.export.reader import check_readable
+from minipuzzle.export.reader import open_any
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder, write_whole
@@ -182,8 +182,7 @@ def _items(name: str, task: Task, settings: AbilitiesSettings) -> list[Item]:
 def _asked_model(model: Model) -> _Asked:
     if isinstance(model, str) and _ADDRESS in model:
         return _served(model)
-    checkpoint = open_model(model)
-    check_readable(checkpoint)
+    checkpoint = open_any(open_model(model))
     load_tokenizer(checkpoint.folder)  # refused now, not after other models were asked
     label, load = checkpoint.folder.resolve().name, partial(open_local, checkpoint)
     return _Asked(label=label, identity=checkpoint.fingerprint, open=load, checkpoint=checkpoint)
