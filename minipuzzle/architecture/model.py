@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from minipuzzle.architecture.kinds import LAYER_KINDS, TRUNK
+from minipuzzle.architecture.kinds import LAYER_KINDS, TRUNK, VOCABULARY
 from minipuzzle.architecture.layers import HIDDEN, LayerSpec, NormSpec, TensorSpec
 from minipuzzle.errors import MinipuzzleError
 
@@ -215,7 +215,11 @@ class Architecture:
 
     def sizes(self, layer_idx: int | None) -> Mapping[str, int]:
         """The sizes of the axes of a layer, or of what lies around the layers (None)."""
-        return {"hidden": self.hidden} if layer_idx is None else self.layers[layer_idx].sizes
+        return self._outer_sizes if layer_idx is None else self.layers[layer_idx].sizes
+
+    @cached_property
+    def _outer_sizes(self) -> Mapping[str, int]:
+        return {"hidden": self.hidden, VOCABULARY: self.vocabulary}
 
     def own_sizes(self, layer_idx: int | None) -> dict[str, int]:
         """The sizes of the axes that may be cut in one layer alone, or in the model as a whole (None)."""
@@ -238,8 +242,7 @@ class Architecture:
 
     def outer_tensors(self) -> Iterator[PlacedTensor]:
         """Embeddings, final norm and LM head (none of its own where it is tied to the embeddings)."""
-        sizes = {"hidden": self.hidden, "vocabulary": self.vocabulary}
-        table = ((("vocabulary",),), HIDDEN)
+        sizes, table = self._outer_sizes, (((VOCABULARY,),), HIDDEN)
         outer = [("embeddings", TensorSpec(name=self.names.embeddings, dims=table))]
         outer += [("final_norm", spec) for spec in self.names.norm.tensors(self.names.final_norm)]
         if not self.tied_embeddings:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from minipuzzle.architecture.configs.per_layer import write_config
 from minipuzzle.cut.plan import PLAN_FILE, Plan
 from minipuzzle.cut.surgery import cut_tensors
+from minipuzzle.cut.vocabulary import apart, recorded
 from minipuzzle.errors import warn
 from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
 from minipuzzle.files.fused_experts import as_stored
@@ -34,6 +35,7 @@ def write_pruned(
 
     Raises: MinipuzzleError for a plan of another model or broken weights.
     """
+    plan, checkpoint = apart(plan, checkpoint)
     writer, target = ShardWriter(folder), plan.apply(checkpoint.architecture)
     if obstacle := checkpoint.family.obstacle(target):
         warn(obstacle)
@@ -50,5 +52,5 @@ def write_pruned(
     if gone := [placed.name for placed in checkpoint.architecture.carried if placed not in target.carried]:
         warn(f"{folder.name}: {len(gone)} tensors such as {gone[0]} have the widths of what was cut and are left out")
     save_config(folder, config)
-    copy_companions(checkpoint.folder, folder)
-    (folder / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+    copy_companions(checkpoint.tokenizer_folder, folder)
+    (folder / PLAN_FILE).write_text(recorded(checkpoint, plan).to_json(), encoding="utf-8")

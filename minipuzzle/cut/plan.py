@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minipuzzle.architecture.kinds import kind_of_axis
+from minipuzzle.architecture.kinds import VOCABULARY, kind_of_axis
 from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.cut.figures import FIGURES, REQUIRED_FIGURES, Figures
 from minipuzzle.errors import MinipuzzleError, warn
@@ -143,7 +143,8 @@ class Plan:
     def apply(self, source: Architecture) -> Architecture:
         """The architecture that the plan leaves."""
         layers = (source.layers[layer_idx].resized(**self.sizes(source, layer_idx)) for layer_idx in self.kept_layers)
-        return source.cut_to(tuple(layers), self.sizes(source, None).get("hidden", source.hidden))
+        outer = {"hidden": source.hidden, VOCABULARY: source.vocabulary} | self.sizes(source, None)
+        return replace(source.cut_to(tuple(layers), outer["hidden"]), vocabulary=outer[VOCABULARY])
 
     def treatment(self, source: Architecture) -> dict[int, object]:
         """What becomes of each layer that stays, for ``num_layers_different``: its axes' kept units."""

@@ -7,9 +7,11 @@ largest value is found in a first reading.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -108,7 +110,8 @@ class ExportTensors:
             return _ONE
         if module not in self._tensor_scales:
             group = layout.scale_group(module)
-            scale = scale_of(max(self._weight_amax(name) for name in group), layout.scheme.largest)
+            largest = layout.scheme.weights_largest or layout.scheme.largest
+            scale = scale_of(max(self._weight_amax(name) for name in group), largest)
             self._tensor_scales |= dict.fromkeys(group, self._as_stored(TENSOR_SCALE, scale))
         return self._tensor_scales[module]
 
@@ -180,13 +183,17 @@ class ExportTensors:
         name = source_name(self.checkpoint, tensor)
         scale = self.weight_scale(module) if is_quantized else _ONE
         for first, end in piece_rows(tensor.shape, self._piece_elements):
-            rows, amax = self.checkpoint.rows_and_amax(name, first, end)
+            # What a scale of the whole tensor was found from was looked at then.
+            if by_role and TENSOR_SCALE in by_role:
+                rows, amax = self.checkpoint.unchecked_rows(name, first, end), 0.0
+            else:
+                rows, amax = self.checkpoint.rows_and_amax(name, first, end)
             if not by_role:
                 _check_bf16(tensor.name, amax)
                 yield tensor.name, first, rows.to(torch.bfloat16)
                 continue
             assert self.layout.scheme is not None
-            for role, part in self.layout.scheme.encode(rows.float(), scale, self.row_scale_dtype).items():
+            for role, part in self.layout.scheme.encode(rows, scale, self.row_scale_dtype).items():
                 header = headers[f"{module}.{by_role[role].suffix}"]
                 yield header.name, first, part.view(-1, *header.shape[1:])
         finds = {TENSOR_SCALE: self.weight_scale} | ({INPUT_SCALE: self.input_scale} if with_measured else {})
@@ -232,15 +239,33 @@ def export_headers(architecture: Architecture, layout: ExportLayout) -> dict[str
     return {header.name: header for tensor in tensors for header in tensor_headers(tensor, layout)}
 
 
+@contextmanager
+def _threads(workers: int) -> Iterator[Callable[..., Iterable[None]]]:
+    """``map`` by some threads, in each of which torch computes by itself."""
+    if workers == 1:
+        yield map
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(before)
+
+
 def write_export(
     tensors: ExportTensors,
     folder: Path,
     *,
     is_puzzle: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    workers: int = 1,
     advance: Advance = no_progress,
 ) -> None:
-    """Write weights, scales, config files and the files that go along. ``advance`` is called with tensors done."""
+    """Write weights, scales, config files and the files that go along. ``advance`` is called with tensors done.
+
+    ``workers``: threads, each of which encodes a tensor at a time.
+    """
     checkpoint, layout = tensors.checkpoint, tensors.layout
     config = portable_config(checkpoint, is_puzzle=is_puzzle)
     if is_puzzle:
@@ -259,11 +284,11 @@ def write_export(
     for stored, of_file in zip(files, headers, strict=True):
         members[shard_of[of_file[0].name].path].append(stored)
     for shard in shards:
-        if not shard.is_complete:
-            with shard.open():
-                for stored in members[shard.path]:
-                    tensors.write(shard, stored)
-                    advance(len(stored.parts))
-        else:
-            advance(sum(len(stored.parts) for stored in members[shard.path]))
+        stored_here = members[shard.path]
+        if shard.is_complete:
+            advance(sum(len(stored.parts) for stored in stored_here))
+            continue
+        with shard.open(), _threads(workers) as mapped:
+            for stored, _ in zip(stored_here, mapped(partial(tensors.write, shard), stored_here), strict=True):
+                advance(len(stored.parts))
     write_index(folder, shards)

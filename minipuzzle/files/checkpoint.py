@@ -102,6 +102,7 @@ class Checkpoint:
     """A checkpoint folder: its configuration, its architecture and, on demand, its tensors.
 
     ``is_fused``: whether its files hold the experts of a block in one tensor, which the entries take apart.
+    ``origin``: the whole in the folder, of which this may be a part; ``tokenizer_folder``: whose tokenizer has its ids.
     ``hub_id``: its name on the hub, where it came from there.
     """
 
@@ -114,7 +115,8 @@ class Checkpoint:
         is_fused: bool = False,
         hub_id: str | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder = self.tokenizer_folder = folder
+        self.origin: Checkpoint = self
         self.hub_id = hub_id
         self.config = config
         self.entries = entries
@@ -402,10 +404,14 @@ def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_by
             digest.update(file.read(block_bytes))
 
 
+def companion_files(source: Path) -> dict[str, Path]:
+    """The tokenizer, generation settings and licence of a folder, by their names within it."""
+    templates = (f"{CHAT_TEMPLATES}/{path.name}" for path in sorted((source / CHAT_TEMPLATES).glob("*.jinja")))
+    return {name: source / name for name in (*COMPANION_FILES, *templates) if (source / name).is_file()}
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Carry the tokenizer, generation settings and licence along."""
-    templates = (f"{CHAT_TEMPLATES}/{path.name}" for path in sorted((source / CHAT_TEMPLATES).glob("*.jinja")))
-    for name in (*COMPANION_FILES, *templates):
-        if (source / name).is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+    for name, path in companion_files(source).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from minipuzzle.architecture.families import FAMILIES
 from minipuzzle.architecture.memory import TERMS, Deployment
 from minipuzzle.errors import warn
+from minipuzzle.option import option
 from minipuzzle.table import Table
 
 if TYPE_CHECKING:
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
     from minipuzzle.formats.schemes import Scheme
 
 PLAIN = "bf16"
+# How NVFP4 scales blocks of weights: by their largest value, or so that the squared error is least.
+MAX, CLOSEST = BLOCK_SCALES = ("max", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """How weights are encoded and written, of what all exports are asked for."""
+
+    block_scales: str = option(
+        MAX,
+        "NVFP4: a block's largest value becomes 6 (max), or 6 or 4, whichever leaves the smaller squared error (mse).",
+        choices=BLOCK_SCALES,
+        section="Format",
+    )
+    workers: int = option(1, "Threads that encode and write.", at_least=1, section="Computing")
+
+
 # How weights become codes and scales, and back.
 SCHEMES: Table[Scheme] = Table(
     "scheme",

@@ -112,7 +112,8 @@ class DecodedCheckpoint(Checkpoint):
         self._dtype = _PLAIN_NAMES.get(dtype.removeprefix("torch."), "BF16")
         entries |= {stored.name: self._plain_entry(stored) for stored in self._stored.values()}
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        super().__init__(source.folder, MappingProxyType(config), MappingProxyType(entries))
+        frozen = MappingProxyType(config), MappingProxyType(entries)
+        super().__init__(source.folder, *frozen, is_fused=source.is_fused, hub_id=source.hub_id)
 
     @property
     def note(self) -> str:

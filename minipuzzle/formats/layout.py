@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from minipuzzle.architecture.model import Architecture, PlacedTensor
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.formats.choices import PLAIN, RECIPES, SCHEMES, format_of
 from minipuzzle.formats.flavours import FLAVOURS, DescribedLayout, Flavour, StoredTensor
-from minipuzzle.formats.schemes import Scheme
+from minipuzzle.formats.schemes import NVFP4_CLOSEST, Scheme
 
 WEIGHT = ".weight"
 
@@ -129,6 +129,11 @@ def export_layout(
     if not layout.quantized:
         raise MinipuzzleError("the overrides leave nothing to quantise", "use ‹bf16›, or narrower patterns")
     return layout
+
+
+def with_closest_scales(layout: ExportLayout) -> ExportLayout:
+    """An NVFP4 layout whose block scales are those of the least squared error."""
+    return replace(layout, scheme=NVFP4_CLOSEST)
 
 
 def _is_linear(tensor: PlacedTensor) -> bool:

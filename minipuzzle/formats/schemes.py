@@ -7,12 +7,19 @@ A scheme knows nothing of files: under which names and in which precision a layo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from minipuzzle.architecture.memory import NVFP4_BLOCK
-from minipuzzle.formats.e2m1 import NVFP4_MAX, block_scales, decode_blocks, encode_blocks, fake_quantize_blocks
+from minipuzzle.formats.e2m1 import (
+    NVFP4_MAX,
+    NVFP4_MAX_OF_TWO,
+    decode_blocks,
+    encode_closest,
+    encode_rows,
+    fake_quantize_blocks,
+)
 from minipuzzle.formats.e4m3 import E4M3_MAX, decode, encode, fake_quantize, row_scales
 from minipuzzle.formats.flavours import CODES, SCALES, TENSOR_SCALE
 
@@ -24,9 +31,10 @@ class Scheme:
     """One number format.
 
     ``largest``: the value that one scale for a whole tensor, of weights or inputs, maps its largest to; None where
-    there is no such scale, and so nothing to calibrate. ``encode`` takes float32 rows, the tensor's scale and the
-    precision in which row scales are stored, and gives CODES and SCALES; rows are independent, so that a weight may be
-    encoded piece by piece. ``decode`` is its inverse. ``round_inputs`` rounds activations as engines do.
+    there is no such scale, and so nothing to calibrate. ``weights_largest``: of weights alone, where it is another.
+    ``encode`` takes rows as they are stored, the tensor's scale and the precision in which row scales are stored, and
+    gives CODES and SCALES; rows are independent, so that a weight may be encoded piece by piece. ``decode`` is its
+    inverse. ``round_inputs`` rounds activations as engines do.
     """
 
     name: str
@@ -37,6 +45,7 @@ class Scheme:
     encode: Callable[[torch.Tensor, torch.Tensor, torch.dtype], dict[str, torch.Tensor]]
     decode: Callable[[Parts], torch.Tensor]
     round_inputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    weights_largest: float | None = None
 
     @property
     def has_tensor_scale(self) -> bool:
@@ -45,7 +54,7 @@ class Scheme:
 
     def fake_quantize(self, weight_RC: torch.Tensor, tensor_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A weight after a trip through the format, in float32. ``dtype``: precision of stored row scales."""
-        parts = self.encode(weight_RC.float(), tensor_scale, dtype)
+        parts = self.encode(weight_RC, tensor_scale, dtype)
         return self.decode({**parts, TENSOR_SCALE: tensor_scale})
 
 
@@ -56,8 +65,8 @@ def _encode_rows(rows_RC: torch.Tensor, _tensor_scale: torch.Tensor, dtype: torc
 
 
 def _encode_blocks(rows_RC: torch.Tensor, tensor_scale: torch.Tensor, _dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    scale_RK = block_scales(rows_RC, tensor_scale)
-    return {CODES: encode_blocks(rows_RC, scale_RK, tensor_scale), SCALES: scale_RK}
+    codes_RC2, scale_RK = encode_rows(rows_RC, tensor_scale)
+    return {CODES: codes_RC2, SCALES: scale_RK}
 
 
 FP8 = Scheme(
@@ -89,4 +98,12 @@ NVFP4 = Scheme(
     encode=_encode_blocks,
     decode=lambda parts: decode_blocks(parts[CODES], parts[SCALES], parts[TENSOR_SCALE]),
     round_inputs=fake_quantize_blocks,
+)
+# The same format: only what becomes of a weight differs.
+NVFP4_CLOSEST = replace(
+    NVFP4,
+    encode=lambda rows_RC, tensor_scale, _dtype: dict(
+        zip((CODES, SCALES), encode_closest(rows_RC, tensor_scale), strict=True)
+    ),
+    weights_largest=NVFP4_MAX_OF_TWO,
 )

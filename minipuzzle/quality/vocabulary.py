@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from minipuzzle.cut.vocabulary import VocabularyCut
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.runtime.models import load_tokenizer
@@ -35,6 +36,23 @@ def check_same_vocabulary(model: Checkpoint, other: Checkpoint) -> None:
         _check_same_tokenizers(model, other, _HINT)
 
 
+def in_vocabulary_of(student: Checkpoint, teacher: Checkpoint) -> Checkpoint:
+    """A teacher with only the tokens that its student kept, under their numbers there; as it is where they share one.
+
+    It is compared over these rows, renormalised, and reads the student's tokens: also where the teacher's own
+    tokenizer would have made one of several.
+    """
+    if student.architecture.vocabulary >= teacher.architecture.vocabulary:
+        return teacher
+    vocabulary, others = (load_tokenizer(each.tokenizer_folder).get_vocab() for each in (student, teacher))
+    is_part = len(vocabulary) < len(others) and vocabulary.keys() <= others.keys()
+    in_order = sorted(vocabulary, key=lambda token: vocabulary[token])
+    kept_tokens = [others[token] for token in in_order] if is_part else []
+    if len(kept_tokens) != student.architecture.vocabulary:  # each row has its token
+        return teacher
+    return VocabularyCut(teacher, kept_tokens, student.tokenizer_folder)
+
+
 def shared_vocabulary(student: Checkpoint, teacher: Checkpoint, hint: str = _HINT) -> SharedVocabulary:
     """The vocabulary of a pair whose heads may be padded to different numbers of rows.
 
@@ -62,8 +80,8 @@ def shared_vocabulary(student: Checkpoint, teacher: Checkpoint, hint: str = _HIN
 
 def _check_same_tokenizers(model: Checkpoint, other: Checkpoint, hint: str) -> Any:
     """The tokenizer of both."""
-    tokenizer = load_tokenizer(model.folder)
-    vocabulary, others = tokenizer.get_vocab(), load_tokenizer(other.folder).get_vocab()
+    tokenizer = load_tokenizer(model.tokenizer_folder)
+    vocabulary, others = tokenizer.get_vocab(), load_tokenizer(other.tokenizer_folder).get_vocab()
     if vocabulary != others:
         difference = _difference(vocabulary, others)
         raise MinipuzzleError(f"{model.folder} and {other.folder} have different tokenizers: {difference}", hint)

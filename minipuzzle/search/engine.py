@@ -119,7 +119,7 @@ def check_pruning_is_needed(source: Architecture, request: SearchRequest, deploy
 
     Raises: NothingToPruneError.
     """
-    if not request.is_limited or request.is_fixed:
+    if not request.is_limited or request.is_fixed or request.vocab is not None:
         return
     costs = Pricing(source=source, deployment=deployment, timings=request.timings).model(source)
     limits = request.limits(source, deployment)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
 
@@ -56,6 +56,13 @@ class SearchTargets:
     experts: str | None = option(
         None, "Keep so many routed experts in each layer: 96, or a share such as 75%.", metavar="N", section=_LIMITS
     )
+    vocab: str | None = option(
+        None,
+        "Cut the vocabulary to N tokens, 32k or 50%: bytes, special tokens and the most frequent of the text stay, and "
+        "the tokenizer is cut with the embeddings.",
+        metavar="N",
+        section=_LIMITS,
+    )
     minimum: Mapping[str, int] = option(
         {}, "Keep at least N of a kind. Repeatable.", name="min", takes="numbers", metavar="KIND=N", section=_BOUNDS
     )
@@ -105,7 +112,7 @@ class SearchTargets:
     @property
     def is_targeted(self) -> bool:
         """Whether a budget or fixed numbers are asked for, beside which that of a named deployment does not count."""
-        return self.memory is not None or self.is_fixed
+        return self.memory is not None or self.is_fixed or self.vocab is not None
 
     @property
     def is_fixed(self) -> bool:
@@ -127,11 +134,24 @@ class SearchTargets:
             asked["memory"] = sweep.split(":")[1] if sweep.count(":") == 2 else sweep
         elif not self.is_targeted:
             asked["memory"] = budget
-        if not self.is_fixed and all(asked[name] is None for name in LIMITS):
+        if not self.is_fixed and all(asked[name] is None for name in (*LIMITS, "vocab")):
             return None
         if isinstance(self.timings, str | Path):
             asked["timings"] = read_timings(Path(self.timings))
         return SearchRequest(**asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneTargets(SearchTargets):
+    """The same with text, which says what of the vocabulary is needed."""
+
+    keep_vocab_from: str | Path | Sequence[str | Path] = option(
+        (),
+        "Cut the vocabulary to the tokens of this text, or with --vocab to its most frequent ones (default for that: "
+        "--data). Repeatable.",
+        takes="paths",
+        section="Cutting",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +164,7 @@ class SearchRequest(SearchTargets):
     timings: Timings | None = None
 
     def __post_init__(self) -> None:
-        if not self.is_limited and not self.is_fixed:
+        if self.only_cuts_vocabulary and self.vocab is None:
             raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
         if self.layout not in LAYOUTS:
             raise MinipuzzleError(f"unknown layout {self.layout!r}", f"use one of {', '.join(LAYOUTS)}")
@@ -155,6 +175,36 @@ class SearchRequest(SearchTargets):
     def is_limited(self) -> bool:
         """Whether there is any limit to search under."""
         return any(getattr(self, name) is not None for name in LIMITS)
+
+    @property
+    def only_cuts_vocabulary(self) -> bool:
+        """Whether nothing else is asked for."""
+        return not self.is_limited and not self.is_fixed
+
+    def vocabulary_of(self, source: Architecture) -> int:
+        """How many tokens stay; all where nothing is asked of them.
+
+        Raises: MinipuzzleError for more than there are.
+        """
+        if self.vocab is None:
+            return source.vocabulary
+        number = parse_share_or_count(self.vocab, source.vocabulary)
+        if not 0 < number <= source.vocabulary:
+            raise MinipuzzleError(
+                f"cannot cut the vocabulary to {number:,}: the model has {source.vocabulary:,} tokens", "change ‹vocab›"
+            )
+        return number
+
+    def of_source(self, source: Architecture, deployment: Deployment) -> SearchRequest:
+        """The same with every share as the number that it is of a source, for the search in a part of that."""
+        limits = self.limits(source, deployment)
+        active = limits.num_active_parameters
+        return replace(
+            self,
+            memory=None if self.memory is None else f"{int(limits.memory_bytes)}B",
+            params=None if self.params is None else str(int(limits.num_parameters)),
+            active_params=None if self.active_params is None else str(int(active)),
+        )
 
     def budget_bytes(self, source_bytes: int) -> int:
         """The memory budget in bytes; without one, what the source needs."""

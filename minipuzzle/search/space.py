@@ -8,7 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from minipuzzle.architecture.families import FAMILIES
-from minipuzzle.architecture.kinds import TRUNK, kind_of_axis
+from minipuzzle.architecture.kinds import TRUNK, VOCABULARY, kind_of_axis
 from minipuzzle.architecture.model import PER_LAYER, UNIFORM, Architecture
 from minipuzzle.architecture.quantities import parse_share_or_count
 from minipuzzle.cut.expert_criteria import EXPERT
@@ -109,6 +109,8 @@ def _allowed_counts(kind: str, available: int, num_must_stay: int, request: Sear
 
 def _allowed_widths(source: Architecture, request: SearchRequest) -> dict[str, tuple[int, ...]]:
     widths: dict[str, tuple[int, ...]] = {}
+    if VOCABULARY in request.width or VOCABULARY in request.widths:
+        raise MinipuzzleError("which tokens stay is no matter of scores", "cut the vocabulary by ‹vocab›")
     for axis, size in request.width.items():
         _check_width(source, axis, size)
         widths[axis] = (size,)

@@ -45,7 +45,7 @@ def compensation_windows(
     Raises: MinipuzzleError if there is no whole window.
     """
     return sample_windows(
-        load_tokenizer(checkpoint.folder),
+        load_tokenizer(checkpoint.tokenizer_folder),
         documents,
         num_samples=max(2, COMPENSATION_TOKENS // sequence_length),
         sequence_length=sequence_length,

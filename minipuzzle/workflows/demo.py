@@ -170,12 +170,13 @@ def _distill(
 
 def _export(checkpoint: Checkpoint, out: Path, texts: DemoTexts) -> None:
     documents = read_documents([texts.calibration])
-    token_ids = sample_windows(load_tokenizer(checkpoint.folder), documents, num_samples=64, sequence_length=256)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    token_ids = sample_windows(tokenizer, documents, num_samples=64, sequence_length=256)
     export_checkpoint(checkpoint, out, ExportRequest(scheme="fp8"), calibration_token_ids=token_ids)
 
 
 def _evaluate(models: Mapping[str, Checkpoint], teacher: Checkpoint, texts: DemoTexts, compute: Compute) -> list[Stage]:
-    tokenizer = load_tokenizer(teacher.folder)
+    tokenizer = load_tokenizer(teacher.tokenizer_folder)
     windows = {}
     for domain, path in texts.domains.items():
         documents = documents_within(tokenizer, read_documents([path]), EVALUATION_TOKENS)

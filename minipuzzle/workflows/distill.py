@@ -23,6 +23,7 @@ from minipuzzle.files.checkpoint import Checkpoint, read_config
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import check_target_folder
 from minipuzzle.files.records import complete_record
+from minipuzzle.quality.vocabulary import in_vocabulary_of
 from minipuzzle.show.distill import text_notes
 from minipuzzle.show.page.facts import deployment_of, model_facts, thinned_curve
 from minipuzzle.show.page.page import write_page
@@ -44,7 +45,7 @@ def prepare_distill(student: Model, options: DistillOptions) -> PreparedRun:
     settings = replace(options.training, dtype=options.compute.dtype)
     request = DistillRequest(
         student=checkpoint,
-        teacher=open_plain(teacher),
+        teacher=in_vocabulary_of(checkpoint, open_plain(teacher)),
         out=Path(options.out),
         data=paths_of(options.data),
         validation=paths_of(options.validation),

@@ -9,7 +9,7 @@ from typing import Any
 
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, check_token_ids, evaluation_windows
-from minipuzzle.errors import warn
+from minipuzzle.errors import MinipuzzleError, warn
 from minipuzzle.export.reader import load_any_model, open_any
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import write_json
@@ -18,7 +18,7 @@ from minipuzzle.files.records import complete_record
 from minipuzzle.quality.evaluate import combine, documents_within
 from minipuzzle.quality.evaluate import evaluate as evaluate_model
 from minipuzzle.quality.record import Quality
-from minipuzzle.quality.vocabulary import check_same_vocabulary, shared_vocabulary
+from minipuzzle.quality.vocabulary import check_same_vocabulary, in_vocabulary_of, shared_vocabulary
 from minipuzzle.runtime.models import load_tokenizer
 from minipuzzle.show.page.page import write_page
 from minipuzzle.workflows.abilities.harness import require_lm_eval, run_harness
@@ -129,6 +129,7 @@ def _opened(model: Model, settings: EvaluateSettings) -> tuple[Checkpoint, Check
     student = open_any(open_model(model))
     teacher = None if settings.against is None else open_any(open_model(settings.against))
     if teacher is not None:
+        teacher = _in_vocabulary_of(student, teacher)
         if student.architecture.vocabulary == teacher.architecture.vocabulary:
             check_same_vocabulary(student, teacher)
         else:
@@ -136,8 +137,18 @@ def _opened(model: Model, settings: EvaluateSettings) -> tuple[Checkpoint, Check
     return student, teacher
 
 
+def _in_vocabulary_of(student: Checkpoint, teacher: Checkpoint) -> Checkpoint:
+    found = in_vocabulary_of(student, teacher)
+    if found is not teacher and teacher.is_quantized:
+        raise MinipuzzleError(
+            f"{student.folder} has a part of the vocabulary of {teacher.folder}, which is quantised",
+            "compare with the plain weights that this was made from",
+        )
+    return found
+
+
 def _windows_by_name(student: Checkpoint, settings: EvaluateSettings) -> dict[str, EvaluationWindows]:
-    tokenizer = load_tokenizer(student.folder)
+    tokenizer = load_tokenizer(student.tokenizer_folder)
     windows: dict[str, EvaluationWindows] = {}
     for path in paths_of(settings.data):
         documents = read_documents([path], tokenizer)

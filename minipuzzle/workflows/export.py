@@ -35,7 +35,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
 from minipuzzle.files.outputs import check_target_folder, output_folder, write_whole
 from minipuzzle.files.records import complete_record
-from minipuzzle.formats.choices import FORMATS, PLAIN, RECIPES
+from minipuzzle.formats.choices import FORMATS, MAX, PLAIN, RECIPES
 from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.formats.layout import ExportLayout, module_of
 from minipuzzle.progress import Advance
@@ -114,6 +114,7 @@ def export_checkpoint(
                 partial,
                 is_puzzle=request.is_puzzle,
                 max_shard_bytes=request.max_shard_bytes,
+                workers=request.workers,
                 advance=advance,
             )
             verification = _verify(tensors, calibration_token_ids, partial, compute) if request.verifies else None
@@ -168,6 +169,8 @@ def export_request(checkpoint: Checkpoint, format_name: str | None, settings: Ex
             f"{format_name} has no {settings.activations} activations", f"there are {', '.join(schemes)}"
         )
     scheme = schemes.get(activations, format_name)
+    if settings.block_scales != MAX and scheme != "nvfp4":
+        raise MinipuzzleError(f"{format_name} has no blocks of values", "drop ‹block_scales›, or export to nvfp4")
     request = ExportRequest(
         scheme=scheme,
         flavour=settings.flavour,
@@ -180,6 +183,8 @@ def export_request(checkpoint: Checkpoint, format_name: str | None, settings: Ex
         method=CalibrationMethod(algorithm=settings.calibration, percentile=settings.percentile),
         verifies=not settings.no_verify,
         max_shard_bytes=parse_bytes(settings.max_shard_size),
+        block_scales=settings.block_scales,
+        workers=settings.workers,
         base_model=settings.base_model,
         quality=_quality(settings.quality),
         command=settings.command,

@@ -21,6 +21,7 @@ from minipuzzle.architecture.quantities import parse_count
 from minipuzzle.cut.budget import MADE_FOR, ServingBudget, budget_of_plan
 from minipuzzle.cut.plan import CRITERIA, OBS, Plan, read_plan
 from minipuzzle.cut.scores import Scores, read_scores, write_scores
+from minipuzzle.cut.vocabulary import recorded
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows, evaluation_windows, wanted_windows, windows_of_tokens
 from minipuzzle.errors import MinipuzzleError
@@ -40,6 +41,7 @@ from minipuzzle.show.page.page import write_page
 from minipuzzle.show.report import plan_summary
 from minipuzzle.workflows.choosing.compare import Choice, ChoosingSettings, Problem, compare
 from minipuzzle.workflows.choosing.race import CANDIDATES_FILE, FINALISTS_FOLDER, race_finalists
+from minipuzzle.workflows.choosing.vocabulary import cut_vocabulary, kept_tokens_of, scores_for
 from minipuzzle.workflows.compensation import CutWriter, compensation_windows
 from minipuzzle.workflows.settings import DEFAULT_SAMPLES, PruneSettings, named_deployment, paths_of
 from minipuzzle.workflows.verbs import Model, open_plain, verb_with
@@ -117,7 +119,7 @@ class PruneRequest:
         return {
             "command": "prune",
             "teacher": self.checkpoint.name,
-            "teacher_fingerprint": self.checkpoint.fingerprint,
+            "teacher_fingerprint": self.checkpoint.origin.fingerprint,
             MADE_FOR: asdict(self.made_for),
             "settings": {
                 "target": asdict(self.target) if self.target else None,
@@ -125,6 +127,7 @@ class PruneRequest:
                 **asdict(self.choosing),
                 "dtype": compute.dtype,
                 "inputs_fingerprint": fingerprint_files(self.files),
+                **kept_tokens_of(self.checkpoint),
                 **({"given_fingerprint": sha256("".join(given).encode()).hexdigest()[:16]} if given else {}),
             },
         }
@@ -151,7 +154,7 @@ def prune_checkpoint(
     candidates = check_feasible(checkpoint, request.target, request.deployment) if request.target is not None else []
     _check_memory(request, candidates, compute)
     # Read before the output folder is begun, so that a broken file leaves no trace.
-    tokenizer = load_tokenizer(checkpoint.folder) if request.data or request.validation else None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_folder) if request.data or request.validation else None
     documents = read_documents(request.data, tokenizer) if request.data else []
     validation = read_documents(request.validation, tokenizer) if request.validation else []
     plan = read_plan(request.plan) if isinstance(request.plan, Path) else request.plan
@@ -166,7 +169,8 @@ def prune_checkpoint(
             choice = _choose(request, scores, validation, folder, cut_writer(request, documents, scores, compute))
         if not choice.is_trained:
             found = cut_writer(request, documents, scores, compute).write(choice.plan, folder)
-            choice = replace(choice, plan=found.plan, compensation=found.to_json() if found.num_tokens else {})
+            compensation = found.to_json() if found.num_tokens else {}
+            choice = replace(choice, plan=recorded(checkpoint, found.plan), compensation=compensation)
         if choice.table:
             write_json(folder / CANDIDATES_FILE, choice.table)
         shutil.rmtree(folder / FINALISTS_FOLDER, ignore_errors=True)
@@ -208,9 +212,10 @@ def prune_request(model: Model, settings: PruneSettings, sweep: str | None = Non
 
     Raises: MinipuzzleError for what does not go together.
     """
-    checkpoint, named = open_plain(model), named_deployment(settings.deployment)
-    tokens = settings.race_tokens
-    race = None
+    named = named_deployment(settings.deployment)
+    checkpoint, target, plan = cut_vocabulary(open_plain(model), settings, sweep)
+    keeps_rest = plan is not None and settings.plan is None  # only the vocabulary is cut
+    tokens, race = settings.race_tokens, None
     if tokens is not None:
         race = RaceSettings(
             tokens=parse_count(tokens) if isinstance(tokens, str) else tokens,
@@ -222,17 +227,17 @@ def prune_request(model: Model, settings: PruneSettings, sweep: str | None = Non
         )
     return PruneRequest(
         checkpoint=checkpoint,
-        target=settings.request(named.memory if settings.plan is None else None, sweep),
+        target=target,
         deployment=named.deployment,
-        plan=Path(settings.plan) if isinstance(settings.plan, str) else settings.plan,
-        scores=Path(settings.scores) if isinstance(settings.scores, str) else settings.scores,
+        plan=plan,
+        scores=None if keeps_rest else scores_for(checkpoint, settings.scores),
         data=paths_of(settings.data),
         validation=paths_of(settings.validation),
         race_data=paths_of(settings.race_data),
         samples=settings.samples,
         sequence_length=settings.sequence_length,
         seed=settings.seed,
-        compensate=not settings.no_compensate,
+        compensate=not settings.no_compensate and not keeps_rest,
         criterion=settings.criterion,
         choosing=ChoosingSettings(
             num_candidates=settings.num_candidates,
@@ -253,7 +258,8 @@ def run_prune(model: Model, settings: PruneSettings) -> PrunedModel:
     request, out = prune_request(model, settings), Path(settings.out)
     warn_of_terms_not_exported(request.checkpoint.architecture, request.made_for.deployment)
     choice = prune_checkpoint(request, settings.compute, out=out, overwrite=settings.overwrite)
-    return PrunedModel(out=out, source=request.checkpoint.architecture, deployment=request.deployment, choice=choice)
+    source = request.checkpoint.origin.architecture
+    return PrunedModel(out=out, source=source, deployment=request.deployment, choice=choice)
 
 
 def measured_scores(request: PruneRequest, documents: list[str], compute: Compute, folder: Path) -> Scores:
@@ -271,7 +277,7 @@ def measured_scores(request: PruneRequest, documents: list[str], compute: Comput
 
 def _calibration_windows(request: PruneRequest, documents: list[str]) -> torch.Tensor:
     return wanted_windows(
-        load_tokenizer(request.checkpoint.folder),
+        load_tokenizer(request.checkpoint.tokenizer_folder),
         documents,
         samples=request.samples,
         default_samples=DEFAULT_SAMPLES,
@@ -312,13 +318,13 @@ def _choose(request: PruneRequest, scores: Scores, validation: list[str], folder
 def comparison_windows(request: PruneRequest, scores: Scores, validation: list[str]) -> EvaluationWindows | None:
     """The validation text, or the tokens of the scores; None if there is neither."""
     if validation:
-        tokenizer = load_tokenizer(request.checkpoint.folder)
+        tokenizer = load_tokenizer(request.checkpoint.tokenizer_folder)
         texts = documents_within(tokenizer, validation, VALIDATION_TOKENS)
         return evaluation_windows(tokenizer, texts, sequence_length=request.sequence_length)
     if scores.token_ids is None:
         return None
     token_ids = torch.from_numpy(scores.token_ids).long()
-    return windows_of_tokens(load_tokenizer(request.checkpoint.folder), token_ids)
+    return windows_of_tokens(load_tokenizer(request.checkpoint.tokenizer_folder), token_ids)
 
 
 def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
@@ -347,7 +353,7 @@ def planned_work(request: PruneRequest, compute: Compute) -> dict[str, int]:
     if request.scores is not None:
         scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
         scores.check_against(source, checkpoint.fingerprint)
-    documents = read_documents(request.data, load_tokenizer(checkpoint.folder)) if request.data else []
+    documents = read_documents(request.data, load_tokenizer(checkpoint.tokenizer_folder)) if request.data else []
     if documents and scores is None:
         facts |= {"documents": len(documents), "calibration_tokens": _calibration_windows(request, documents).numel()}
     mending = cut_writer(request, documents, scores, compute).planned_work()

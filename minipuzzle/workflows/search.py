@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,12 +108,16 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     if request is None:
         raise MinipuzzleError("nothing says how small the model should be", "give ‹memory›, ‹keep› or ‹width›")
     _check_targets(model, scores, settings)
-    source, scores = architecture_of(model), scores_of(scores).ranking_experts_by(settings.expert_criterion)
+    whole, scores = architecture_of(model), scores_of(scores).ranking_experts_by(settings.expert_criterion)
     if (fingerprint := _fingerprint_of(model)) is not None:
-        scores.check_against(source, fingerprint)
+        scores.check_against(whole, fingerprint)
+    source = replace(whole, vocabulary=request.vocabulary_of(whole))
+    if request.vocab is not None:
+        scores.check_against(whole)
+        request, scores = request.of_source(whole, deployment), replace(scores, token_ids=None)
     warn_of_terms_not_exported(source, deployment)
     if settings.sweep is not None:
-        budgets = parse_sweep(settings.sweep, memory_breakdown(source, deployment).total_bytes)
+        budgets = parse_sweep(settings.sweep, memory_breakdown(whole, deployment).total_bytes)
         points = predicted_frontier(source, scores, request, deployment, budgets)
         _write_frontier(points, settings)
         return SearchResult(source=source, request=request, deployment=deployment, frontier=tuple(points))
@@ -126,9 +130,10 @@ def run_search(model: Model, scores: Scores | str | Path, settings: SearchSettin
     cuts = [FoundCut(candidate=each, scores=scores, metric=request.metric) for each in candidates[: settings.top]]
     if settings.out is not None:
         with output_file(Path(settings.out)) as path:
-            path.write_text(cuts[0].plan.to_json(), encoding="utf-8")
+            plan = replace(cuts[0].plan, source_fingerprint=whole.fingerprint())  # `prune --vocab` chooses the tokens
+            path.write_text(plan.to_json(), encoding="utf-8")
     return SearchResult(
-        source=source, request=request, deployment=deployment, cuts=tuple(cuts), num_found=len(candidates)
+        source=whole, request=request, deployment=deployment, cuts=tuple(cuts), num_found=len(candidates)
     )
 
 

@@ -19,12 +19,12 @@ from minipuzzle.cut.layer_metrics import LAYER_METRICS
 from minipuzzle.cut.plan import CRITERIA
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import ALGORITHMS
-from minipuzzle.formats.choices import RECIPES
+from minipuzzle.formats.choices import RECIPES, WritingOptions
 from minipuzzle.formats.flavours import FLAVOURS
 from minipuzzle.option import option, part
 from minipuzzle.quality.ranked import DEFAULT_RANK_BY, RANK_BY
 from minipuzzle.runtime.compute import Compute
-from minipuzzle.search.request import SearchTargets
+from minipuzzle.search.request import PruneTargets, SearchTargets
 
 if TYPE_CHECKING:
     from minipuzzle.cut.plan import Plan
@@ -204,7 +204,7 @@ class VerifySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings:
+class ExportSettings(WritingOptions):
     """How an export is stored and calibrated, and where it goes. ``command``: for the model card.
 
     Raises: MinipuzzleError for an unknown algorithm or an impossible percentile.
@@ -328,7 +328,7 @@ class DistillOptions(DistillSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneSettings(SearchTargets):
+class PruneSettings(PruneTargets):
     """What to cut, on which evidence, how candidates are compared, and where the result goes.
 
     Raises: MinipuzzleError for targets that do not go together.

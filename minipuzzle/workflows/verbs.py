@@ -132,7 +132,7 @@ def sample_text(
     """
     import torch
 
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     token_ids = wanted_windows(
         tokenizer,
         read_documents(data, tokenizer),

@@ -15,7 +15,8 @@ from minipuzzle.export.write import ExportTensors
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE
-from minipuzzle.formats.layout import ExportLayout
+from minipuzzle.formats.choices import CLOSEST
+from minipuzzle.formats.layout import ExportLayout, with_closest_scales
 from minipuzzle.quality.vocabulary import check_same_vocabulary
 from minipuzzle.workflows.settings import VERIFY_SAMPLES, VerifySettings, paths_of
 from minipuzzle.workflows.verbs import Model, open_model, sample_text, verb
@@ -123,10 +124,17 @@ def _compared(
         checked.append(f"not with the tensors of {other.folder}, which is quantised")
     elif other is not None:
         layout = readable.layout if isinstance(readable, QuantizedCheckpoint) else ExportLayout()
+        if is_ours and _says_closest(stored):
+            layout = with_closest_scales(layout)
         tensors = ExportTensors(other, layout, ActivationAmax())
         checked.append("the source rounded alike" if is_ours else "the source, as near as our rounding")
         differing += [name for name in unlike_source(tensors, stored, is_ours=is_ours) if name not in differing]
     return tuple(checked), tuple(differing)
+
+
+def _says_closest(stored: Checkpoint) -> bool:
+    path = stored.folder / PROVENANCE_FILE
+    return path.is_file() and read_json(path).get("block_scales") == CLOSEST
 
 
 def _opened(model: Model, settings: VerifySettings) -> tuple[Checkpoint, Checkpoint | None]:

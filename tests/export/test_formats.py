@@ -20,6 +20,7 @@ from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.algorithms import CalibrationMethod
 from minipuzzle.export.calibration import calibrated_amax, measure_amax, new_quantizer, open_stack
+from minipuzzle.export.reader import QuantizedCheckpoint, open_any
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.safetensors_files import SINGLE_FILE
 from minipuzzle.formats.e2m1 import block_scales, decode_blocks, encode_blocks
@@ -28,6 +29,7 @@ from minipuzzle.quality.evaluate import evaluate
 from minipuzzle.runtime.models import load_model
 from minipuzzle.runtime.rounded_linear import RoundedLinear
 from minipuzzle.workflows.export import ExportedFolder, ExportRequest, export_checkpoint
+from tests.support.cli import run_cli
 from tests.support.oracles import e4m3_table, nearest, reference_codes, reference_nvfp4
 from tests.support.text import random_tokens
 from tests.support.tiny_models import write_tiny_checkpoint
@@ -136,6 +138,28 @@ def test_both_layouts_hold_the_same_nvfp4_weights(exported: dict[tuple[str, str]
             assert product.item() == pytest.approx(1.0, abs=1e-6)
             assert second[f"{module}.weight_global_scale"].shape == (1,)
     assert total and differing <= 1e-4 * total
+
+
+def test_several_threads_write_the_same_bytes(
+    exported: dict[tuple[str, str], Path], source: Checkpoint, tmp_path: Path
+) -> None:
+    export(source, tmp_path / "out", scheme="nvfp4", workers=3)
+    one = exported["nvfp4", "modelopt"]
+    assert (tmp_path / "out" / SINGLE_FILE).read_bytes() == (one / SINGLE_FILE).read_bytes()
+
+
+def test_block_scales_of_the_least_error_are_verified_and_bring_weights_nearer(
+    exported: dict[tuple[str, str], Path], source: Checkpoint, tmp_path: Path
+) -> None:
+    export(source, tmp_path / "out", scheme="nvfp4", block_scales="mse")
+    result = run_cli("verify", tmp_path / "out", "--against", source.folder, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["verdict"] == "ok", result.output
+    by_error, by_largest = (open_any(folder) for folder in (tmp_path / "out", exported["nvfp4", "modelopt"]))
+    assert isinstance(by_error, QuantizedCheckpoint)
+    for module in by_error.layout.quantized:
+        weight = source.tensor(module + ".weight").float()
+        near, far = ((checkpoint.tensor(module + ".weight") - weight).norm() for checkpoint in (by_error, by_largest))
+        assert near < far, module
 
 
 def test_dynamic_fp8_codes_equal_one_rounding_by_the_stored_row_scale(

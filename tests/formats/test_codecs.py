@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minipuzzle.formats.e2m1 import NVFP4_MAX, block_scales, decode_blocks, encode_blocks
+from minipuzzle.formats.e2m1 import (
+    NVFP4_MAX,
+    NVFP4_MAX_OF_TWO,
+    block_scales,
+    decode_blocks,
+    encode_blocks,
+    encode_closest,
+    encode_rows,
+)
 from minipuzzle.formats.e4m3 import E4M3, E4M3_MAX, decode, encode, scale_of
 from tests.support.oracles import reference_codes, reference_nvfp4
 
@@ -68,3 +76,42 @@ def test_every_e2m1_code_survives_the_way_there_and_back(found: list[int], scale
     scale_RK, one = torch.tensor([[scale]]).to(E4M3), torch.tensor(1.0)
     again = encode_blocks(decode_blocks(codes_RC2, scale_RK, one), scale_RK, one)
     assert torch.equal(again, codes_RC2)
+
+
+@given(values(64), st.integers(-60, 60), st.booleans())
+def test_nvfp4_codes_of_bf16_rows_are_those_of_the_same_numbers_in_float32(
+    found: Values, exponent: int, is_calibrated: bool
+) -> None:
+    rows_RC = torch.from_numpy(found.reshape(2, 32)).mul(2.0**exponent).bfloat16()
+    rows_RC[0, :16] *= 2.0**-12  # a block whose scale is at the lower end
+    amax = rows_RC.abs().max() if is_calibrated else 2.0**exponent
+    scale = scale_of(amax, NVFP4_MAX)
+    codes, scale_RK = encode_rows(rows_RC, scale)
+    wanted = block_scales(rows_RC.float(), scale)
+    assert torch.equal(scale_RK.view(torch.uint8), wanted.view(torch.uint8))
+    assert torch.equal(codes, encode_blocks(rows_RC.float(), wanted, scale))
+
+
+def test_every_bf16_number_has_the_code_of_its_float32() -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(torch.bfloat16)
+    rows_RC = numbers[numbers.isfinite()].clone().view(-1, 16)
+    for scale in (2.0**-30, 3e-5, 1.0, 0.7):
+        codes, scale_RK = encode_rows(rows_RC, torch.tensor(scale))
+        assert torch.equal(codes, encode_blocks(rows_RC.float(), scale_RK, torch.tensor(scale)))
+
+
+@given(values(64, largest=8.0))
+def test_the_closer_of_two_block_scales_is_taken(found: Values) -> None:
+    weight_RC = torch.from_numpy(found.reshape(2, 32))
+    scale = scale_of(float(np.abs(found).max()), NVFP4_MAX_OF_TWO)
+
+    def errors_of(codes: torch.Tensor, scale_RK: torch.Tensor) -> torch.Tensor:
+        errors_RC: torch.Tensor = (decode_blocks(codes, scale_RK, scale) - weight_RC).square()
+        return errors_RC.view(2, 2, 16).sum(-1)
+
+    tried = []
+    for largest in (6.0, 4.0):
+        scale_RK = block_scales(weight_RC, scale, largest)
+        tried.append(errors_of(encode_blocks(weight_RC, scale_RK, scale), scale_RK))
+    assert torch.equal(errors_of(*encode_closest(weight_RC, scale)), torch.minimum(*tried))

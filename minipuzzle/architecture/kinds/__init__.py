@@ -18,13 +18,14 @@ LAYER_KINDS: Table[LayerKind] = Table(
         "moe": "minipuzzle.architecture.kinds.moe:MOE",
     },
 )
-# What lies around the layers. It owns the axis that all layers share, and has no position among them.
+VOCABULARY = "vocabulary"
+# What lies around the layers. It owns the axes that no layer has alone, and has no position among them.
 TRUNK = LayerKind(
     name="trunk",
     symbol="",
     color="white",
     roles=(),
-    prunable_axes=("hidden",),
+    prunable_axes=("hidden", VOCABULARY),
     kept_per_output=0,
     inner_norm_energy="hidden",
 )

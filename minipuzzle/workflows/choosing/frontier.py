@@ -14,6 +14,7 @@ from importance.candidates import rank_plans
 from minipuzzle.architecture.memory import memory_breakdown
 from minipuzzle.cut.plan import Plan
 from minipuzzle.cut.scores import read_scores
+from minipuzzle.cut.vocabulary import recorded
 from minipuzzle.data.documents import read_documents
 from minipuzzle.data.windows import EvaluationWindows
 from minipuzzle.errors import InfeasibleBudgetError, MinipuzzleError
@@ -111,9 +112,9 @@ def sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, o
         )
     assert request.target is not None
     checkpoint = request.checkpoint
-    source_bytes = memory_breakdown(checkpoint.architecture, request.deployment).total_bytes
+    source_bytes = memory_breakdown(checkpoint.origin.architecture, request.deployment).total_bytes
     sizes = parse_sweep(budgets, source_bytes)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     documents, validation = (read_documents(paths, tokenizer) for paths in (request.data, request.validation))
     scores = read_scores(request.scores) if isinstance(request.scores, Path) else request.scores
     provenance = request.provenance(compute)
@@ -131,5 +132,5 @@ def sweep(request: PruneRequest, budgets: str, compute: Compute, *, out: Path, o
         plot_frontier(found.points, folder / "frontier.png", quality=QUALITY)
         for size, plan in zip(sizes, found.plans, strict=True):
             if plan is not None:
-                (folder / f"plan-{size}.json").write_text(plan.to_json(), encoding="utf-8")
+                (folder / f"plan-{size}.json").write_text(recorded(checkpoint, plan).to_json(), encoding="utf-8")
     return found
