@@ -13,7 +13,8 @@ from distill.objective.pair import DistillPair
 from distill.scale.parallel import whole
 from distill.states.stored import STATE_FOLDER, weight_reader
 from minipuzzle.errors import InputChangedError, MinipuzzleError
-from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.checkpoint import Checkpoint, save_config
+from minipuzzle.files.companions import copy_companions
 from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, output_folder

@@ -12,7 +12,8 @@ from minipuzzle.cut.plan import PLAN_FILE, Plan
 from minipuzzle.cut.surgery import cut_tensors
 from minipuzzle.cut.vocabulary import apart, recorded
 from minipuzzle.errors import warn
-from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.checkpoint import Checkpoint, save_config
+from minipuzzle.files.companions import copy_companions
 from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.safetensors_files import ShardWriter
 from minipuzzle.progress import Advance, no_progress

@@ -19,7 +19,7 @@ from typing import Any
 
 from minipuzzle.data.windows import document_tokens
 from minipuzzle.errors import MinipuzzleError, warn
-from minipuzzle.files.checkpoint import companion_files
+from minipuzzle.files.companions import companion_files
 from minipuzzle.files.json_files import read_json, write_json
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -22,7 +22,8 @@ from minipuzzle.architecture.model import Architecture, PlacedTensor, StoredTens
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.export.calibration import ActivationAmax
 from minipuzzle.export.shards import Shard, TensorHeader, plan_shards, write_index
-from minipuzzle.files.checkpoint import Checkpoint, copy_companions, save_config
+from minipuzzle.files.checkpoint import Checkpoint, save_config
+from minipuzzle.files.companions import copy_companions
 from minipuzzle.files.fused_experts import assembled
 from minipuzzle.files.json_files import write_json
 from minipuzzle.files.safetensors_files import DEFAULT_SHARD_BYTES, torch_dtype

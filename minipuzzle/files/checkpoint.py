@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from minipuzzle.architecture.configs.puzzle import without_blocks
 from minipuzzle.architecture.families import Family, family_of, read_architecture
 from minipuzzle.architecture.model import Architecture, carried_tensor
 from minipuzzle.errors import MinipuzzleError, warn
+from minipuzzle.files.companions import CHAT_TEMPLATES, COMPANION_FILES
 from minipuzzle.files.fused_experts import split_entries
 from minipuzzle.files.hub import fetched, is_hub_id
 from minipuzzle.files.json_files import read_json, tagged, untagged, write_json
@@ -41,30 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 DERIVED_TABLES = ".rotary_emb.inv_freq"  # in early Llama files; every reader computes them from config.json
-# Files that make a folder of weights usable and that no command of ours changes.
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "tekken.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
-)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-CHAT_TEMPLATES = "additional_chat_templates"  # a folder, which transformers reads
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -402,16 +379,3 @@ def _hash_sampled_blocks(path: Path, digest: Any, num_blocks: int = 16, block_by
         for block_idx in range(num_blocks):
             file.seek(max(0, (file_bytes - block_bytes) * block_idx // (num_blocks - 1)))
             digest.update(file.read(block_bytes))
-
-
-def companion_files(source: Path) -> dict[str, Path]:
-    """The tokenizer, generation settings and licence of a folder, by their names within it."""
-    templates = (f"{CHAT_TEMPLATES}/{path.name}" for path in sorted((source / CHAT_TEMPLATES).glob("*.jinja")))
-    return {name: source / name for name in (*COMPANION_FILES, *templates) if (source / name).is_file()}
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Carry the tokenizer, generation settings and licence along."""
-    for name, path in companion_files(source).items():
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target / name)
