@@ -32,7 +32,7 @@ from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.hub import is_hub_id
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, check_target_folder, fingerprint_files
-from minipuzzle.files.records import place_of
+from minipuzzle.files.records import place_of, write_places
 from minipuzzle.quality.vocabulary import SharedVocabulary, shared_vocabulary
 from minipuzzle.runtime.compute import Compute
 from minipuzzle.runtime.processes import Processes, processes_from_environment
@@ -278,6 +278,8 @@ def run_prepared(
         with shared_output_folder(
             request.out, provenance_of(request), processes, overwrite=request.overwrite
         ) as folder:
+            if processes.is_first and request.teacher.hub_id is None:
+                write_places(folder, {"teacher": str(request.teacher.folder.resolve())})
             memory = PeakMemory(placement.compute.own_device)
             pair, progress = _train(prepared, placement, folder, on_step, on_note)
             peak_memory_bytes = memory.extra_bytes()

@@ -18,6 +18,7 @@ from minipuzzle.files.companions import copy_companions
 from minipuzzle.files.fused_experts import as_stored
 from minipuzzle.files.json_files import read_json
 from minipuzzle.files.outputs import PROVENANCE_FILE, output_folder
+from minipuzzle.files.records import PLACES_FILE, write_places
 from minipuzzle.files.safetensors_files import ShardWriter, torch_dtype
 from minipuzzle.runtime.processes import Processes
 
@@ -72,6 +73,8 @@ def convert_state(*, student: Checkpoint, out: Path, step: int, overwrite: bool 
     target = out.with_name(f"{out.name}.step-{step}")
     with output_folder(target, {**record, "step": step}, overwrite=overwrite) as folder:
         _write_student(read, student, folder)
+        if (run / PLACES_FILE).is_file():
+            write_places(folder, read_json(run / PLACES_FILE))
     return target
 
 

@@ -68,15 +68,20 @@ def complete_record(
 
     Returns the whole record.
     """
-    if places:
-        (folder / PLACES_FILE).parent.mkdir(exist_ok=True)
-        write_json(folder / PLACES_FILE, places)
+    write_places(folder, places)
     lineage = [step for source in before for step in history_of(source)]
     added = {_MADE: made(device), _RESULTS: results, _LINEAGE: lineage}
     record = {**read_json(folder / PROVENANCE_FILE), **added}
     with write_whole(folder / PROVENANCE_FILE) as path:
         write_json(path, record)
     return record
+
+
+def write_places(folder: Path, places: Mapping[str, str]) -> None:
+    """Write down where inputs lie on this machine, if there is any to name."""
+    if places:
+        (folder / PLACES_FILE).parent.mkdir(exist_ok=True)
+        write_json(folder / PLACES_FILE, places)
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:

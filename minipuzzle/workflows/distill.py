@@ -97,9 +97,7 @@ def _keeper(prepared: PreparedRun) -> OnResult:
             "model": model_facts(student.architecture.deployed, deployment_of(student.folder)),
             "curve": thinned_curve(folder),
         }
-        teacher, device = prepared.request.teacher, prepared.compute.device
-        places = {} if teacher.hub_id else {"teacher": str(teacher.folder.resolve())}
-        complete_record(folder, results, before=(student.folder,), device=device, places=places)
+        complete_record(folder, results, before=(student.folder,), device=prepared.compute.device)
         write_page(folder)
 
     return keep

@@ -207,7 +207,7 @@ def test_nothing_asked_and_too_much_asked_are_refused(model: Path, text_file: Pa
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     assert_refused(run_cli("prune", model, "--data", text_file, "-o", out), out, "how small")
     assert_refused(run_cli("prune", model, "--memory", "80%", "-o", out), out, "nothing to measure")
-    assert_refused(run_cli("prune", model, "--memory", "80%", "--plan", plan, "-o", out), out, "--plan")
+    assert_refused(run_cli("prune", model, "--memory", "80%", "--plan", plan, "-o", out), out, "plan.json")
 
 
 def test_plans_and_scores_that_are_not_there_or_broken_are_refused(model: Path, tmp_path: Path) -> None:

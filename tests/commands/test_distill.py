@@ -21,7 +21,7 @@ from distill.states.stored import step_folder
 from minipuzzle.errors import MinipuzzleError
 from minipuzzle.files.checkpoint import Checkpoint
 from minipuzzle.files.json_files import read_json, write_json
-from minipuzzle.files.outputs import PROVENANCE_FILE
+from minipuzzle.files.outputs import ADDED_FIELDS, PROVENANCE_FILE
 from tests.support.cli import run_cli
 from tests.support.distilling import (
     crash_after_three_steps,
@@ -95,8 +95,11 @@ def test_the_same_command_continues_a_crashed_run_bit_for_bit(
     crash_after_three_steps(student, tiny_folder, text_file, out)
     result = run_distill(student, text_file, out)
     assert result.exit_code == 0, result.output
-    for name in ("model.safetensors", "config.json", "tokenizer.json", PROVENANCE_FILE):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    record = read_json(out / PROVENANCE_FILE)
+    added = {name: record.pop(name) for name in ADDED_FIELDS}  # by the command, of what came out
+    assert record == read_json(whole / PROVENANCE_FILE), added
 
 
 def test_a_terminated_command_leaves_a_partial_folder_that_the_same_command_finishes(

@@ -109,12 +109,13 @@ def test_a_bf16_export_loads_strictly_in_transformers_and_computes_the_same(sour
 
 
 def test_exporting_bf16_twice_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    for name in ("first", "second"):
-        export_checkpoint(Checkpoint.open(source), tmp_path / name, ExportRequest())
-    names = sorted(file.name for file in (tmp_path / "first").iterdir())
+    first, second = (tmp_path / name / "out" for name in ("first", "second"))  # the page names its folder
+    for folder in (first, second):
+        export_checkpoint(Checkpoint.open(source), folder, ExportRequest())
+    names = sorted(file.name for file in first.iterdir())
     assert {"README.md", "config.json", "minipuzzle.json", SINGLE_FILE, "tokenizer.json"} <= set(names)
     for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 def test_a_bf16_tensor_that_was_written_wrongly_is_found(source: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 
 import minipuzzle
 from minipuzzle.architecture.families import FAMILIES, Config, Family, family_of, read_architecture
-from minipuzzle.architecture.kinds import LAYER_KINDS, prunable_axes
+from minipuzzle.architecture.kinds import LAYER_KINDS, VOCABULARY, prunable_axes
 from minipuzzle.architecture.layers import HIDDEN
 from minipuzzle.architecture.model import Architecture
 from minipuzzle.cut.folder import write_pruned
@@ -40,10 +40,11 @@ from tests.support.text import random_tokens
 from tests.support.tiny_models import EVERY_CONFIG, NORM_EPSILONS, TINY_CONFIGS, save_tensors, write_family_checkpoint
 
 Tensors = dict[str, torch.Tensor]
+UNIT_AXES = [axis for axis in prunable_axes() if axis != VOCABULARY]  # tokens go with their tokenizer
 EVERY_AXIS = [
     (name, axis)
     for name in EVERY_CONFIG
-    for axis in prunable_axes()
+    for axis in UNIT_AXES
     if read_architecture(TINY_CONFIGS[name]).width(axis) is not None
 ]
 
@@ -216,7 +217,7 @@ def cut_of_everything(source: Architecture) -> Plan:
     dropped = source.removable()[1]
     kept_layers = tuple(idx for idx in range(len(source.layers)) if idx not in dropped)
     kept_units: dict[str, dict[int | None, Units]] = {}
-    for axis in prunable_axes():
+    for axis in UNIT_AXES:
         if source.width(axis) is not None:
             owners = [idx for idx in owners_of(source, axis) if idx is None or idx in kept_layers]
             kept_units[axis] = dict.fromkeys(owners, half_of_the_units(source, axis))

@@ -18,11 +18,16 @@ TOKEN_IDS = torch.arange(3, 35)[None]
 HEAD, FUSED, BLOCK = "lm_head", (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")), 16
 MAX_KL = 1e-5  # nats/token; both sides compute in float32
 # What neither program writes so that an engine could read it, by a part of what we say.
+JOINT_EXPERTS = ("nemotron_h-moe", "granitemoehybrid-moe", "glm4_moe", "gpt_oss", "mixtral", "qwen3_moe")
 REFUSED = {
     ("nemotron_h", "ModelOpt, FP8"): "ignore list of quantization_config is damaged",
     ("nemotron_h-moe", "ModelOpt, FP8"): "ignore list of quantization_config is damaged",
-    ("nemotron_h-moe", "llm-compressor, FP8_DYNAMIC"): "experts.0.down_proj.weight_scale is missing",
-    ("nemotron_h-moe", "llm-compressor, NVFP4"): "experts.0.down_proj.input_global_scale is missing",
+    ("gpt_oss", "ModelOpt, FP8"): "experts.0.down_proj.input_scale is missing",
+    **{(name, "llm-compressor, FP8_DYNAMIC"): ".weight_scale is missing" for name in JOINT_EXPERTS},
+    **{(name, "llm-compressor, NVFP4"): ".input_global_scale is missing" for name in JOINT_EXPERTS},
+    # Told to, they quantise the two projections to one number a head, which no engine runs in FP8.
+    ("qwen3_5_text", "llm-compressor, FP8_DYNAMIC"): "in_proj_a.weight_scale is unexpected",
+    ("qwen3_5_text", "llm-compressor, NVFP4"): "in_proj_a.weight is missing",
 }
 # Experts of whole blocks, so that NVFP4 can hold them.
 WIDTHS = {"nemotron_h-moe": {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48}}

@@ -38,7 +38,8 @@ export within a KL of 0.00001, and `verify --against` the source ends with ok. M
 values scales of their own, which engines then round again: `verify` lists them.
 
 Refused by name: ModelOpt 0.47 writes NUL bytes into the list of what stays BF16 of `nemotron_h`, which vLLM misreads
-without a word; and neither program quantises experts that transformers keeps in one tensor.
+without a word; compressed-tensors quantises no experts that transformers keeps in one tensor, ModelOpt not those of
+`gpt_oss`; and the projections of Qwen3.5 to one number a head are read in plain precision only.
 
 """
 

@@ -22,15 +22,15 @@ class Read(NamedTuple):
 class WatchedCheckpoint(Checkpoint):
     """A checkpoint with a list of all reads."""
 
-    def __init__(self, *source: Any) -> None:
-        super().__init__(*source)
+    def __init__(self, *source: Any, **settings: Any) -> None:
+        super().__init__(*source, **settings)
         self.reads: list[Read] = []
 
-    def rows(self, name: str, start: int, stop: int | None) -> torch.Tensor:
+    def rows_and_amax(self, name: str, start: int, stop: int | None) -> tuple[torch.Tensor, float]:
         """As any checkpoint reads them, and noted."""
-        rows = super().rows(name, start, stop)
+        rows, amax = super().rows_and_amax(name, start, stop)
         self.reads.append(Read(name, rows.numel(), threading.current_thread() is threading.main_thread()))
-        return rows
+        return rows, amax
 
 
 def watched(folder: Path) -> WatchedCheckpoint:
