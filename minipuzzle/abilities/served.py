@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minipuzzle.abilities.local import moved_spaces, until_stop
+from minipuzzle.data.endpoint.client import KEY_VARIABLE
 from minipuzzle.errors import MinipuzzleError
 
-KEY_VARIABLE = "MINIPUZZLE_API_KEY"
 _TRIES, _PAUSE_SECONDS, _TIMEOUT_SECONDS = 5, 0.5, 600.0
 _WHILE_BUSY = (408, 429, 500, 502, 503, 504)
 

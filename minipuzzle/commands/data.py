@@ -63,7 +63,7 @@ def _command(verb: str) -> click.Command:
     @dry_run_option
     def command(dry_run: bool, as_json: bool, **options: Any) -> None:
         run = getattr(importlib.import_module(f"minipuzzle.workflows.data.{module}"), f"run_{verb.replace('-', '_')}")
-        if hasattr(settings, "running") or "running" in settings.__dataclass_fields__:
+        if "running" in settings.__dataclass_fields__:
             options["progress"] = silent if as_json else drawn_bar
         _show(run(from_options(settings, options), is_dry=dry_run).to_json(), as_json=as_json)
 
